@@ -1,0 +1,115 @@
+"""What every store and every written folder stands on: fingerprints, write-then-rename, and a key-value file.
+
+A stored thing is named by a fingerprint of all its inputs. Files appear under their name only when complete. The
+key-value store is one SQLite file: several processes may use it, and a process killed at any moment leaves it whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from guardkit.schema import InputError
+
+_BUSY_TIMEOUT_S = 60.0
+_MAX_SQL_VARIABLES = 500
+
+
+def fingerprint(inputs: Any) -> str:
+    """A hash (64 hex digits) of a value made of plain JSON types; the order of keys does not matter."""
+    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path` to write to, and renames it when the block ends without an error.
+
+    with written(folder / "metrics.json") as temporary:
+        temporary.write_text(text)
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # the suffix stays last, because writers such as matplotlib choose the format by it
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON, complete or not at all. NaN is refused: a figure that cannot be computed is null."""
+    with written(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+class KeyValueStore:
+    """Keys to bytes, on disk, for many readers and writers at once.
+
+    Args:
+        path: of the SQLite file; its folder is made.
+        about: what the stored bytes depend on besides their key. It is kept in the file in readable form, and a
+            file that was made with other inputs is refused.
+    Raises:
+        InputError: the file is not such a store, or was made with other inputs.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._local = threading.local()
+        text = json.dumps(about, sort_keys=True)
+        try:
+            with self._connection() as connection:
+                connection.execute("CREATE TABLE IF NOT EXISTS items (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID")
+                connection.execute("CREATE TABLE IF NOT EXISTS about (one INTEGER PRIMARY KEY CHECK (one = 1), inputs TEXT NOT NULL)")
+                connection.execute("INSERT OR IGNORE INTO about VALUES (1, ?)", (text,))
+                (found,) = connection.execute("SELECT inputs FROM about").fetchone()
+        except sqlite3.DatabaseError as error:
+            raise InputError(f"{self.path} cannot be used as a store ({error}); delete it, it will be made anew") from error
+        if found != text:
+            raise InputError(f"{self.path} holds results for {found}, not for {text}; delete it or choose another cache_dir")
+
+    def get(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """The stored values of those keys that are there."""
+        wanted = list(dict.fromkeys(keys))
+        found: dict[str, bytes] = {}
+        connection = self._connection()
+        for start in range(0, len(wanted), _MAX_SQL_VARIABLES):
+            part = wanted[start : start + _MAX_SQL_VARIABLES]
+            marks = ",".join("?" * len(part))
+            found.update(connection.execute(f"SELECT key, value FROM items WHERE key IN ({marks})", part))
+        return found
+
+    def put(self, items: Mapping[str, bytes]) -> None:
+        """Stores values, all or none of them. A key that is already there keeps its value."""
+        with self._connection() as connection:
+            connection.executemany("INSERT OR IGNORE INTO items VALUES (?, ?)", items.items())
+
+    def __len__(self) -> int:
+        (count,) = self._connection().execute("SELECT COUNT(*) FROM items").fetchone()
+        return int(count)
+
+    def _connection(self) -> sqlite3.Connection:
+        # one connection a thread and process: SQLite connections must not be shared across either
+        if getattr(self._local, "owner", None) != os.getpid():
+            connection = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S)
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            self._local.connection, self._local.owner = connection, os.getpid()
+        return self._local.connection

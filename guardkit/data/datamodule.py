@@ -1,0 +1,455 @@
+"""The data module: it chooses the labelled images of an arm and asks for their counterfactuals on the fly.
+
+Edits and embeddings are made by one background thread, in chunks and in the order in which the first epoch needs
+them, ahead of the optimizer; training waits only for a chunk that is not there yet. Which images, variants and batches
+an epoch sees follows from the seed alone, never from who was faster, so a run is repeatable bit for bit whether the
+stores were cold or warm.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import lightning as L
+import numpy as np
+import torch
+
+from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
+from guardkit.data.augment import AugmentedContent
+from guardkit.data.sources.base import Loaded, Source
+from guardkit.data.splits import nested_order, split_test, split_validation
+from guardkit.embeddings import EmbeddingStore
+from guardkit.policy import Policy
+from guardkit.schema import Content, InputError, Record
+
+log = logging.getLogger(__name__)
+
+NEGATIVES = ("counterfactual", "natural", "shuffled")
+TRANSFORMS = ("none", "null_edit", "classic")
+PROBE_MAX_IMAGES = 256
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Views:
+    """Embeddings of some records, several a record.
+
+    Attributes:
+        vectors: (n, v, d) float32; what is not there is zero.
+        there: (n, v) bool.
+    """
+
+    vectors: np.ndarray
+    there: np.ndarray
+
+    def pick(self, rows: np.ndarray, turn: int) -> tuple[np.ndarray, np.ndarray]:
+        """One view per row, the `turn`-th in a round over those that are there.
+
+        Returns:
+            (len(rows), d) vectors and (len(rows),) bool, False where a row has no view at all.
+        """
+        counts = self.there[rows].sum(axis=1)
+        rank = np.cumsum(self.there[rows], axis=1) - 1
+        wanted = (rank == (turn % np.maximum(counts, 1))[:, None]) & self.there[rows]
+        return self.vectors[rows, wanted.argmax(axis=1)], counts > 0
+
+
+class _Pool:
+    """Records whose views are made in the background, chunk by chunk."""
+
+    def __init__(self, records: Sequence[Record], n_views: int, dim: int, make: Callable[[list[Record]], Views], order: np.ndarray) -> None:
+        self.records = list(records)
+        self._make, self._order = make, order
+        self._views = Views(np.zeros((len(records), n_views, dim), np.float32), np.zeros((len(records), n_views), bool))
+        self._chunk_of = np.zeros(len(records), int)
+        self._futures: list[Future[None]] = []
+
+    def submit(self, executor: ThreadPoolExecutor, start: int, stop: int) -> None:
+        """Queues the records at positions start to stop of the order."""
+        rows = self._order[start:stop]
+        if len(rows):
+            self._chunk_of[rows] = len(self._futures)
+            self._futures.append(executor.submit(self._fill, rows))
+
+    def _fill(self, rows: np.ndarray) -> None:
+        views = self._make([self.records[row] for row in rows])
+        self._views.vectors[rows], self._views.there[rows] = views.vectors, views.there
+
+    def views(self, rows: np.ndarray | None = None) -> Views:
+        """The table, once the chunks that hold `rows` (all of them by default) are made."""
+        for chunk in np.unique(self._chunk_of if rows is None else self._chunk_of[rows]):
+            self._futures[chunk].result()
+        return self._views
+
+
+class GuardDataModule(L.LightningDataModule):
+    """Labelled embeddings of one arm, with counterfactuals made while training runs.
+
+    Args:
+        source: where labelled images come from.
+        policy: names the categories.
+        store: embeds images, each once.
+        pipeline: makes counterfactuals and null edits.
+        n_unsafe: labelled unsafe images, validation included: the label budget.
+        negatives: what the unsafe images are told from: any of "counterfactual" (their own), "natural" (as many safe
+            images) and "shuffled" (the counterfactuals of as many other unsafe images).
+        transform: what every image passes through first: "none", "null_edit" (the editor, with an irrelevant change)
+            or "classic" (crops, flips, colour changes).
+        variants_per_image: counterfactuals (or classic views) of each image.
+        batch_size: unsafe images in a batch.
+        test_share: of a source that brings no test set of its own, in (0, 1).
+        split_seed: of that test set.
+        seed: of the choice of images and of the order of batches.
+    Raises:
+        InputError: an argument out of range, or a source without images of a class.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        policy: Policy,
+        store: EmbeddingStore,
+        pipeline: CounterfactualPipeline,
+        *,
+        n_unsafe: int = 64,
+        negatives: Sequence[str] = ("counterfactual",),
+        transform: Literal["none", "null_edit", "classic"] = "none",
+        variants_per_image: int = 1,
+        batch_size: int = 64,
+        test_share: float = 0.3,
+        split_seed: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("n_unsafe", n_unsafe, 2),
+            ("variants_per_image", variants_per_image, 1),
+            ("batch_size", batch_size, 1),
+            ("split_seed", split_seed, 0),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"data.{name} must be a whole number of at least {least}, got {value!r}")
+        if not isinstance(seed, int) or seed < 0:
+            raise InputError(f"seed must be a whole number of at least 0, got {seed!r}")
+        if not negatives or isinstance(negatives, str) or set(negatives) - set(NEGATIVES):
+            raise InputError(f"data.negatives must be a list of some of {', '.join(NEGATIVES)}, got {negatives!r}")
+        if transform not in TRANSFORMS:
+            raise InputError(f"data.transform must be one of {', '.join(TRANSFORMS)}, got {transform!r}")
+        if not isinstance(test_share, (int, float)) or not 0 < test_share < 1:
+            raise InputError(f"data.test_share must lie in (0, 1), got {test_share!r}")
+        self.source, self.policy, self.store, self.pipeline = source, policy, store, pipeline
+        self.n_unsafe, self.negatives, self.transform = n_unsafe, tuple(negatives), transform
+        self.n_views = variants_per_image
+        self.batch_size, self.test_share, self.split_seed, self.seed = batch_size, test_share, split_seed, seed
+        self.edits = EditCounts()  # of this arm
+        self.other_edits = EditCounts()  # of the probe and of test pairs
+        self.epoch = 0
+        self._executor: ThreadPoolExecutor | None = None
+
+    # --- choosing -----------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
+        """Chooses the images and starts the background work. A second call does nothing."""
+        if self._executor is not None:
+            return
+        loaded = self.source.load()
+        self.loaded: Loaded = loaded
+        self._check_embeddings(loaded)
+        if loaded.test is None:
+            pool, self.test = split_test(loaded.train, self.test_share, self.split_seed)
+        else:
+            pool, self.test = loaded.train, loaded.test
+        unsafe = nested_order([record for record in pool if record.label == 1], self.seed)
+        safe = nested_order([record for record in pool if record.label == 0], self.seed)
+        where = f"source={self.source.name}"
+        if len(unsafe) < 2:
+            raise InputError(
+                f"{where} leaves {len(unsafe)} unsafe image(s) for training; at least 2 are needed: label more, or lower data.test_share"
+            )
+        if "natural" in self.negatives and len(safe) < 2:
+            raise InputError(
+                f"{where} leaves {len(safe)} safe image(s) for training; this arm needs at least 2: add some, or use experiment=pairs_aug"
+            )
+        n_needed = self.n_unsafe * (2 if "shuffled" in self.negatives else 1)
+        n = self.n_unsafe
+        if len(unsafe) < n_needed:
+            n = max(2, len(unsafe) * self.n_unsafe // n_needed)
+            log.warning("asked for %d unsafe images, %s has %d for training: using %d (set data.n_unsafe)", n_needed, where, len(unsafe), n)
+        self.unsafe_train, self.unsafe_validation = split_validation(unsafe, n)
+        self.safe_train: list[Record] = []
+        self.safe_validation: list[Record] = []
+        if "natural" in self.negatives:
+            if len(safe) < n:
+                log.warning("asked for %d safe images, %s has %d for training: using all of them", n, where, len(safe))
+            self.safe_train, self.safe_validation = split_validation(safe, n)
+        others_train: list[Record] = []
+        others_validation: list[Record] = []
+        if "shuffled" in self.negatives:
+            taken = {record.group for record in unsafe[:n]}
+            others = [record for record in unsafe[n:] if record.group not in taken]
+            if len(others) < 2:
+                raise InputError(f"{where} has no other unsafe images left for experiment=shuffled_pairs; lower data.n_unsafe")
+            others_train, others_validation = split_validation(others, n)
+        self._start(others_train, others_validation)
+
+    def _check_embeddings(self, loaded: Loaded) -> None:
+        brought = next((record.embedding for record in loaded.train if record.embedding is not None), None)
+        if brought is None:
+            return
+        encoder, made_by = self.store.encoder, loaded.encoder_fingerprint
+        if len(brought) != encoder.dim or (made_by is not None and made_by != encoder.fingerprint):
+            raise InputError(
+                f"source={self.source.name} holds {len(brought)}-d embeddings of encoder {(made_by or 'unknown')[:12]}, the run has encoder {encoder.name} "
+                f"({encoder.dim}-d, {encoder.fingerprint[:12]}); choose the encoder= that made them"
+            )
+
+    def _start(self, others_train: list[Record], others_validation: list[Record]) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guardkit-data")
+        self._train: dict[str, _Pool] = {"unsafe": self._pool(self.unsafe_train, self._originals, 13)}
+        self._validation: dict[str, _Pool] = {"unsafe": self._pool(self.unsafe_validation, self._originals, 13)}
+        sources = {
+            "natural": (self.safe_train, self.safe_validation, self._originals, 14),
+            "counterfactual": (self.unsafe_train, self.unsafe_validation, self._counterfactuals, 13),
+            "shuffled": (others_train, others_validation, self._counterfactuals, 14),
+        }
+        for name in self.negatives:
+            train, validation, make, stream = sources[name]
+            self._train[name] = self._pool(train, make, stream)
+            self._validation[name] = self._pool(validation, make, stream)
+        longest = max(len(pool.records) for pool in self._train.values())
+        for start in range(0, longest, self.batch_size):
+            for pool in self._train.values():
+                pool.submit(self._executor, start, start + self.batch_size)
+        for pool in self._validation.values():
+            pool.submit(self._executor, 0, len(pool.records))
+        self._probe = self._executor.submit(self._make_probe)
+        self._tests = self._executor.submit(self._make_tests)
+
+    def _pool(self, records: list[Record], make: Callable[[list[Record]], Views], stream: int) -> _Pool:
+        n_views = self.n_views if make == self._counterfactuals or self.transform == "classic" else 1
+        return _Pool(records, n_views, self.store.encoder.dim, make, self._order(len(records), stream, 0))
+
+    def _order(self, n: int, stream: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, stream, epoch]).permutation(n)
+
+    # --- making, in the background ---------------------------------------------------------------------------------------
+
+    def _embed(self, records: Sequence[Record]) -> np.ndarray:
+        """(n, d) embeddings; those that the source brings are taken as they are."""
+        vectors = np.zeros((len(records), self.store.encoder.dim), np.float32)
+        contents: list[Content] = []
+        rows: list[int] = []
+        for row, record in enumerate(records):
+            if record.embedding is not None:
+                vectors[row] = record.embedding
+            elif record.content is not None:
+                rows.append(row)
+                contents.append(record.content)
+        if contents:
+            vectors[rows] = self.store.embed(contents)
+        return vectors
+
+    def _originals(self, records: list[Record]) -> Views:
+        if self.transform == "null_edit":
+            return self._edited(records, 1, "null", self.edits)
+        if self.transform == "classic":
+            contents: list[Content] = []
+            for record in records:
+                if record.content is None:
+                    raise InputError("experiment=classic_aug needs images, and the source holds embeddings only")
+                contents += [AugmentedContent(record.content, seed) for seed in range(self.n_views)]
+            vectors = self.store.embed(contents).reshape(len(records), self.n_views, -1)
+            return Views(vectors, np.ones(vectors.shape[:2], bool))
+        vectors = self._embed(records)[:, None]
+        return Views(vectors, np.ones(vectors.shape[:2], bool))
+
+    def _counterfactuals(self, records: list[Record]) -> Views:
+        return self._edited(records, self.n_views, "counterfactual", self.edits)
+
+    def _edited(self, records: Sequence[Record], n_views: int, kind: Literal["counterfactual", "null"], counts: EditCounts) -> Views:
+        wanted = [(record, seed) for record in records for seed in range(n_views)]
+        tries = self.pipeline.make([record for record, _ in wanted], [seed for _, seed in wanted], kind, counts)
+        accepted = [(i, one) for i, one in enumerate(tries) if one is not None and one.accepted]
+        vectors = np.zeros((len(wanted), self.store.encoder.dim), np.float32)
+        there = np.zeros(len(wanted), bool)
+        if accepted:
+            rows = [i for i, _ in accepted]
+            vectors[rows] = self.store.embed([one for _, one in accepted])
+            there[rows] = True
+        return Views(vectors.reshape(len(records), n_views, vectors.shape[1]), there.reshape(len(records), n_views))
+
+    def _make_probe(self) -> tuple[np.ndarray, np.ndarray]:
+        records = [record for record in self.unsafe_train[:PROBE_MAX_IMAGES] if record.content is not None]
+        edited = self._edited(records, 1, "null", self.other_edits)
+        there = edited.there[:, 0]
+        return self._embed(records)[there], edited.vectors[there, 0]
+
+    def _make_tests(self) -> TestSet:
+        started = time.perf_counter()
+        pairs = self.loaded.test_pairs
+        if pairs is not None:
+            # a twin stands beside its original as a record of its own
+            position = {record.id: i for i, record in enumerate(self.test)}
+            rows = np.array([position[unsafe.id] for unsafe, _ in pairs], int)
+            twins = self._embed([twin for _, twin in pairs])
+            made_by = f"{self.source.name}: exact"
+        else:
+            unsafe_rows = [i for i, record in enumerate(self.test) if record.label == 1]
+            views = self._edited([self.test[i] for i in unsafe_rows], 1, "counterfactual", self.other_edits)
+            there = views.there[:, 0]
+            rows, twins = np.array(unsafe_rows, int)[there], views.vectors[there, 0]
+            made_by = f"editor={self.pipeline.editor.name}"
+        vectors = self._embed(self.test)
+        return TestSet(self.test, vectors, rows, twins, made_by, time.perf_counter() - started)
+
+    def twin_of(self, record: Record) -> Content | None:
+        """The counterfactual that test pairs hold for an unsafe test record, or None."""
+        if self.loaded.test_pairs is not None:
+            return next((twin.content for unsafe, twin in self.loaded.test_pairs if unsafe.id == record.id), None)
+        (one,) = self.pipeline.make([record], [0])
+        return one if one is not None and one.accepted else None
+
+    # --- giving out ----------------------------------------------------------------------------------------------------
+
+    def test_set(self) -> TestSet:
+        """The test images and pairs, embedded."""
+        return self._tests.result()
+
+    def probe(self) -> tuple[np.ndarray, np.ndarray]:
+        """(n, d) embeddings of untouched unsafe training images, and of their null edits."""
+        return self._probe.result()
+
+    def labelled(self) -> tuple[np.ndarray, np.ndarray]:
+        """All embeddings that training saw, (n, d), and their labels, (n,): the first view of each."""
+        batch = self._batch(self._train, np.arange(len(self.unsafe_train)), 0, 0, shuffle=False)
+        return batch["embeddings"].numpy(), batch["labels"].numpy().astype(int)
+
+    def train_dataloader(self) -> Batches:
+        """Batches of one epoch after another; each pass over it is the next epoch."""
+        return Batches(self.n_batches, lambda: self.batches(self._next_epoch()))
+
+    def val_dataloader(self) -> Batches:
+        """One batch with all validation images."""
+        return Batches(1, lambda: iter([self.validation_batch()]))
+
+    def _next_epoch(self) -> int:
+        self.epoch += 1
+        return self.epoch - 1
+
+    def validation_batch(self) -> Batch:
+        """All validation images and their negatives, first view of each."""
+        return self._batch(self._validation, np.arange(len(self.unsafe_validation)), 0, 0, shuffle=False)
+
+    @property
+    def n_batches(self) -> int:
+        """Batches in an epoch."""
+        return -(-len(self.unsafe_train) // self.batch_size)
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch, the same for the same seed and epoch."""
+        order = self._order(len(self.unsafe_train), 13, epoch)
+        for start in range(0, len(order), self.batch_size):
+            yield self._batch(self._train, order[start : start + self.batch_size], start, epoch, shuffle=True)
+
+    def _batch(self, pools: dict[str, _Pool], rows: np.ndarray, start: int, epoch: int, *, shuffle: bool) -> Batch:
+        k = len(self.policy.categories)
+        position = {name: i for i, name in enumerate(self.policy.category_names)}
+        vectors, there = pools["unsafe"].views(rows).pick(rows, epoch)
+        parts, labels = [vectors[there]], [np.ones(int(there.sum()))]
+        row_at = np.cumsum(there) - 1  # where an unsafe row stands in the batch
+        targets = np.full((int(there.sum()), k), np.nan)
+        for i, row in enumerate(rows[there]):
+            category = pools["unsafe"].records[row].category
+            if category in position:
+                targets[i] = 0
+                targets[i, position[category]] = 1
+        all_targets = [targets]
+        first, second = np.zeros(0, int), np.zeros(0, int)
+        for name in self.negatives:
+            pool = pools[name]
+            if name == "counterfactual":
+                mine = rows
+            elif len(pool.records):
+                order = self._order(len(pool.records), 14, epoch) if shuffle else np.arange(len(pool.records))
+                # a smaller pool goes round, so that every batch has negatives
+                mine = order[(start + np.arange(len(rows))) % len(order)] if shuffle else order
+            else:
+                continue
+            vectors, found = pool.views(mine).pick(mine, epoch)
+            if name == "counterfactual":
+                paired = found & there
+                offset = sum(len(part) for part in parts)
+                first, second = row_at[paired], offset + (np.cumsum(found) - 1)[paired]
+            parts.append(vectors[found])
+            labels.append(np.zeros(int(found.sum())))
+            all_targets.append(np.zeros((int(found.sum()), k)))
+        return {
+            "embeddings": torch.from_numpy(np.concatenate(parts)),
+            "labels": torch.from_numpy(np.concatenate(labels)).float(),
+            "targets": torch.from_numpy(np.concatenate(all_targets)).float(),
+            "unsafe_rows": torch.from_numpy(first),
+            "twin_rows": torch.from_numpy(second),
+        }
+
+    @property
+    def n_counterfactuals(self) -> int:
+        """Accepted counterfactuals among training and validation images."""
+        names = {"counterfactual", "shuffled"} & set(self.negatives)
+        return sum(int(pools[name].views().there.sum()) for pools in (self._train, self._validation) for name in names)
+
+    def check_negatives(self) -> None:
+        """Raises InputError when not a single negative came through, with the reasons."""
+        n = sum(int(self._train[name].views().there.sum()) for name in self.negatives)
+        if not n:
+            reasons = "; ".join(f"{count} x {reason}" for reason, count in self.edits.rejected.items())
+            raise InputError(f"no safe image to train against: all {self.edits.requested} edits were rejected ({reasons})")
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Nothing: the background work may outlive one stage; `close` ends it."""
+
+    def close(self) -> None:
+        """Cancels what is still queued and waits for what is under way."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """What a guard is tested on.
+
+    Attributes:
+        records: natural test images.
+        embeddings: (n, d) of them.
+        pair_rows: (p,) which of them are the unsafe members of test pairs.
+        twins: (p, d) embeddings of their counterfactuals.
+        pairs_made_by: who made the counterfactuals.
+        seconds: it took to draw or read, edit and embed them.
+    """
+
+    __test__ = False  # pytest collects classes by their name
+
+    records: list[Record]
+    embeddings: np.ndarray
+    pair_rows: np.ndarray
+    twins: np.ndarray
+    pairs_made_by: str
+    seconds: float
+
+
+class Batches:
+    """What Lightning needs of a data loader: a length, and a new pass on every iteration."""
+
+    def __init__(self, n_batches: int, passes: Callable[[], Iterator[Batch]]) -> None:
+        self._n_batches, self._passes = n_batches, passes
+
+    def __len__(self) -> int:
+        return self._n_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._passes()

@@ -1,0 +1,93 @@
+"""Near-duplicates: images that a viewer would call the same, however they were resized or compressed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+
+import cv2
+import numpy as np
+from scipy.fft import dctn
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+_HASH_PX, _LOW = 32, 8
+# Rounding the small version to whole grey values alone moves a coefficient by about 0.001, so a sign means something
+# from here on; with fewer such signs than this (blank images, stripes, plain gradients) different images look alike.
+_NOISE, _MIN_SIGNS = 0.004, 16
+
+
+def perceptual_hash(image: np.ndarray) -> int:
+    """A 64-bit hash that changes little under resizing, compression and brightness.
+
+    The signs of the low frequencies of a 32 x 32 greyscale version around their median (pHash: Zauner, 2010,
+    "Implementation and benchmarking of perceptual image hash functions", section 3.2.1). A departure from it: an
+    image with too little structure, such as a blank one, is hashed by the exact pixels of its small version instead,
+    because the signs of its frequencies are noise; it is then near to nothing but its equals.
+
+    Args:
+        image: (h, w, 3) uint8 RGB.
+    """
+    small = cv2.resize(image, (_HASH_PX, _HASH_PX), interpolation=cv2.INTER_AREA)
+    low = dctn(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.float64) / 255, norm="ortho")[:_LOW, :_LOW].ravel()
+    rest = low[1:]  # without the mean brightness
+    if np.count_nonzero(np.abs(rest) > _NOISE) < _MIN_SIGNS:
+        return int.from_bytes(hashlib.sha256(small.tobytes()).digest()[:8], "big")
+    bits = np.concatenate([[low[0] > _HASH_PX / 2], rest > np.median(rest)])
+    return int(np.packbits(bits).view(">u8")[0])
+
+
+def near_duplicate_groups(hashes: np.ndarray, max_distance: int = 4) -> np.ndarray:
+    """Numbers groups of hashes that are connected by steps of at most `max_distance` bits.
+
+    Two hashes that differ in at most m of 64 bits agree in at least one of m + 1 bands, so only hashes that share a
+    band are compared.
+
+    Args:
+        hashes: (n,) uint64.
+        max_distance: Hamming distance in bits, in [0, 15].
+    Returns:
+        (n,) int, equal for members of one group.
+    """
+    if not 0 <= max_distance <= 15:
+        raise ValueError(f"max_distance must lie in [0, 15], got {max_distance}")
+    values, position = np.unique(np.asarray(hashes, np.uint64), return_inverse=True)
+    if not len(values):
+        return np.zeros(0, int)
+    edges: list[tuple[np.ndarray, np.ndarray]] = []
+    for low, high in itertools.pairwise(np.linspace(0, 64, max_distance + 2).astype(int)):
+        band = (values >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+        order = np.argsort(band, kind="stable")
+        for bucket in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
+            if len(bucket) > 1:
+                edges += _spanning_edges(values, bucket, max_distance)
+    rows, columns = (np.concatenate([edge[i] for edge in edges]) if edges else np.zeros(0, int) for i in (0, 1))
+    graph = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(len(values), len(values)))
+    return connected_components(graph, directed=False)[1][position]
+
+
+def _spanning_edges(values: np.ndarray, bucket: np.ndarray, max_distance: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Edges that connect what is near in a bucket: fewer than its members, where all near pairs could fill the memory."""
+    edges = []
+    unseen, reached = bucket[1:], [bucket[0]]
+    while len(unseen):
+        if not reached:
+            reached.append(unseen[0])
+            unseen = unseen[1:]
+        one = reached.pop()
+        near = _distance(values[unseen], values[one]) <= max_distance
+        if near.any():
+            found, unseen = unseen[near], unseen[~near]
+            edges.append((np.full(len(found), one), found))
+            reached.extend(found)
+    return edges
+
+
+def _distance(values: np.ndarray, other: np.uint64) -> np.ndarray:
+    """Number of bits in which (n,) values differ from another."""
+    # adds neighbouring bits, pairs, nibbles, then all bytes at once; NumPy counts bits itself only from 2.0 on
+    bits = values ^ other
+    bits -= (bits >> np.uint64(1)) & np.uint64(0x5555555555555555)
+    bits = (bits & np.uint64(0x3333333333333333)) + ((bits >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    bits = (bits + (bits >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return (bits * np.uint64(0x0101010101010101)) >> np.uint64(56)

@@ -1,0 +1,45 @@
+"""What a source is: labelled records, and what could not be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from guardkit.schema import Record, Rejected
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a source holds.
+
+    Attributes:
+        train: records to choose labelled images from; all records when `test` is None.
+        test: natural test records; None when the data module is to hold some out.
+        test_pairs: (unsafe test record, its counterfactual) known to be exact; None when an editor must make them.
+        rejected: what could not be used, with reasons.
+        given: how many inputs there were: train + test + rejected.
+        encoder_fingerprint: of the encoder that made the records' embeddings, where they bring some and it is known.
+    """
+
+    train: list[Record]
+    test: list[Record] | None
+    rejected: list[Rejected]
+    given: int
+    test_pairs: list[tuple[Record, Record]] | None = None
+    encoder_fingerprint: str | None = None
+
+
+class Source(Protocol):
+    """Where labelled images come from.
+
+    Attributes:
+        name: as in `source=NAME`.
+        fingerprint: what was asked for, in plain JSON types.
+    """
+
+    name: str
+    fingerprint: dict[str, Any]
+
+    def load(self) -> Loaded:
+        """Lists the records without reading more pixels than it must. Raises InputError."""
+        ...

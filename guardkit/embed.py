@@ -1,0 +1,21 @@
+"""Embeds the images of a source once: python -m guardkit.embed source=folder source.root=DIR"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from guardkit._hydra import main, output_dir
+
+
+@main("embed")
+def embed(cfg: DictConfig) -> None:
+    """Writes an embedding folder and prints its counts."""
+    from guardkit.training import embed_source
+
+    counts = embed_source(cfg, output_dir())
+    print("\n".join(f"  {name:<9} {count}" for name, count in counts.items()))
+    print(output_dir())
+
+
+if __name__ == "__main__":
+    embed()

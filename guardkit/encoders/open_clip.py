@@ -1,0 +1,315 @@
+"""CLIP and SigLIP models through open_clip: any architecture and any weights it knows."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from guardkit.artifacts import fingerprint
+from guardkit.schema import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_PREPROCESS_FIELDS = ("size", "mean", "std", "interpolation", "resize_mode")
+_WEIGHT_FILES = ("open_clip_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
+_HUB, _LOCAL, _SHIPPED = "hf-hub:", "local-dir:", "guardkit:"
+
+
+def shipped(name: str) -> Path:
+    """The folder of a model that comes with guardkit.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    # a wheel carries the models inside the package, a checkout beside it
+    root = next((path for path in (_PACKAGE / "_checkpoints", _PACKAGE.parent / "checkpoints") if path.is_dir()), None)
+    names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root else []
+    if root is None or name not in names:
+        raise InputError(f"guardkit ships no model {name!r}; it ships {', '.join(names) or 'none'}")
+    return root / name
+
+
+class OpenClipEncoder:
+    """A frozen open_clip model. It is built when it is first needed, once, whichever thread asks.
+
+    Args:
+        architecture: open_clip's name, such as "ViT-B-32"; null with a folder or a Hub id, which name their own.
+        weights: a pretrained tag of that architecture ("openai"), "hf-hub:ORG/NAME", "local-dir:FOLDER", a weights
+            file, or "guardkit:NAME" for a model that comes with guardkit.
+        preprocess: size (pixels), mean, std (3 numbers each), interpolation and resize_mode; required with a bare
+            weights file, whose right values cannot be guessed, and refused otherwise.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
+        batch_size: images encoded at once.
+    Raises:
+        InputError: unknown or unreachable architecture or weights, or missing preprocessing.
+    """
+
+    def __init__(
+        self,
+        architecture: str | None,
+        weights: str,
+        *,
+        preprocess: Mapping[str, Any] | None = None,
+        device: str = "auto",
+        batch_size: int = 32,
+    ) -> None:
+        if not isinstance(weights, str) or not weights:
+            raise InputError(
+                f"encoder.weights must be a pretrained tag, {_HUB}ORG/NAME, {_LOCAL}FOLDER, {_SHIPPED}NAME or a file, got {weights!r}"
+            )
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"encoder.batch_size must be a whole number of at least 1, got {batch_size!r}")
+        self.architecture, self.weights, self.device, self.batch_size = architecture, weights, device, batch_size
+        self._preprocess = None if preprocess is None else _checked_preprocess(preprocess)
+        self._folder = self._find_folder()
+        self._is_file = (
+            self._folder is None
+            and not weights.startswith(_HUB)
+            and Path(weights).expanduser().suffix in (".safetensors", ".bin", ".pt", ".pth")
+        )
+        if (self._folder or weights.startswith(_HUB)) and architecture is not None:
+            raise InputError(f"encoder.architecture must be null with weights={weights}, which name their own, got {architecture!r}")
+        if not self._is_file and preprocess is not None:
+            raise InputError(f"encoder.preprocess belongs to a bare weights file only; weights={weights} bring their own")
+        if self._is_file:
+            self._check_file()
+        self.name = weights if architecture is None else f"{architecture} ({Path(weights).name if self._is_file else weights})"
+        self._lock = threading.Lock()
+
+    def _find_folder(self) -> Path | None:
+        if self.weights.startswith(_SHIPPED):
+            return shipped(self.weights.removeprefix(_SHIPPED))
+        if not self.weights.startswith(_LOCAL):
+            return None
+        folder = Path(self.weights.removeprefix(_LOCAL)).expanduser()
+        if not (folder / "open_clip_config.json").is_file():
+            raise InputError(f"{folder} holds no open_clip_config.json; give a folder in the layout of an open_clip model on the Hub")
+        if not any((folder / name).is_file() for name in _WEIGHT_FILES):
+            # open_clip would only warn, and go on with random weights
+            raise InputError(f"{folder} holds no weights; one of {', '.join(_WEIGHT_FILES)} is expected")
+        return folder
+
+    def _check_file(self) -> None:
+        if not Path(self.weights).expanduser().is_file():
+            raise InputError(
+                f"weights file {self.weights} does not exist; give a file, a folder as {_LOCAL}FOLDER or a Hub id as {_HUB}ORG/NAME"
+            )
+        if self.architecture is None:
+            raise InputError(f"encoder.architecture is needed with the weights file {self.weights}, for instance ViT-B-32")
+        if self._preprocess is None:
+            raise InputError(
+                f"encoder.preprocess is needed with the weights file {self.weights}: size, mean, std, interpolation and resize_mode as the model was "
+                "trained (OpenAI CLIP: mean 0.4815,0.4578,0.4082, std 0.2686,0.2613,0.2758, bicubic, shortest; SigLIP: mean and std 0.5, bicubic, squash); "
+                "a file does not say, and a wrong guess goes unnoticed"
+            )
+
+    # --- the model, built once ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        """The model and its preprocessing of PIL images."""
+        with self._lock:
+            if "_built" not in self.__dict__:
+                self._built = self._build()
+            return self._built
+
+    def _build(self) -> tuple[Any, Any]:
+        import open_clip
+        import torch
+
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        options: dict[str, Any] = {"device": device, "return_transform": True}
+        if self._folder is not None:
+            name = f"{_LOCAL}{self._folder}"
+        elif self.weights.startswith(_HUB):
+            name = self.weights
+        else:
+            name = self._checked_architecture(open_clip)
+            options["pretrained"] = str(Path(self.weights).expanduser()) if self._is_file else self._checked_tag(open_clip, name)
+            if self._preprocess is not None:
+                options["force_preprocess_cfg"] = self._preprocess
+        try:
+            with _quiet():
+                model, transform = open_clip.create_model_from_pretrained(name, **options)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"encoder {self.name} could not be loaded ({type(error).__name__}: {reason}); without a network, save the model's files in a folder "
+                f"and give weights={_LOCAL}FOLDER"
+            ) from error
+        model.eval().requires_grad_(False)
+        return model, transform
+
+    def _checked_architecture(self, open_clip: Any) -> str:
+        known = open_clip.list_models()
+        if self.architecture not in known:
+            close = difflib.get_close_matches(str(self.architecture), known, n=3, cutoff=0.4)
+            raise InputError(f"open_clip knows no architecture {self.architecture!r}; close: {', '.join(close) or 'none'}")
+        return str(self.architecture)
+
+    def _checked_tag(self, open_clip: Any, architecture: str) -> str:
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        if self.weights not in tags:
+            raise InputError(
+                f"open_clip knows no weights {self.weights!r} of {architecture}; it knows {', '.join(tags) or 'none'}, a file, {_LOCAL} or {_HUB}"
+            )
+        return self.weights
+
+    @property
+    def model(self) -> Any:
+        """The open_clip model itself, frozen."""
+        return self._loaded[0]
+
+    @cached_property
+    def preprocessing(self) -> dict[str, Any]:
+        """size (h, w), mean, std, interpolation, resize_mode, as open_clip applies them."""
+        cfg = self.model.visual.preprocess_cfg
+        size = cfg["size"]
+        return {
+            "size": [size, size] if isinstance(size, int) else [int(side) for side in size],
+            "mean": [float(v) for v in cfg["mean"]],
+            "std": [float(v) for v in cfg["std"]],
+            "interpolation": cfg["interpolation"],
+            "resize_mode": cfg["resize_mode"],
+        }
+
+    @cached_property
+    def dim(self) -> int:
+        """Width of the embeddings."""
+        import torch
+
+        height, width = self.preprocessing["size"]
+        with torch.inference_mode():
+            return int(self.model.encode_image(torch.zeros(1, 3, height, width, device=self._device)).shape[1])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Over the weights' names, types, shapes and values, and the preprocessing."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return fingerprint({"weights": digest.hexdigest(), "preprocessing": self.preprocessing})
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments that build this encoder again."""
+        return {"architecture": self.architecture, "weights": self.weights, "preprocess": self._preprocess}
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    # --- encoding -----------------------------------------------------------------------------------------------------
+
+    def encode_images(self, images: Sequence[np.ndarray], *, fixed_batch: bool = False) -> np.ndarray:
+        """(h, w, 3) uint8 RGB images -> (n, d) float32 unit vectors, preprocessed by open_clip's own transform."""
+        import torch
+        from PIL import Image
+
+        model, transform = self._loaded
+        parts = []
+        for start in range(0, len(images), self.batch_size):
+            chunk = [transform(Image.fromarray(image)) for image in images[start : start + self.batch_size]]
+            n = len(chunk)
+            if fixed_batch:
+                chunk += [chunk[-1]] * (self.batch_size - n)
+            with torch.inference_mode():
+                vectors = model.encode_image(torch.stack(chunk).to(self._device), normalize=True)
+            parts.append(vectors[:n].float().cpu().numpy())
+        return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
+
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(n, 3, h, w) float in [0, 1] -> (n, d) unit vectors, differentiable with respect to the pixels.
+
+        Resizing is torch's with antialiasing; it differs from that of `encode_images` (Pillow's, on 8-bit values) by
+        rounding.
+        """
+        import torch
+        from torch.nn import functional
+
+        settings = self.preprocessing
+        height, width = settings["size"]
+        rows, columns = pixels.shape[2:]
+        if settings["resize_mode"] == "squash":
+            new = (height, width)
+        else:
+            pick = max if settings["resize_mode"] == "shortest" else min
+            scale = pick(height / rows, width / columns)
+            new = (max(1, round(rows * scale)), max(1, round(columns * scale)))
+        if new != (rows, columns):
+            pixels = functional.interpolate(pixels, new, mode=settings["interpolation"], antialias=True).clamp(0, 1)
+        spare_y, spare_x = new[0] - height, new[1] - width
+        if spare_y < 0 or spare_x < 0:
+            left, top = max(0, -spare_x) // 2, max(0, -spare_y) // 2
+            pixels = functional.pad(pixels, (left, max(0, -spare_x) - left, top, max(0, -spare_y) - top))
+        top, left = round(max(0, spare_y) / 2), round(max(0, spare_x) / 2)
+        pixels = pixels[:, :, top : top + height, left : left + width]
+        mean = torch.tensor(settings["mean"], device=pixels.device).view(1, 3, 1, 1)
+        std = torch.tensor(settings["std"], device=pixels.device).view(1, 3, 1, 1)
+        return self.model.encode_image((pixels - mean) / std, normalize=True)
+
+    def encode_texts(self, texts: list[str]) -> np.ndarray:
+        """(n, d) float32 unit vectors.
+
+        Raises:
+            InputError: the model's tokenizer is not at hand.
+        """
+        import torch
+
+        tokens = self._tokenizer(list(texts))
+        with torch.inference_mode():
+            return self.model.encode_text(tokens.to(self._device), normalize=True).float().cpu().numpy()
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        import open_clip
+
+        if self._folder is not None:
+            name = f"{_LOCAL}{self._folder}"
+        else:
+            name = self.weights if self.weights.startswith(_HUB) else str(self.architecture)
+        try:
+            with _quiet():
+                return open_clip.get_tokenizer(name)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"the tokenizer of encoder {self.name} could not be loaded ({reason}); put its files beside the weights and give weights={_LOCAL}FOLDER"
+            ) from error
+
+
+def _checked_preprocess(given: Mapping[str, Any]) -> dict[str, Any]:
+    unknown, missing = set(given) - set(_PREPROCESS_FIELDS), set(_PREPROCESS_FIELDS) - set(given)
+    if unknown or missing:
+        raise InputError(
+            f"encoder.preprocess must have {', '.join(_PREPROCESS_FIELDS)}; missing: {', '.join(sorted(missing)) or 'none'}, unknown: {', '.join(sorted(unknown)) or 'none'}"
+        )
+    return json.loads(json.dumps({key: list(value) if isinstance(value, (list, tuple)) else value for key, value in given.items()}))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip reports its progress through the root logger, and warns of what the caller checks anyway."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.setLevel(level)

@@ -1,0 +1,90 @@
+"""Pictures of a training run. The one file of this room that knows matplotlib; it draws without a display."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from matplotlib.figure import Figure
+
+_UNSAFE, _SAFE, _GREY = "#b3362b", "#2b6cb3", "#777777"
+
+
+@dataclass(frozen=True)
+class PicturedPair:
+    """A pair to look at.
+
+    Attributes:
+        title: a few words.
+        original: (h, w, 3) uint8 RGB, the unsafe image.
+        counterfactual: its twin, of the same size.
+        scores: of the two.
+    """
+
+    title: str
+    original: np.ndarray
+    counterfactual: np.ndarray
+    scores: tuple[float, float]
+
+
+def pairs(shown: list[PicturedPair], threshold: float, path: Path) -> None:
+    """Unsafe image, counterfactual and difference side by side, with both scores; wrong decisions are marked."""
+    if not shown:
+        _note("No pair to show: no counterfactual was accepted, or the source holds embeddings only.", path)
+        return
+    columns = 2 if len(shown) > 1 else 1
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(6.4 * columns, 2.45 * rows), layout="constrained")
+    axes = figure.subplots(rows, 3 * columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for i, pair in enumerate(shown):
+        row, column = divmod(i, columns)
+        original, twin = _fit(pair.original), _fit(pair.counterfactual)
+        difference = np.abs(original.astype(int) - twin.astype(int)).max(axis=2)
+        trio = axes[row, 3 * column : 3 * column + 3]
+        trio[0].imshow(original)
+        trio[1].imshow(twin)
+        trio[2].imshow(difference, cmap="magma", vmin=0, vmax=255)
+        unsafe, safe = pair.scores
+        trio[0].set_title(f"unsafe: {unsafe:.2f} {'flagged' if unsafe >= threshold else 'MISSED'}", fontsize=9, color=_UNSAFE)
+        trio[1].set_title(f"twin: {safe:.2f} {'WRONGLY FLAGGED' if safe >= threshold else 'passed'}", fontsize=9, color=_SAFE)
+        trio[2].set_title(pair.title, fontsize=8, color=_GREY)
+    figure.suptitle(f"Test pairs: unsafe image, counterfactual, difference. Flagged when score >= {threshold:.2f}", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def learning(curve: list[dict[str, Any]], best_epoch: int, path: Path) -> None:
+    """Training and validation loss by epoch, and which epoch was kept."""
+    if not curve:
+        _note("Nothing was trained: the head is as it was built.", path)
+        return
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    epochs = [point["epoch"] + 1 for point in curve]
+    axis.plot(epochs, [point["train_loss"] for point in curve], color=_SAFE, label="training")
+    axis.plot(epochs, [point["validation_loss"] for point in curve], color=_UNSAFE, label="validation")
+    axis.axvline(best_epoch + 1, color=_GREY, linestyle=":", label=f"kept: epoch {best_epoch + 1}")
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("loss")
+    axis.set_yscale("log")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def _fit(image: np.ndarray, longest: int = 320) -> np.ndarray:
+    scale = longest / max(image.shape[:2])
+    if scale >= 1:
+        return image
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def _note(text: str, path: Path) -> None:
+    figure = Figure(figsize=(6, 1.2))
+    figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=9, wrap=True)
+    figure.savefig(path, dpi=110)

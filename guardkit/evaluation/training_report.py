@@ -1,0 +1,194 @@
+"""What a training run says of its guard: metrics.json, predictions.parquet, pairs.png, learning.png, a short table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from guardkit import __version__
+from guardkit.artifacts import written
+from guardkit.data.datamodule import GuardDataModule, TestSet
+from guardkit.evaluation import plots
+from guardkit.metrics import (
+    always_unsafe_f1,
+    by_category,
+    by_group,
+    classification_metrics,
+    edited_vs_original_auroc,
+    pair_metrics,
+)
+from guardkit.module import Fitted
+from guardkit.schema import Record
+
+N_PICTURED_PAIRS = 8
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scores on the test set.
+
+    Attributes:
+        test: what was scored.
+        scores: (n, 1 + k) probabilities of its images.
+        twin_scores: (p, 1 + k) those of the counterfactuals.
+        category_names: of the k columns.
+    """
+
+    test: TestSet
+    scores: np.ndarray
+    twin_scores: np.ndarray
+    category_names: tuple[str, ...]
+
+
+def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int) -> tuple[dict[str, Any], Measured]:
+    """All figures of metrics.json but the timing.
+
+    Returns:
+        The figures, and the scores they come from.
+    """
+    guard, test = fitted.guard, data.test_set()
+    scores = guard.probabilities(test.embeddings)
+    twins = guard.probabilities(test.twins) if len(test.twins) else np.zeros((0, scores.shape[1]))
+    labels = np.array([record.label for record in test.records])
+    decision = scores[:, 0]
+    overall = classification_metrics(labels, decision, guard.threshold)
+    figures = {
+        **overall,
+        "by_category": by_category(labels, decision, [record.category for record in test.records], guard.threshold),
+        "by_source": by_group(labels, decision, [record.source for record in test.records], guard.threshold),
+    }
+    paired = pair_metrics(decision[test.pair_rows], twins[:, 0], guard.threshold)
+    pair_sources = np.array([test.records[row].source for row in test.pair_rows])
+    pairs: dict[str, Any] = {
+        **paired,
+        "made_by": test.pairs_made_by,
+        "by_source": {
+            str(name): pair_metrics(decision[test.pair_rows][pair_sources == name], twins[pair_sources == name, 0], guard.threshold)
+            for name in sorted(set(pair_sources))
+        },
+    }
+    if not paired["n"]:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in data.other_edits.rejected.items())
+        pairs["reason"] = f"no counterfactual of a test image was accepted ({reasons or 'no unsafe test image'})"
+    original, edited = data.probe()
+    trace = edited_vs_original_auroc(original, edited)
+    metrics: dict[str, Any] = {
+        "experiment": experiment,
+        "seed": seed,
+        "n_unsafe": len(data.unsafe_train) + len(data.unsafe_validation),
+        "n_safe": len(data.safe_train) + len(data.safe_validation),
+        "n_counterfactuals": data.n_counterfactuals,
+        "n_validation": {"unsafe": len(data.unsafe_validation), "safe": len(data.safe_validation)},
+        "inputs": {"given": data.loaded.given, "rejected": [{"id": r.id, "reason": r.reason} for r in data.loaded.rejected]},
+        "test": figures,
+        "pairs": pairs,
+        "always_unsafe": {"f1": always_unsafe_f1(labels)},
+        "edits": data.edits.as_dict(),
+        "edited_vs_original_auroc": trace,
+        "best_epoch": fitted.best_epoch,
+        "operating_points": guard.operating_points,
+        "fingerprints": {
+            "encoder": guard.encoder.fingerprint,
+            "policy": guard.policy.digest,
+            "source": data.source.fingerprint,
+            "editor": data.pipeline.editor.config,
+            "verifier": data.pipeline.verifier.config,
+            "guardkit": __version__,
+        },
+    }
+    if trace is None:
+        metrics["edited_vs_original_auroc_reason"] = (
+            f"needs 10 null edits of training images, editor={data.pipeline.editor.name} gave {len(original)}"
+        )
+    return metrics, Measured(test, scores, twins, guard.policy.category_names)
+
+
+def write_predictions(path: Path, measured: Measured) -> None:
+    """One row per test image and per counterfactual of a test pair."""
+    test = measured.test
+    pair_of = {int(row): test.records[row].id for row in test.pair_rows}
+    rows: list[tuple[Record, str, int, str | None, np.ndarray]] = [
+        (record, record.id, record.label, pair_of.get(i), measured.scores[i]) for i, record in enumerate(test.records)
+    ]
+    for row, scores in zip(test.pair_rows, measured.twin_scores, strict=True):
+        record = test.records[row]
+        rows.append((record, f"{record.id}#counterfactual", 0, record.id, scores))
+    table = pa.table(
+        {
+            "id": [one[1] for one in rows],
+            "label": pa.array([one[2] for one in rows], pa.int8()),
+            "category": pa.array([one[0].category for one in rows], pa.string()),
+            "source": [one[0].source for one in rows],
+            "pair_id": pa.array([one[3] for one in rows], pa.string()),
+            "is_counterfactual": [one[1].endswith("#counterfactual") for one in rows],
+            "score": [float(one[4][0]) for one in rows],
+            **{f"score_{name}": [float(one[4][1 + i]) for one in rows] for i, name in enumerate(measured.category_names)},
+        }
+    )
+    with written(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def write_pictures(folder: Path, fitted: Fitted, data: GuardDataModule, measured: Measured) -> None:
+    """pairs.png and learning.png."""
+    with written(folder / "learning.png") as temporary:
+        plots.learning(fitted.curve, fitted.best_epoch, temporary)
+    shown = _pictured_pairs(data, measured)
+    with written(folder / "pairs.png") as temporary:
+        plots.pairs(shown, fitted.guard.threshold, temporary)
+
+
+def summary_table(metrics: dict[str, Any]) -> str:
+    """The main numbers in a few lines."""
+    test, pairs, edits = metrics["test"], metrics["pairs"], metrics["edits"]
+    rows = [
+        ("labelled unsafe images", metrics["n_unsafe"]),
+        ("natural safe images", metrics["n_safe"]),
+        ("counterfactuals", metrics["n_counterfactuals"]),
+        ("edits rejected", f"{edits['requested'] - edits['accepted']} of {edits['requested']}"),
+        (f"pair accuracy (n={pairs['n']})", pairs["pair_accuracy"]),
+        ("ranking accuracy", pairs["ranking_accuracy"]),
+        (f"test AUROC (n={test['n']})", test["auroc"]),
+        ("test F1", test["f1"]),
+        ("F1 of flagging everything", metrics["always_unsafe"]["f1"]),
+        ("edited-versus-original AUROC", metrics["edited_vs_original_auroc"]),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{metrics['experiment']}, seed {metrics['seed']}"]
+    for name, value in rows:
+        text = "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+        lines.append(f"  {name:<{width}}  {text}")
+    return "\n".join(lines)
+
+
+def _pictured_pairs(data: GuardDataModule, measured: Measured) -> list[plots.PicturedPair]:
+    """Test pairs spread over categories and sources."""
+    test = measured.test
+    chosen: list[int] = []
+    seen: set[tuple[str | None, str]] = set()
+    for i, row in enumerate(test.pair_rows):
+        key = (test.records[row].category, test.records[row].source)
+        if key not in seen and test.records[row].content is not None:
+            seen.add(key)
+            chosen.append(i)
+    rest = [i for i in range(len(test.pair_rows)) if i not in set(chosen)]
+    shown = []
+    for i in [*chosen, *rest][:N_PICTURED_PAIRS]:
+        record = test.records[test.pair_rows[i]]
+        twin = data.twin_of(record)
+        if record.content is None or twin is None:
+            continue
+        shown.append(
+            plots.PicturedPair(
+                title=f"{record.category or 'unsafe'} · {record.source}",
+                original=record.content.load(),
+                counterfactual=twin.load(),
+                scores=(float(measured.scores[test.pair_rows[i], 0]), float(measured.twin_scores[i, 0])),
+            )
+        )
+    return shown

@@ -1,0 +1,155 @@
+"""Heads: from (n, d) embeddings to (n, 1 + k) logits: the decision first, then one per category of the policy.
+
+A head knows no encoder and no image. `build` makes a new one for an encoder and a policy; `HEADS` names them for
+saved guards.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from guardkit.policy import Policy
+from guardkit.schema import InputError
+
+
+class EncodesTexts(Protocol):
+    """What a head needs to know of an encoder."""
+
+    dim: int
+
+    def encode_texts(self, texts: list[str]) -> np.ndarray:
+        """(n, d) float32 unit vectors."""
+        ...
+
+
+class Head(nn.Module):
+    """Interface of all heads.
+
+    Attributes:
+        kind: its name in `HEADS`.
+        settings: keyword arguments that rebuild it, in plain JSON types; weights are loaded into it afterwards.
+    """
+
+    kind: str
+    settings: dict[str, Any]
+
+
+class LinearHead(Head):
+    """A linear probe.
+
+    Args:
+        dim: d, width of the embeddings.
+        n_categories: k.
+    """
+
+    kind = "linear"
+
+    def __init__(self, dim: int, n_categories: int) -> None:
+        super().__init__()
+        self.settings = {"dim": dim, "n_categories": n_categories}
+        self.linear = nn.Linear(dim, 1 + n_categories)
+        # a start at zero is the same for every seed, and the loss is convex
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    @classmethod
+    def build(cls, encoder: EncodesTexts, policy: Policy) -> LinearHead:
+        """A new head for this encoder and policy."""
+        return cls(encoder.dim, len(policy.categories))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(n, d) -> (n, 1 + k) logits."""
+        # unit vectors have coordinates of size d ** -0.5: brought to size 1, the learning rate suits any width
+        return self.linear(embeddings * embeddings.shape[1] ** 0.5)
+
+
+class MLPHead(Head):
+    """One hidden layer.
+
+    Args:
+        dim: d, width of the embeddings.
+        n_categories: k.
+        hidden: width of the hidden layer.
+        dropout: share of hidden units dropped in training, in [0, 1).
+    """
+
+    kind = "mlp"
+
+    def __init__(self, dim: int, n_categories: int, *, hidden: int = 256, dropout: float = 0.1) -> None:
+        super().__init__()
+        if hidden < 1 or not 0 <= dropout < 1:
+            raise InputError(f"head=mlp needs hidden >= 1 and dropout in [0, 1), got hidden={hidden}, dropout={dropout}")
+        self.settings = {"dim": dim, "n_categories": n_categories, "hidden": hidden, "dropout": dropout}
+        self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 1 + n_categories))
+
+    @classmethod
+    def build(cls, encoder: EncodesTexts, policy: Policy, *, hidden: int = 256, dropout: float = 0.1) -> MLPHead:
+        """A new head for this encoder and policy."""
+        return cls(encoder.dim, len(policy.categories), hidden=hidden, dropout=dropout)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(n, d) -> (n, 1 + k) logits."""
+        return self.layers(embeddings * embeddings.shape[1] ** 0.5)
+
+
+class PromptHead(Head):
+    """Learned class vectors compared with the image by cosine, started from the policy's texts.
+
+    Each text of the policy is one vector, on the unsafe side of a category or on the safe side. The decision is the
+    log-odds of a softmax over all of them, unsafe against safe; a category's logit compares its own unsafe vectors
+    with all safe ones. Untrained it is zero-shot classification (CLIP, Radford et al., 2021, section 3.1); with one
+    vector a side it is Q16 (Schramowski et al., 2022, section 4).
+
+    Args:
+        dim: d, width of the embeddings.
+        n_categories: k.
+        n_prompts: m, number of vectors.
+        scale: of the cosine before the softmax, at the start (CLIP's own is 100).
+    """
+
+    kind = "prompt"
+
+    def __init__(self, dim: int, n_categories: int, *, n_prompts: int, scale: float = 30.0) -> None:
+        super().__init__()
+        if scale <= 0:
+            raise InputError(f"head=prompt needs scale > 0, got {scale}")
+        self.settings = {"dim": dim, "n_categories": n_categories, "n_prompts": n_prompts, "scale": scale}
+        self.prompts = nn.Parameter(torch.zeros(n_prompts, dim))
+        self.log_scale = nn.Parameter(torch.tensor(float(scale)).log())
+        self.bias = nn.Parameter(torch.zeros(1 + n_categories))
+        self.members: Tensor
+        self.register_buffer("members", torch.zeros(2 + n_categories, n_prompts, dtype=torch.bool))
+
+    @classmethod
+    def build(cls, encoder: EncodesTexts, policy: Policy, *, scale: float = 30.0) -> PromptHead:
+        """A head whose vectors are the policy's texts, encoded."""
+        k = len(policy.categories)
+        texts: list[str] = list(policy.safe_texts)
+        rows: list[int] = [1] * len(texts)  # row 0: all unsafe texts; row 1: all safe ones; row 2 + i: category i's unsafe ones
+        for i, category in enumerate(policy.categories):
+            texts += [*category.unsafe_texts, *category.safe_texts]
+            rows += [2 + i] * len(category.unsafe_texts) + [1] * len(category.safe_texts)
+        head = cls(encoder.dim, k, n_prompts=len(texts), scale=scale)
+        row = torch.tensor(rows)
+        for i in range(2 + k):
+            head.members[i] = row == i
+        head.members[0] = row >= 2
+        with torch.no_grad():
+            head.prompts.copy_(torch.from_numpy(encoder.encode_texts(texts)))
+        return head
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(n, d) -> (n, 1 + k) logits."""
+        cosine = embeddings @ functional.normalize(self.prompts, dim=1).T
+        logits = self.log_scale.exp() * cosine
+        side = logits[:, None, :].masked_fill(~self.members, float("-inf")).logsumexp(dim=2)  # (n, 2 + k)
+        against_safe = side - side[:, 1:2]
+        return torch.cat([against_safe[:, :1], against_safe[:, 2:]], dim=1) + self.bias
+
+
+HEADS: dict[str, type[LinearHead] | type[MLPHead] | type[PromptHead]] = {head.kind: head for head in (LinearHead, MLPHead, PromptHead)}

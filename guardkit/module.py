@@ -1,0 +1,189 @@
+"""Training: `GuardModule` is what Lightning runs, `fit` turns a data module and a head into a `GuardClassifier`."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from guardkit.classifier import GuardClassifier
+from guardkit.data.datamodule import Batch, GuardDataModule
+from guardkit.encoders.base import Encoder
+from guardkit.heads import Head
+from guardkit.losses import category_loss, decision_loss, pair_loss
+from guardkit.metrics import operating_points
+from guardkit.policy import Policy
+from guardkit.schema import InputError
+
+DEFAULT_THRESHOLD = 0.5
+
+
+class GuardModule(L.LightningModule):
+    """A head under training.
+
+    Args:
+        head: (n, d) -> (n, 1 + k) logits.
+        optimizer: makes an optimizer from parameters.
+        prevalence: share of unsafe images to train for, in (0, 1); classes are weighted to it.
+        pair_weight: of the pair loss beside cross-entropy; 0 leaves it out.
+        pair_margin: between twins, in logits.
+        category_weight: of the category loss.
+    Raises:
+        InputError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        optimizer: Callable[[Iterator[torch.nn.Parameter]], torch.optim.Optimizer],
+        *,
+        prevalence: float = 0.5,
+        pair_weight: float = 1.0,
+        pair_margin: float = 1.0,
+        category_weight: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if not 0 < prevalence < 1:
+            raise InputError(f"loss.prevalence must lie in (0, 1), got {prevalence}")
+        for name, value in (("pair_weight", pair_weight), ("pair_margin", pair_margin), ("category_weight", category_weight)):
+            if value < 0:
+                raise InputError(f"loss.{name} must be at least 0, got {value}")
+        self.head = head
+        self._optimizer = optimizer
+        self.prevalence, self.pair_weight, self.pair_margin, self.category_weight = prevalence, pair_weight, pair_margin, category_weight
+        self.curve: list[dict[str, float]] = []
+        self._epoch_losses: list[float] = []
+        self.best_state: dict[str, Tensor] | None = None
+        self.best_loss = float("inf")
+        self.best_epoch = -1
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Decision, category and pair loss of a batch."""
+        logits = self.head(batch["embeddings"])
+        decision = logits[:, 0]
+        total = decision_loss(decision, batch["labels"], self.prevalence)
+        if self.category_weight:
+            total = total + self.category_weight * category_loss(logits[:, 1:], batch["targets"])
+        if self.pair_weight:
+            pairs = pair_loss(decision[batch["unsafe_rows"]], decision[batch["twin_rows"]], self.pair_margin)
+            total = total + self.pair_weight * pairs
+        return total
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:  # noqa: ARG002
+        """Lightning's: one batch's loss."""
+        loss = self.loss(batch)
+        self._epoch_losses.append(float(loss.detach()))
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["labels"]))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:  # noqa: ARG002
+        """Lightning's: the loss on all validation images; the head with the smallest is kept."""
+        loss = float(self.loss(batch))
+        self.log("validation_loss", loss, batch_size=len(batch["labels"]))
+        train = float(np.mean(self._epoch_losses)) if self._epoch_losses else float("nan")
+        self.curve.append({"epoch": self.current_epoch, "train_loss": train, "validation_loss": loss})
+        self._epoch_losses.clear()
+        if loss < self.best_loss:
+            self.best_loss, self.best_epoch = loss, self.current_epoch
+            self.best_state = {name: value.clone() for name, value in self.head.state_dict().items()}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Lightning's: the optimizer over the head's parameters."""
+        return self._optimizer(self.head.parameters())
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit` returns.
+
+    Attributes:
+        guard: the trained classifier, thresholds chosen.
+        curve: epoch, train_loss and validation_loss at every validation.
+        best_epoch: of the head that was kept; -1 when nothing was trained.
+        seconds: that fitting took, waiting for edits included.
+    """
+
+    guard: GuardClassifier
+    curve: list[dict[str, float]]
+    best_epoch: int
+    seconds: float
+
+
+def fit(
+    module: GuardModule,
+    data: GuardDataModule,
+    trainer: L.Trainer,
+    *,
+    encoder: Encoder,
+    policy: Policy,
+    threshold: float | str = DEFAULT_THRESHOLD,
+) -> Fitted:
+    """Trains a head and chooses thresholds on the validation images, which count in the label budget.
+
+    Args:
+        module: the head with its losses.
+        data: the labelled embeddings.
+        trainer: Lightning's; with `max_epochs=0` the head stays as it is (zero-shot).
+        encoder: that made the embeddings; it is named in the guard.
+        policy: that the guard enforces.
+        threshold: a number in [0, 1], or the name of an operating point.
+    Raises:
+        InputError: an unknown operating point, or no negative to train against.
+    """
+    started = time.perf_counter()
+    data.setup("fit")
+    if trainer.max_epochs:
+        with quiet_lightning():
+            trainer.fit(module, datamodule=data)
+        data.check_negatives()
+    head = module.head.cpu().eval()
+    if module.best_state is not None:
+        head.load_state_dict(module.best_state)
+    batch = data.validation_batch()
+    guard = GuardClassifier(
+        head, encoder, policy, threshold=DEFAULT_THRESHOLD, training={"prevalence": module.prevalence, "n_unsafe": len(data.unsafe_train)}
+    )
+    points = operating_points(batch["labels"].numpy(), guard.score_embeddings(batch["embeddings"].numpy()))
+    guard.operating_points = points
+    guard.threshold = choose_threshold(threshold, points)
+    return Fitted(guard, module.curve, module.best_epoch, time.perf_counter() - started)
+
+
+def choose_threshold(threshold: float | str, points: dict[str, dict]) -> float:
+    """The number itself, or that of the named operating point.
+
+    Raises:
+        InputError: a number outside [0, 1], or a name that is not among the points.
+    """
+    if isinstance(threshold, str):
+        if threshold not in points:
+            known = ", ".join(points) or "none, because validation images of both classes are missing"
+            raise InputError(f"threshold must be a number in [0, 1] or an operating point ({known}), got {threshold!r}")
+        return float(points[threshold]["threshold"])
+    if not 0 <= threshold <= 1:
+        raise InputError(f"threshold must lie in [0, 1], got {threshold}")
+    return float(threshold)
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Lightning advises on data loader workers and logging intervals, which do not apply to embeddings in memory."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,62 @@
+"""Progress: a bar with rate and time left on a terminal, a log line every 30 s elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from lightning.pytorch.callbacks import Callback
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+LOG_EVERY_S = 30.0
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], *, total: int | None, what: str) -> Iterator[T]:
+    """Passes items through and tells how far it is.
+
+    Args:
+        items: what is worked on.
+        total: how many there will be, if known.
+        what: is being done, for instance "embedding images".
+    """
+    if sys.stderr.isatty():
+        yield from tqdm(items, total=total, desc=what)
+        return
+    started = last = time.monotonic()
+    for n, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= LOG_EVERY_S:
+            last = now
+            rate = n / (now - started)
+            left = f", {(total - n) / rate:.0f} s left" if total else ""
+            log.info("%s: %d%s, %.1f/s%s", what, n, f" of {total}" if total else "", rate, left)
+
+
+class EpochProgress(Callback):
+    """Lightning's training in the same manner: epochs, rate, time left."""
+
+    def __init__(self) -> None:
+        self._epochs: Iterator[Any] | None = None
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
+        """Starts counting epochs."""
+        self._epochs = progress(range(trainer.max_epochs), total=trainer.max_epochs, what="training epochs")
+        next(self._epochs, None)
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
+        """Counts one."""
+        if self._epochs is not None:
+            next(self._epochs, None)
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
+        """Takes the bar away."""
+        close = getattr(self._epochs, "close", None)
+        if close:
+            close()

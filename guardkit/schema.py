@@ -1,0 +1,89 @@
+"""The values that rooms hand to each other: records, contents, decisions, errors. Knows no model and no file format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+UNSAFE, SAFE = 1, 0
+
+Region = tuple[float, float, float, float]
+"""x_min, y_min, x_max, y_max as fractions of width and height."""
+
+
+class InputError(ValueError):
+    """What a user gave cannot be used. The message is one line: what came, what was expected, what to do."""
+
+
+class ImageError(InputError):
+    """An image cannot be read; the message is the reason."""
+
+
+class Content(Protocol):
+    """Pixels that are not read yet."""
+
+    @property
+    def key(self) -> str:
+        """A hash of everything that determines the pixels (a file's bytes, a scene's description)."""
+        ...
+
+    def load(self) -> np.ndarray:
+        """(h, w, 3) uint8 RGB. Raises ImageError with the reason when there is no image to be had."""
+        ...
+
+
+@dataclass(frozen=True)
+class Record:
+    """One labelled image of a source.
+
+    Attributes:
+        id: unique within the source, for instance the file's path below the source's root.
+        label: 1 = unsafe, 0 = safe.
+        category: the policy's category it violates (or, when safe, looks like); None when unknown or none.
+        source: where it comes from; metrics are also given by source.
+        group: records of one group never straddle a split (a pair, near-duplicates).
+        content: its pixels; None when only an embedding is known.
+        region: where the unsafe feature is, if known.
+        caption: what it shows, in words; may be empty.
+        embedding: (d,) float32 unit vector, when the source holds embeddings instead of images.
+    """
+
+    id: str
+    label: int
+    category: str | None
+    source: str
+    group: str
+    content: Content | None
+    region: Region | None = None
+    caption: str = ""
+    embedding: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """An input that could not be used, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a guard says of one image.
+
+    Attributes:
+        label: 1 = flagged as unsafe (score >= threshold), 0 = not; None when the image could not be read.
+        score: probability of unsafe in [0, 1]; NaN when the image could not be read.
+        categories: probability per category of the policy, in [0, 1].
+        threshold: the threshold that was applied.
+        error: why there is no score; None when there is one.
+    """
+
+    label: int | None
+    score: float
+    threshold: float
+    categories: Mapping[str, float] = field(default_factory=dict)
+    error: str | None = None

@@ -1,0 +1,23 @@
+"""Trains one guard: python -m guardkit.train experiment=pairs_aug"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig, OmegaConf
+
+from guardkit._hydra import main, output_dir
+
+
+@main("train")
+def train(cfg: DictConfig) -> None:
+    """Builds what the configuration names, trains, measures, and prints where the result is."""
+    # heavy libraries are imported here, so that --help answers at once
+    from guardkit.training import run
+
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    report = run(cfg, settings, output_dir())
+    print(report.table)
+    print(report.folder)
+
+
+if __name__ == "__main__":
+    train()

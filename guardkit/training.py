@@ -1,0 +1,175 @@
+"""One training run from a composed configuration to a folder of results. Entry points and the sweep both come here."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from guardkit.artifacts import write_json
+from guardkit.counterfactual.pipeline import CounterfactualPipeline
+from guardkit.data.datamodule import GuardDataModule
+from guardkit.embeddings import EmbeddingStore, write_embedding_folder
+from guardkit.encoders.base import Encoder
+from guardkit.evaluation.training_report import measure, summary_table, write_pictures, write_predictions
+from guardkit.module import GuardModule, fit, quiet_lightning
+from guardkit.policy import Policy
+from guardkit.progress import EpochProgress
+from guardkit.schema import InputError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run leaves: its folder, the figures of metrics.json, and a table to print."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    table: str
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a configuration builds before training: shared by `train` and everything that trains many times."""
+
+    policy: Policy
+    encoder: Encoder
+    store: EmbeddingStore
+    pipeline: CounterfactualPipeline
+    data: GuardDataModule
+
+
+def build(cfg: DictConfig) -> Parts:
+    """Builds policy, encoder, stores, editor and data module.
+
+    Raises:
+        InputError: a wrong value, named with what is allowed.
+    """
+    policy, cache_dir = _policy(cfg), _cache_dir(cfg)
+    encoder: Encoder = _make(cfg.encoder)
+    store = EmbeddingStore(encoder, cache_dir)
+    pipeline = CounterfactualPipeline(
+        policy,
+        _make(cfg.instructor),
+        _make(cfg.editor),
+        _make(cfg.verifier),
+        cache_dir=cache_dir,
+        batch_size=cfg.edit_batch_size,
+    )
+    source = _make(cfg.source, policy=policy)
+    data: GuardDataModule = _make(cfg.data, source=source, policy=policy, store=store, pipeline=pipeline, seed=cfg.seed)
+    return Parts(policy, encoder, store, pipeline, data)
+
+
+def run(cfg: DictConfig, settings: Any, folder: Path) -> Report:
+    """Trains and measures one guard and writes everything the contract promises of `train` into `folder`.
+
+    Args:
+        cfg: composed from conf/train.yaml.
+        settings: the same in plain values, for loggers.
+        folder: exists; results are written under their name only when complete.
+    """
+    started = time.perf_counter()
+    if not isinstance(cfg.seed, int) or cfg.seed < 0:
+        raise InputError(f"seed must be a whole number of at least 0, got {cfg.seed!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(cfg.seed)
+    parts = build(cfg)
+    try:
+        parts.data.setup("fit")
+        head = _make(cfg.head, encoder=parts.encoder, policy=parts.policy)
+        module = GuardModule(head, instantiate(cfg.optimizer), **_plain(cfg.loss))
+        logger = _make(cfg.logger, save_dir=str(folder))
+        callbacks: list[L.Callback] = [
+            EpochProgress(),
+            L.pytorch.callbacks.EarlyStopping("validation_loss", patience=cfg.early_stopping_patience),
+            L.pytorch.callbacks.ModelCheckpoint(
+                dirpath=folder / "checkpoints", monitor="validation_loss", save_last=False, filename="best"
+            ),
+        ]
+        with quiet_lightning():
+            trainer: L.Trainer = _make(cfg.trainer, logger=logger, callbacks=callbacks)
+        fitted = fit(module, parts.data, trainer, encoder=parts.encoder, policy=parts.policy, threshold=cfg.threshold)
+        metrics, measured = measure(fitted, parts.data, experiment=cfg.experiment_name, seed=cfg.seed)
+        fitted.guard.training = {
+            "prevalence": module.prevalence,
+            "experiment": cfg.experiment_name,
+            "seed": cfg.seed,
+            **{key: metrics[key] for key in ("n_unsafe", "n_safe", "n_counterfactuals")},
+        }
+        fitted.guard.metrics = {key: metrics[key] for key in ("test", "pairs", "always_unsafe")}
+        fitted.guard.save_pretrained(folder / "guard")
+        write_predictions(folder / "predictions.parquet", measured)
+        write_pictures(folder, fitted, parts.data, measured)
+        metrics["timing_s"] = {
+            "total": time.perf_counter() - started,
+            "encode": parts.store.seconds,
+            "edit": parts.data.edits.seconds + parts.data.other_edits.seconds,
+            "fit": fitted.seconds,
+        }
+        logger.log_hyperparams(settings)
+        logger.log_metrics(_scalars({key: metrics[key] for key in ("test", "pairs")}), step=len(fitted.curve))
+        logger.finalize("success")
+        write_json(folder / "metrics.json", metrics)
+    finally:
+        parts.data.close()
+    return Report(folder, metrics, summary_table(metrics))
+
+
+def embed_source(cfg: DictConfig, folder: Path) -> dict[str, int]:
+    """Embeds every image of a source, test images included, into an embedding folder.
+
+    Args:
+        cfg: composed from conf/embed.yaml.
+        folder: written to.
+    Returns:
+        given, written and rejected; given is the sum of the others.
+    """
+    for name in ("limit", "shard_size"):
+        value = cfg[name]
+        if not (isinstance(value, int) and value >= 1) and not (name == "limit" and value is None):
+            raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+    policy = _policy(cfg)
+    loaded = _make(cfg.source, policy=policy).load()
+    records = [*loaded.train, *(loaded.test or [])]
+    if any(record.content is None for record in records):
+        raise InputError("source=embeddings holds embeddings already; choose a source of images")
+    store = EmbeddingStore(_make(cfg.encoder), _cache_dir(cfg))
+    return write_embedding_folder(records[: cfg.limit], store, folder, rejected=loaded.rejected, shard_size=cfg.shard_size)
+
+
+def _make(cfg: DictConfig, **objects: Any) -> Any:
+    """Builds what a group names. Objects are passed by hand because Hydra would turn a dataclass into a configuration."""
+    return instantiate(cfg, _partial_=True, _convert_="all")(**objects)
+
+
+def _policy(cfg: DictConfig) -> Policy:
+    """The user's own file where one is named, else the chosen one of conf/policy."""
+    return Policy.from_dict(_plain(cfg.policy)) if cfg.policy_file is None else Policy.load(Path(str(cfg.policy_file)).expanduser())
+
+
+def _cache_dir(cfg: DictConfig) -> Path | None:
+    return None if cfg.cache_dir is None else Path(str(cfg.cache_dir)).expanduser()
+
+
+def _plain(cfg: DictConfig) -> Any:
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+def _scalars(value: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(item, dict):
+            flat |= _scalars(item, f"{name}/")
+        elif isinstance(item, (int, float)):
+            flat[name] = float(item)
+    return flat

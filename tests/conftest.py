@@ -1,0 +1,72 @@
+"""Shared fixtures: composed configurations, a cache of the session's own, drawn photographs, a tiny encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keeps the tests' embeddings and edits out of the user's cache."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("GUARDKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def compose():
+    """compose("train", "experiment=unpaired", ...) -> DictConfig, as the entry point would see it."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from guardkit._hydra import CONF_DIR, default_cache_dir
+
+    OmegaConf.register_new_resolver("default_cache_dir", default_cache_dir, replace=True)
+
+    def run(name: str, *overrides: str):
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            return hydra_compose(name, list(overrides))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train(compose, tmp_path_factory):
+    """train("experiment=...", ...) -> Report of a small real run."""
+    from guardkit.training import run
+
+    def start(*overrides: str, folder: Path | None = None):
+        cfg = compose("train", "source.n_train=120", "source.n_test=27", "data.n_unsafe=24", "trainer.max_epochs=60", *overrides)
+        return run(cfg, {}, folder or tmp_path_factory.mktemp("run"))
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def scenes_policy():
+    from guardkit import Policy
+
+    return Policy.load(ROOT / "conf/policy/scenes.yaml")
+
+
+@pytest.fixture(scope="session")
+def scenes_encoder():
+    from guardkit.encoders.open_clip import OpenClipEncoder
+
+    return OpenClipEncoder(None, "guardkit:scenes_clip", batch_size=16)
+
+
+def picture(seed: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
+    """A smooth random picture that a perceptual hash can tell from others; size is (width, height)."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return small.resize(size, Image.Resampling.BICUBIC)

@@ -1,0 +1,126 @@
+"""GuardClassifier: decides over anything image-like, survives bad input, and notices a changed byte."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+
+from guardkit import GuardClassifier
+from guardkit.encoders.open_clip import OpenClipEncoder
+from guardkit.heads import LinearHead
+from guardkit.images import encode_png
+from guardkit.scenes.content import SceneContent
+from guardkit.scenes.world import ScenePool
+from guardkit.schema import InputError
+
+
+@pytest.fixture(scope="module")
+def guard(scenes_encoder, scenes_policy):
+    torch.manual_seed(0)
+    head = LinearHead.build(scenes_encoder, scenes_policy)
+    torch.nn.init.normal_(head.linear.weight, std=0.1)
+    return GuardClassifier(head, scenes_encoder, scenes_policy, threshold=0.4, training={"n_unsafe": 3})
+
+
+@pytest.fixture
+def folder(guard, tmp_path):
+    return guard.save_pretrained(tmp_path / "guard")
+
+
+def test_predict_takes_anything_and_never_stops(guard, tmp_path):
+    from PIL import Image
+
+    image = SceneContent(ScenePool().scene(1, 0)).load()
+    path = tmp_path / "a.png"
+    path.write_bytes(encode_png(image))
+    decisions = guard.predict([str(path), path, Image.fromarray(image), encode_png(image), image, b"rubbish", tmp_path / "none.jpg"])
+    scores = [decision.score for decision in decisions[:5]]
+    assert max(scores) - min(scores) < 1e-6
+    for decision in decisions[:5]:
+        assert decision.label == int(decision.score >= 0.4)
+        assert decision.threshold == 0.4
+        assert tuple(decision.categories) == guard.policy.category_names
+        assert decision.error is None
+    for decision, reason in zip(decisions[5:], ["not an image", "does not exist"], strict=True):
+        assert decision.label is None
+        assert math.isnan(decision.score)
+        assert reason in decision.error
+    assert len(guard.predict(path)) == 1
+    assert guard.predict([]) == []
+    assert guard.predict(image, threshold=0.0)[0].label == 1
+
+
+def test_many_images_go_through_in_batches(guard):
+    images = [np.asarray(picture(seed)) for seed in range(40)]
+    one_by_one = [guard.predict(image)[0].score for image in images]
+    assert [decision.score for decision in guard.predict(iter(images))] == pytest.approx(one_by_one, abs=1e-5)
+
+
+def test_score_embeddings_checks_its_input(guard):
+    assert guard.score_embeddings(np.eye(256, dtype=np.float32)[:4]).shape == (4,)
+    with pytest.raises(ValueError, match=r"must be \(n, 256\).*got shape \(2, 9\)"):
+        guard.score_embeddings(np.ones((2, 9)))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        guard.score_embeddings(np.full((1, 256), np.nan))
+    with pytest.raises(ValueError, match=r"threshold must lie in \[0, 1\]"):
+        guard.predict([], threshold=2)
+
+
+def test_saving_and_loading_keeps_every_score(guard, folder):
+    loaded = GuardClassifier.from_pretrained(folder)
+    embeddings = torch.nn.functional.normalize(torch.randn(9, 256), dim=1).numpy()
+    np.testing.assert_array_equal(loaded.probabilities(embeddings), guard.probabilities(embeddings))
+    assert (loaded.threshold, loaded.policy, loaded.training) == (guard.threshold, guard.policy, guard.training)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "policy.yaml", "README.md"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["encoder"]["config"]["weights"] == "guardkit:scenes_clip"
+    assert "/" not in config["encoder"]["config"]["weights"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "policy.yaml"])
+def test_one_changed_byte_is_noticed(folder, name):
+    data = bytearray((folder / name).read_bytes())
+    # a letter in the middle of a word, or a bit of a weight
+    at = data.index(b"scenes") + 2 if name != "model.safetensors" else len(data) - 5
+    data[at] ^= 1
+    (folder / name).write_bytes(bytes(data))
+    with pytest.raises(InputError, match=rf"{name}.*(does not match|not a guard)"):
+        GuardClassifier.from_pretrained(folder)
+
+
+def test_missing_pieces_are_named(folder, tmp_path):
+    with pytest.raises(InputError, match="does not exist; give the folder"):
+        GuardClassifier.from_pretrained(tmp_path / "nowhere" / "deep")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model.safetensors is missing or damaged"):
+        GuardClassifier.from_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config.json is not a guard's configuration"):
+        GuardClassifier.from_pretrained(folder)
+
+
+def test_another_encoder_is_refused_and_both_are_named(folder, scenes_encoder, tmp_path):
+    from guardkit.encoders.open_clip import shipped
+
+    other = tmp_path / "other_clip"
+    shutil.copytree(shipped("scenes_clip"), other)
+    config = json.loads((other / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["mean"] = [0.4, 0.4, 0.4]
+    (other / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as caught:
+        GuardClassifier.from_pretrained(folder, encoder=OpenClipEncoder(None, f"local-dir:{other}"))
+    assert "guardkit:scenes_clip" in str(caught.value)
+    assert str(other) in str(caught.value)
+    assert GuardClassifier.from_pretrained(folder, encoder=scenes_encoder).encoder is scenes_encoder
+
+
+def test_the_hub_is_asked_for_ids_only(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="neither a folder here nor a guard on the Hub"):
+        GuardClassifier.from_pretrained("nobody/no-such-guard")

@@ -1,0 +1,102 @@
+"""What a user types: help that answers at once, one readable line and status 2 for a wrong value, a wheel that runs anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def call(module, *arguments, cwd=ROOT, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", f"guardkit.{module}", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | environment,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("module", ["train", "embed"])
+def test_help_lists_groups_and_loads_nothing_heavy(module):
+    done = call(module, "--help")
+    assert done.returncode == 0
+    assert "encoder: open_clip, scenes_clip" in done.stdout
+    code = f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_module('guardkit.{module}', run_name='__main__')\nexcept SystemExit: pass\nprint([m for m in ('torch', 'lightning', 'open_clip') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert out.stdout.rstrip().endswith("[]")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["experiment=pears"], r"Could not find 'experiment/pears'.*pairs_aug"),
+        (["data.n_unsave=3"], r"n_unsave"),
+        (["data.n_unsafe=few"], r"data.n_unsafe must be a whole number of at least 2, got 'few'"),
+        (["source=folder", "source.root=/no/such/folder", "policy=handled_objects"], r"source.root /no/such/folder is not there"),
+        (["source=folder"], r"source.root"),
+    ],
+)
+def test_wrong_value_is_one_line_and_status_2(arguments, message, tmp_path):
+    done = call("train", f"output_dir={tmp_path}", *arguments)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert lines[-1].startswith("error: ")
+    assert re.search(message, lines[-1]), lines[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_unwritable_output_folder(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = call("train", f"output_dir={tmp_path / 'file' / 'run'}")
+    assert done.returncode == 2
+    assert re.search(r"error: .*file.*output_dir", done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_wheel_runs_from_any_folder(tmp_path):
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT)],
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    target = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)], check=True)
+    assert (target / "guardkit/_conf/train.yaml").is_file()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = call(
+        "train", "experiment=pairs_aug", "source.n_test=9", "data.n_unsafe=16", "trainer.max_epochs=10", cwd=empty, PYTHONPATH=str(target),
+        GUARDKIT_CACHE=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = empty / done.stdout.strip().splitlines()[-1]
+    assert json.loads((folder / "metrics.json").read_text())["n_unsafe"] == 16
+    where = subprocess.run(
+        [sys.executable, "-c", "import guardkit; print(guardkit.__file__)"],
+        capture_output=True,
+        text=True,
+        cwd=empty,
+        env=os.environ | {"PYTHONPATH": str(target)},
+    )
+    assert str(target) in where.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_run(path, tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert any(cell.get("outputs") for cell in notebook.cells)

@@ -1,0 +1,177 @@
+"""Editors, and the pipeline with its store: nothing made twice, every try counted, nothing wrong let through."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import picture
+
+from guardkit.counterfactual.instructor import TemplateInstructor
+from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
+from guardkit.counterfactual.verifier import NoVerifier
+from guardkit.editors.base import EditRequest, EditResult
+from guardkit.editors.inpaint import InpaintEditor
+from guardkit.editors.none import NoEditor
+from guardkit.editors.scenes import ScenesEditor
+from guardkit.images import ArrayContent
+from guardkit.scenes.content import SceneContent
+from guardkit.scenes.world import ScenePool
+from guardkit.schema import InputError, Record
+
+
+def unsafe_scene(i):
+    scene = ScenePool().scene(1, i)
+    return Record(scene.name, 1, scene.category, "scenes_photo", str(scene.key), SceneContent(scene), caption=scene.caption)
+
+
+def photograph(seed=0, region=(0.3, 0.3, 0.6, 0.6)):
+    return Record(f"{seed}.png", 1, "hate", "folder", str(seed), ArrayContent(np.asarray(picture(seed, (120, 90)))), region)
+
+
+class CountingEditor:
+    """Returns what it is told to, and remembers what it was asked."""
+
+    name = "counting"
+
+    def __init__(self, answer):
+        self.config, self.answer, self.asked = {"editor": "counting"}, answer, []
+
+    def edit(self, requests):
+        self.asked += [request.seed for request in requests]
+        return [self.answer(request) for request in requests]
+
+
+def pipeline(policy, editor, cache_dir=None, **options):
+    return CounterfactualPipeline(policy, TemplateInstructor(), editor, NoVerifier(), cache_dir=cache_dir, **options)
+
+
+def darker(request):
+    return EditResult(request.content.load() // 2)
+
+
+def test_inpaint_changes_the_region_and_nothing_else():
+    record = photograph()
+    original = record.content.load()
+    (result,) = InpaintEditor().edit([EditRequest(record.content, "remove it", record.region, 0)])
+    height, width = original.shape[:2]
+    inside = np.zeros((height, width), bool)
+    inside[int(0.3 * height) : int(0.6 * height), int(0.3 * width) : int(0.6 * width)] = True
+    difference = np.abs(result.image.astype(int) - original.astype(int)).max(axis=2)
+    assert difference[inside].mean() > 5
+    near = np.zeros_like(inside)
+    near[int(0.3 * height) - 6 : int(0.6 * height) + 7, int(0.3 * width) - 6 : int(0.6 * width) + 7] = True
+    assert difference[~near].max() == 0
+
+
+def test_null_inpaint_happens_beside_the_region():
+    record = photograph()
+    original = record.content.load()
+    (result,) = InpaintEditor().edit([EditRequest(record.content, "nothing", record.region, 5, "null")])
+    difference = np.abs(result.image.astype(int) - original.astype(int)).max(axis=2)
+    height, width = original.shape[:2]
+    assert difference.max() > 0
+    assert difference[int(0.35 * height) : int(0.55 * height), int(0.35 * width) : int(0.55 * width)].max() == 0
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (photograph(region=None), "no region"),
+        (photograph(region=(0.0, 0.0, 1.0, 1.0)), "region covers more than 85% of the image"),
+    ],
+)
+def test_inpaint_rejects_with_a_reason(record, reason):
+    (result,) = InpaintEditor().edit([EditRequest(record.content, "remove it", record.region, 0)])
+    assert result.image is None
+    assert result.reason.startswith(reason)
+
+
+def test_wrong_inpaint_settings_are_named():
+    with pytest.raises(InputError, match=r"editor.method must be one of telea, navier_stokes, got 'magic'"):
+        InpaintEditor(method="magic")
+    with pytest.raises(InputError, match="radius >= 1"):
+        InpaintEditor(radius=0)
+
+
+def test_scenes_editor_edits_scenes_only():
+    scene = unsafe_scene(3)
+    photo = photograph()
+    exact, null, foreign = ScenesEditor().edit(
+        [
+            EditRequest(scene.content, "", None, 0),
+            EditRequest(scene.content, "", None, 0, "null"),
+            EditRequest(photo.content, "", photo.region, 0),
+        ]
+    )
+    np.testing.assert_array_equal(exact.image, SceneContent(scene.content.scene.counterfactual(0)).load())
+    np.testing.assert_array_equal(null.image, SceneContent(scene.content.scene.null_edit(0)).load())
+    assert "not a drawn scene" in foreign.reason
+
+
+def test_a_second_run_edits_nothing(scenes_policy, tmp_path):
+    records = [photograph(seed) for seed in range(5)]
+    first = CountingEditor(darker)
+    made = pipeline(scenes_policy, first, tmp_path, batch_size=2).make(records, [0] * 5)
+    second, counts = CountingEditor(darker), EditCounts()
+    found = pipeline(scenes_policy, second, tmp_path, batch_size=3).make(records, [0] * 5, counts=counts)
+    assert len(first.asked) == 5
+    assert second.asked == []
+    assert (counts.requested, counts.accepted, counts.cache_hits) == (5, 5, 5)
+    for one, other in zip(made, found, strict=True):
+        assert one.key == other.key
+        np.testing.assert_array_equal(one.load(), other.load())
+
+
+def test_what_changes_an_edit_is_in_its_key(scenes_policy, tmp_path):
+    """Another seed, kind, region, image, editor or policy is another try."""
+    from dataclasses import replace
+
+    base, editor = photograph(), CountingEditor(darker)
+    here = pipeline(scenes_policy, editor, tmp_path)
+    keys = [here.make([base], [0])[0].key, here.make([base], [1])[0].key, here.make([base], [0], "null")[0].key]
+    keys += [here.make([replace(base, region=(0, 0, 0.5, 0.5))], [0])[0].key, here.make([photograph(9)], [0])[0].key]
+    other = CountingEditor(darker)
+    other.config = {"editor": "another"}
+    keys.append(pipeline(scenes_policy, other, tmp_path).make([base], [0])[0].key)
+    keys.append(pipeline(replace(scenes_policy, description="changed"), editor, tmp_path).make([base], [0])[0].key)
+    assert len(set(keys)) == 7
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda request: EditResult(request.content.load()), "editor changed nothing"),
+        (lambda request: EditResult(request.content.load()[:10]), "editor changed the size from 120x90 to 120x10"),
+        (lambda request: EditResult(np.zeros_like(request.content.load())), "editor returned a blank image"),
+        (lambda request: EditResult(request.content.load().astype(np.float32) * np.nan), "editor returned float32"),
+        (lambda _: EditResult(None, "refused"), "refused"),
+    ],
+)
+def test_wrong_edits_are_rejected_counted_and_stored(scenes_policy, tmp_path, answer, reason):
+    editor, counts = CountingEditor(answer), EditCounts()
+    for _ in range(2):
+        (tried,) = pipeline(scenes_policy, editor, tmp_path).make([photograph()], [0], counts=counts)
+        assert not tried.accepted
+        assert tried.verdict.reason.startswith(reason)
+    assert len(editor.asked) == 1  # a rejection is not tried again
+    assert counts.requested == 2 == sum(counts.rejected.values())
+    assert counts.cache_hits == 1
+
+
+def test_no_editor_rejects_everything(scenes_policy):
+    (tried,) = pipeline(scenes_policy, NoEditor()).make([photograph()], [0])
+    assert "editor=none edits nothing" in tried.verdict.reason
+
+
+def test_records_without_pixels_are_counted(scenes_policy):
+    counts = EditCounts()
+    bare = Record("x", 1, None, "embeddings", "x", None, embedding=np.ones(3, np.float32))
+    assert pipeline(scenes_policy, NoEditor()).make([bare], [0], counts=counts) == [None]
+    assert counts.as_dict()["rejected"] == {"no image: the source holds embeddings only": 1}
+
+
+def test_instruction_comes_from_the_policy(scenes_policy):
+    record = unsafe_scene(0)
+    text = TemplateInstructor().instruct(record, scenes_policy)
+    assert scenes_policy[record.category].edit in text
+    assert record.caption in text

@@ -1,0 +1,222 @@
+"""Stores and folders of embeddings: nothing encoded twice, whole after a kill, readable by others, refusing what does not fit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, picture
+
+from guardkit.artifacts import KeyValueStore, fingerprint, write_json, written
+from guardkit.data.sources.embeddings import EmbeddingsSource
+from guardkit.embeddings import EmbeddingStore, read_embedding_folder, write_embedding_folder
+from guardkit.images import ArrayContent, FileContent
+from guardkit.schema import ImageError, InputError, Record
+
+
+class CountingEncoder:
+    """A quick encoder: the normalised mean colours of a coarse grid; counts what it encodes."""
+
+    name, batch_size, dim = "counting", 4, 12
+    fingerprint = fingerprint("counting")
+    config: dict = {"name": "counting"}
+    preprocessing: dict = {}
+
+    def __init__(self, pause=0.0):
+        self.n, self.pause = 0, pause
+
+    def encode_images(self, images, *, fixed_batch=False):
+        time.sleep(self.pause)
+        self.n += len(images)
+        vectors = np.stack(
+            [
+                np.array(
+                    [image[::2, ::2].mean((0, 1)), image[1::2, ::2].mean((0, 1)), image[::3].mean((0, 1)), image[:, ::3].mean((0, 1))]
+                ).ravel()
+                for image in images
+            ]
+        )
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+CONTENTS = [ArrayContent(np.asarray(picture(seed))) for seed in range(11)]
+
+
+def records(n=11, **changes):
+    return [replace(Record(f"{i}.png", i % 2, None, "test", str(i), CONTENTS[i], caption=f"picture {i}"), **changes) for i in range(n)]
+
+
+def test_nothing_is_encoded_twice(tmp_path):
+    first = CountingEncoder()
+    vectors = EmbeddingStore(first, tmp_path).embed([*CONTENTS, CONTENTS[3], CONTENTS[3]])
+    assert first.n == 11
+    np.testing.assert_array_equal(vectors[11], vectors[3])
+    second = EmbeddingStore(CountingEncoder(), tmp_path)
+    np.testing.assert_array_equal(second.embed(CONTENTS[::-1]), vectors[10::-1])
+    assert (second.encoder.n, second.n_found, second.n_encoded) == (0, 11, 0)
+
+
+@pytest.mark.parametrize("cold", [[], [2, 5, 7], list(range(11))])
+def test_cold_warm_and_partly_warm_agree_to_the_bit(scenes_encoder, tmp_path, cold):
+    store = EmbeddingStore(scenes_encoder, tmp_path)
+    if cold:
+        store.embed([CONTENTS[i] for i in cold])
+    np.testing.assert_array_equal(store.embed(CONTENTS), EmbeddingStore(scenes_encoder, None).embed(CONTENTS))
+
+
+def _embed_all(folder):
+    EmbeddingStore(CountingEncoder(pause=0.01), Path(folder)).embed(CONTENTS)
+
+
+def test_several_processes_may_write_at_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_embed_all, args=(str(tmp_path),)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    store = EmbeddingStore(CountingEncoder(), tmp_path)
+    np.testing.assert_array_equal(store.embed(CONTENTS), EmbeddingStore(CountingEncoder(), None).embed(CONTENTS))
+    assert store.encoder.n == 0
+
+
+def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
+    code = f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT)!r}]; import test_embeddings as t; from pathlib import Path; print('go', flush=True); t.EmbeddingStore(t.CountingEncoder(pause=0.25), Path({str(tmp_path)!r})).embed(t.CONTENTS)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    time.sleep(0.45)  # in the second of three chunks
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    store = EmbeddingStore(CountingEncoder(), tmp_path)
+    vectors = store.embed(CONTENTS)
+    assert 0 < store.encoder.n < 11
+    np.testing.assert_array_equal(vectors, EmbeddingStore(CountingEncoder(), None).embed(CONTENTS))
+
+
+def test_a_damaged_store_says_so(tmp_path):
+    (tmp_path / "edits.sqlite").write_bytes(b"this is no database, but long enough to be taken for one" * 20)
+    with pytest.raises(InputError, match="cannot be used as a store .*delete it"):
+        KeyValueStore(tmp_path / "edits.sqlite", {"a": 1})
+    KeyValueStore(tmp_path / "other.sqlite", {"a": 1})
+    with pytest.raises(InputError, match=r'holds results for \{"a": 1\}, not for \{"a": 2\}'):
+        KeyValueStore(tmp_path / "other.sqlite", {"a": 2})
+
+
+def test_a_value_once_stored_stays(tmp_path):
+    store = KeyValueStore(tmp_path / "s.sqlite", {})
+    store.put({"a": b"1", "b": b"2"})
+    store.put({"a": b"3"})
+    assert store.get(["a", "b", "c"]) == {"a": b"1", "b": b"2"}
+    assert len(store) == 2
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path):
+    def fail():
+        with written(tmp_path / "a.json") as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="not JSON compliant|Out of range"):
+        write_json(tmp_path / "b.json", {"x": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_images_and_bad_encoders_are_named(tmp_path):
+    store = EmbeddingStore(CountingEncoder(), None)
+    with pytest.raises(ImageError, match="does not exist"):
+        store.embed([FileContent(tmp_path / "none.png")])
+    broken = CountingEncoder()
+    broken.encode_images = lambda images, fixed_batch: np.full((len(images), 12), np.nan, np.float32)
+    with pytest.raises(InputError, match="encoder counting returned embeddings that are not finite unit vectors"):
+        EmbeddingStore(broken, None).embed(CONTENTS)
+
+
+def test_folder_round_trip_and_layout(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    bad = Record("text.png", 0, None, "test", "x", FileContent(tmp_path / "text.png"))
+    given = [*records(6), bad, *records(11)[6:]]
+    counts = write_embedding_folder(given, EmbeddingStore(CountingEncoder(), None), tmp_path / "out", shard_size=5)
+    assert counts == {"given": 12, "written": 11, "rejected": 1}
+    array = np.load(tmp_path / "out/img_emb/img_emb_0.npy")
+    assert array.dtype == np.float16
+    table = pq.read_table(tmp_path / "out/metadata/metadata_0.parquet")
+    assert len(table) == len(array) == 5
+    assert {"image_path", "label", "category", "caption"} <= set(table.column_names)
+    assert pq.read_table(tmp_path / "out/rejected.parquet").to_pylist() == [{"id": "text.png", "reason": "not an image of a known type"}]
+    vectors, metadata, manifest = read_embedding_folder(tmp_path / "out")
+    np.testing.assert_allclose(vectors, EmbeddingStore(CountingEncoder(), None).embed(CONTENTS), atol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    assert metadata.column("image_path").to_pylist() == [f"{i}.png" for i in range(11)]
+    assert manifest["encoder_fingerprint"] == CountingEncoder.fingerprint
+    other = CountingEncoder()
+    other.fingerprint = "f" * 64
+    with pytest.raises(InputError, match="holds embeddings of another encoder"):
+        write_embedding_folder(records(), EmbeddingStore(other, None), tmp_path / "out")
+
+
+def foreign_folder(folder, vectors, table):
+    """As clip-retrieval writes it: no manifest, zero-padded numbers, vectors that need not be unit length."""
+    (folder / "img_emb").mkdir(parents=True)
+    (folder / "metadata").mkdir()
+    np.save(folder / "img_emb/img_emb_00.npy", vectors)
+    pq.write_table(pa.table(table), folder / "metadata/metadata_00.parquet")
+    return folder
+
+
+def test_a_folder_that_another_tool_wrote(tmp_path, scenes_policy):
+    vectors = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float16)
+    table = {"image_path": ["a", "b", "c", "d"], "verdict": ["safe", "unsafe", "safe", "unsafe"], "kind": [None, "hate", None, None]}
+    folder = foreign_folder(tmp_path / "f", vectors, table)
+    loaded = EmbeddingsSource(scenes_policy, str(folder), label_column="verdict", category_column="kind").load()
+    assert [(record.id, record.label, record.category) for record in loaded.train] == [
+        ("a", 0, None),
+        ("b", 1, "hate"),
+        ("c", 0, None),
+        ("d", 1, None),
+    ]
+    assert loaded.encoder_fingerprint is None
+    with pytest.raises(InputError, match="has no column 'label' in its metadata; it has image_path, verdict, kind"):
+        EmbeddingsSource(scenes_policy, str(folder)).load()
+
+
+@pytest.mark.parametrize(
+    ("vectors", "labels", "message"),
+    [
+        (np.full((2, 3), np.nan), ["safe", "unsafe"], "row 0 is not a finite vector .2 such rows"),
+        (np.ones((3, 3)), ["safe", "unsafe"], "its metadata 2 rows"),
+        (np.ones((2, 3)), ["safe", "maybe"], "row 2 has label 'maybe'"),
+    ],
+)
+def test_folders_that_do_not_fit_are_refused(tmp_path, scenes_policy, vectors, labels, message):
+    folder = foreign_folder(tmp_path / "f", vectors, {"image_path": ["a", "b"], "label": labels})
+    with pytest.raises(InputError, match=message):
+        EmbeddingsSource(scenes_policy, str(folder)).load()
+    with pytest.raises(InputError, match="is no embedding folder"):
+        read_embedding_folder(tmp_path)
+
+
+def test_embeddings_of_another_encoder_are_not_trained_on(compose, tmp_path):
+    from guardkit.training import run
+
+    write_embedding_folder(records(), EmbeddingStore(CountingEncoder(), None), tmp_path / "emb")
+    manifest = json.loads((tmp_path / "emb/manifest.json").read_text())
+    assert manifest["dim"] == 12
+    cfg = compose("train", "experiment=unpaired", "source=embeddings", f"source.root={tmp_path / 'emb'}")
+    with pytest.raises(InputError, match=r"12-d embeddings of encoder .*guardkit:scenes_clip .256-d"):
+        run(cfg, {}, tmp_path / "run")

@@ -1,0 +1,186 @@
+"""Encoders: every way to name weights, against open_clip called by hand; differentiable; refusing to guess."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+from PIL import Image
+from safetensors.torch import save_file
+
+from guardkit.encoders.open_clip import OpenClipEncoder, shipped
+from guardkit.schema import InputError
+
+IMAGES = [np.asarray(picture(seed, size)) for seed, size in enumerate([(90, 70), (64, 128), (300, 200)])]
+SIGLIP = {"size": [224, 224], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+OPENAI = {
+    "size": [224, 224],
+    "mean": [0.48145466, 0.4578275, 0.40821073],
+    "std": [0.26862954, 0.26130258, 0.27577711],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
+
+
+def by_hand(model, transform, images):
+    with torch.inference_mode():
+        vectors = model.encode_image(torch.stack([transform(Image.fromarray(image)) for image in images]))
+    return torch.nn.functional.normalize(vectors, dim=-1).numpy()
+
+
+def write_hub_folder(folder, architecture, preprocess, half=False):
+    """Random weights in the files that a model on the Hub has; returns the model."""
+    import open_clip
+
+    torch.manual_seed(0)
+    model = open_clip.create_model(architecture, pretrained=None, force_preprocess_cfg=preprocess).eval()
+    folder.mkdir(parents=True)
+    state = {name: (value.half() if half else value).contiguous().clone() for name, value in model.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")
+    config = {"model_cfg": open_clip.get_model_config(architecture), "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "preprocess"), [("ViT-B-32", OPENAI), ("ViT-L-14-quickgelu", OPENAI), ("ViT-B-16-SigLIP2", SIGLIP)]
+)
+def test_real_architectures_load_from_hub_layouts_and_agree_with_open_clip(tmp_path, monkeypatch, architecture, preprocess):
+    import open_clip
+
+    snapshot = tmp_path / "hub/models--someone--model/snapshots/abc"
+    model = write_hub_folder(snapshot, architecture, preprocess, half=architecture.startswith("ViT-L"))
+    refs = tmp_path / "hub/models--someone--model/refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    model.load_state_dict(model.half().float().state_dict() if architecture.startswith("ViT-L") else model.state_dict())
+    transform = open_clip.image_transform_v2(
+        open_clip.transform.PreprocessCfg(**{**preprocess, "size": tuple(preprocess["size"])}), is_train=False
+    )
+    expected = by_hand(model, transform, IMAGES[:2])
+    del model
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    weights = str(snapshot / "open_clip_model.safetensors")
+    ways = [(None, f"local-dir:{snapshot}", None), (architecture, weights, preprocess)]
+    if architecture == "ViT-B-32":
+        ways.append((None, "hf-hub:someone/model", None))
+    prints = set()
+    for name, where, stated in ways:
+        encoder = OpenClipEncoder(name, where, preprocess=stated, device="cpu", batch_size=4)
+        np.testing.assert_allclose(encoder.encode_images(IMAGES[:2]), expected, atol=2e-6)
+        assert encoder.preprocessing == preprocess
+        prints.add(encoder.fingerprint)
+        del encoder
+    assert len(prints) == 1  # the same weights and preprocessing are the same encoder, wherever they lay
+
+
+def test_the_shipped_encoder_agrees_with_open_clip(scenes_encoder):
+    import open_clip
+
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{shipped('scenes_clip')}")
+    np.testing.assert_allclose(scenes_encoder.encode_images(IMAGES), by_hand(model.eval(), transform, IMAGES), atol=1e-6)
+    texts = ["a pistol", "a hair dryer"]
+    with torch.inference_mode():
+        expected = model.encode_text(open_clip.get_tokenizer(f"local-dir:{shipped('scenes_clip')}")(texts), normalize=True).numpy()
+    np.testing.assert_allclose(scenes_encoder.encode_texts(texts), expected, atol=1e-6)
+    assert scenes_encoder.dim == 256
+
+
+def test_the_shipped_encoder_knows_its_world(scenes_encoder):
+    """A small sample of what its model card measures: text matching tells an object from its look-alike."""
+    from guardkit.scenes.content import SceneContent
+    from guardkit.scenes.world import ScenePool
+
+    scenes = [ScenePool("test", seed=9).scene(1, i) for i in range(60)]
+    twins = [scene.counterfactual() for scene in scenes]
+    images = scenes_encoder.encode_images([SceneContent(scene).load() for scene in scenes])
+    own = (images * scenes_encoder.encode_texts([scene.words for scene in scenes])).sum(axis=1)
+    rival = (images * scenes_encoder.encode_texts([twin.words for twin in twins])).sum(axis=1)
+    assert (own > rival).mean() > 0.85
+
+
+def test_pixels_are_differentiable_and_agree_with_images(scenes_encoder):
+    from guardkit.scenes.content import SceneContent
+    from guardkit.scenes.world import ScenePool
+
+    for image in (SceneContent(ScenePool().scene(1, 0)).load(), IMAGES[0], IMAGES[1]):
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float().div(255).requires_grad_()
+        vector = scenes_encoder.encode_pixels(pixels)
+        assert (vector.detach().numpy() @ scenes_encoder.encode_images([image]).T).item() > 0.999
+        vector[0, 0].backward()
+        assert torch.isfinite(pixels.grad).all()
+        assert pixels.grad.abs().sum() > 0
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in scenes_encoder.model.parameters())
+
+
+def test_a_vector_does_not_depend_on_its_neighbours(scenes_encoder):
+    images = [np.asarray(picture(seed)) for seed in range(20)]
+    alone = [scenes_encoder.encode_images([image], fixed_batch=True)[0] for image in images]
+    np.testing.assert_array_equal(scenes_encoder.encode_images(images, fixed_batch=True), alone)
+    np.testing.assert_array_equal(scenes_encoder.encode_images(images[::-1], fixed_batch=True)[::-1], alone)
+
+
+def test_preprocessing_is_part_of_the_fingerprint(scenes_encoder, tmp_path):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(shipped("scenes_clip"), other)
+    same = OpenClipEncoder(None, f"local-dir:{other}")
+    assert same.fingerprint == scenes_encoder.fingerprint
+    config = json.loads((other / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["std"] = [0.3, 0.3, 0.3]
+    (other / "open_clip_config.json").write_text(json.dumps(config))
+    assert OpenClipEncoder(None, f"local-dir:{other}").fingerprint != scenes_encoder.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("architecture", "weights", "preprocess", "message"),
+    [
+        (None, "guardkit:nothing", None, "ships no model 'nothing'; it ships scenes_clip"),
+        (None, "local-dir:/nowhere", None, "/nowhere holds no open_clip_config.json"),
+        ("ViT-B-32", "guardkit:scenes_clip", None, "encoder.architecture must be null"),
+        ("ViT-B-32", "/nowhere/model.safetensors", OPENAI, "does not exist"),
+        ("ViT-B-32", "openai", OPENAI, "encoder.preprocess belongs to a bare weights file only"),
+        (None, "", None, "encoder.weights must be a pretrained tag"),
+    ],
+)
+def test_wrong_arguments_are_named_at_once(architecture, weights, preprocess, message):
+    with pytest.raises(InputError, match=message):
+        OpenClipEncoder(architecture, weights, preprocess=preprocess)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "weights", "message"),
+    [
+        ("ViT-B-33", "openai", "knows no architecture 'ViT-B-33'; close: .*ViT-B-32"),
+        ("ViT-B-32", "opnai", "knows no weights 'opnai' of ViT-B-32; it knows .*openai"),
+        (None, "hf-hub:nobody/no-such-model", "could not be loaded .*local-dir"),
+    ],
+)
+def test_what_open_clip_does_not_know_is_named_when_needed(architecture, weights, message):
+    encoder = OpenClipEncoder(architecture, weights)
+    with pytest.raises(InputError, match=message):
+        encoder.encode_images(IMAGES[:1])
+
+
+def test_a_bare_file_needs_its_preprocessing(tmp_path):
+    path = tmp_path / "siglip2.safetensors"
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match="a file does not say, and a wrong guess goes unnoticed"):
+        OpenClipEncoder("ViT-B-16-SigLIP2", str(path))
+    with pytest.raises(InputError, match="encoder.architecture is needed"):
+        OpenClipEncoder(None, str(path), preprocess=SIGLIP)
+    with pytest.raises(InputError, match="missing: resize_mode, std, unknown: sdt"):
+        OpenClipEncoder(
+            "ViT-B-16-SigLIP2", str(path), preprocess={"size": 224, "mean": [0.5] * 3, "sdt": [0.5] * 3, "interpolation": "bicubic"}
+        )
+
+
+def test_a_folder_without_weights_is_never_random(tmp_path):
+    (tmp_path / "open_clip_config.json").write_text((shipped("scenes_clip") / "open_clip_config.json").read_text())
+    with pytest.raises(InputError, match="holds no weights"):
+        OpenClipEncoder(None, f"local-dir:{tmp_path}")

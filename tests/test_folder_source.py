@@ -1,0 +1,232 @@
+"""FolderSource on folders that nobody vouches for: every input is a record or is rejected, and ids and groups hold."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from conftest import picture
+
+from guardkit.data.sources.folder import FolderSource
+from guardkit.policy import Policy
+from guardkit.schema import InputError
+
+GOOD = "g0.png,unsafe\ng1.png,safe\n"
+
+
+@pytest.fixture
+def policy():
+    names = ("weapons", "substances")
+    category = {"definition": "d", "covered": ["c"], "not_covered": ["n"], "edit": "e", "unsafe_texts": ["u"], "safe_texts": ["s"]}
+    return Policy.from_dict({"name": "p", "description": "d", "categories": [{"name": name, **category} for name in names]})
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Five different images, g0.png to g4.png."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(5):
+        picture(i).save(folder / f"g{i}.png")
+    return folder
+
+
+def load(policy, root, text=None, **options):
+    if text is not None:
+        (root / "metadata.csv").write_text(text, encoding="utf-8")
+    loaded = FolderSource(policy, str(root), **options).load()
+    assert loaded.given == len(loaded.train) + len(loaded.rejected)
+    assert len({record.id for record in loaded.train}) == len(loaded.train)
+    return loaded
+
+
+def reasons(loaded):
+    return {item.id: item.reason for item in loaded.rejected}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("../images/g2.png", "path outside the folder"),
+        ("sub/../../secret.png", "path outside the folder"),
+        ("/etc/hostname", "absolute path"),
+        ("a\0b.png", "not a usable path"),
+        ("x" * 5000 + ".png", "cannot be read"),
+        ("circle.png", "not a usable path"),
+        ("sub", "is a folder"),
+        ("pipe.png", "pipe or device"),
+        ("none.png", "does not exist"),
+    ],
+    ids=lambda value: value[:20].replace("\0", "0"),
+)
+def test_names_that_lead_nowhere_are_rejected(policy, root, name, reason):
+    (root / "sub").mkdir()
+    os.symlink("circle.png", root / "circle.png")
+    os.mkfifo(root / "pipe.png")
+    (rejected,) = load(policy, root, f"file_name,label\n{GOOD}{name},safe\n").rejected
+    assert reason in rejected.reason
+
+
+def test_one_file_spelled_twice_is_one_record(policy, root):
+    (root / "sub").mkdir()
+    loaded = load(policy, root, f"file_name,label\n{GOOD}g2.png,unsafe\n./g2.png,safe\nsub/../g1.png,safe\n")
+    assert [record.id for record in loaded.train] == ["g0.png", "g1.png"]
+    assert [(item.id, item.reason) for item in loaded.rejected] == [
+        ("g2.png", "listed as safe and as unsafe"),
+        ("g2.png", "listed as safe and as unsafe"),
+        ("g1.png", "duplicate row"),
+    ]
+
+
+def test_rows_that_disagree_are_told_from_rows_that_repeat(policy, root):
+    rows = "file_name,label,category\ng0.png,unsafe,weapons\ng1.png,safe,\ng1.png,safe,\ng0.png,unsafe,substances\n,safe,\n,unsafe,\n"
+    loaded = load(policy, root, rows)
+    assert [(record.id, record.category) for record in loaded.train] == [("g0.png", "weapons"), ("g1.png", None)]
+    assert reasons(loaded) == {
+        "g1.png": "duplicate row",
+        "g0.png": "duplicate row that says something else; the first counts",
+        "row 5": "no file name",
+        "row 6": "no file name",
+    }
+
+
+def test_groups_join_what_is_listed_together_and_what_looks_alike(policy, root):
+    picture(1).save(root / "copy_of_g1.jpg", quality=80)
+    rows = "file_name,label,group\ng0.png,unsafe,7\ng1.png,safe,7\ng2.png,safe,\ng3.png,unsafe,\ng4.png,safe,8\ncopy_of_g1.jpg,unsafe,9\n"
+    group = {record.id: record.group for record in load(policy, root, rows).train}
+    assert group == {
+        "g0.png": "g0.png",
+        "g1.png": "g0.png",
+        "copy_of_g1.jpg": "g0.png",
+        "g2.png": "g2.png",
+        "g3.png": "g3.png",
+        "g4.png": "g4.png",
+    }
+    unchecked = {record.id: record.group for record in load(policy, root, check_images=False).train}
+    assert unchecked == {**group, "copy_of_g1.jpg": "copy_of_g1.jpg"}
+
+
+@pytest.mark.parametrize("missing", ["", None])
+def test_missing_cells_do_not_make_a_group_or_a_box(policy, root, missing):
+    rows = [{"file_name": f"g{i}.png", "label": int(i < 2), "group": missing, "category": missing, "x_min": None} for i in range(4)]
+    rows = [{**row, "y_min": None, "x_max": None, "y_max": None} for row in rows]
+    rows[0] |= {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 1.0}
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = load(policy, root)
+    assert len({record.group for record in loaded.train}) == 4
+    assert [record.region for record in loaded.train] == [(0.1, 0.2, 0.5, 1.0), None, None, None]
+
+
+def test_nan_is_a_missing_cell(policy, root):
+    nan = float("nan")
+    table = pa.table({"file_name": ["g0.png", "g1.png"], "label": [1, 0], "group": [nan, nan], **{name: [0.1, nan] for name in ("x_min", "y_min")},
+                      **{name: [0.9, nan] for name in ("x_max", "y_max")}})  # fmt: skip
+    pa.parquet.write_table(table, root / "metadata.parquet")
+    loaded = load(policy, root)
+    assert [record.region for record in loaded.train] == [(0.1, 0.1, 0.9, 0.9), None]
+    assert len({record.group for record in loaded.train}) == 2
+
+
+@pytest.mark.parametrize("box", ["0.1,,,", "0.1,0.1,0.1,0.5", "0,0,1,1.01", "-0.1,0,1,1", "a,b,c,d", "inf,0,1,1"])
+def test_boxes_that_are_none_are_rejected(policy, root, box):
+    text = f"file_name,label,x_min,y_min,x_max,y_max\ng0.png,unsafe,0,0,1,1\ng1.png,safe,,,,\ng2.png,unsafe,{box}\n"
+    assert list(reasons(load(policy, root, text))) == ["g2.png"]
+
+
+def test_a_csv_is_read_as_text(policy, root):
+    first = "file_name,label,caption,weight\n" + "".join(f"none{i}.png,safe,,1\n" for i in range(3))
+    text = first + 'g0.png,unsafe,"two\nlines, one cell",heavy\ng1.png,0,x,\n'
+    (root / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    loaded = load(policy, root)
+    assert [(record.label, record.caption.split()[0]) for record in loaded.train] == [(1, "two"), (0, "x")]
+
+
+def test_a_safe_image_may_be_listed_with_a_category_of_another_policy(policy, root):
+    loaded = load(policy, root, "file_name,label,category\ng0.png,unsafe,weapons\ng1.png,safe,kitchen\ng2.png,safe,weapons\n")
+    assert [record.category for record in loaded.train] == ["weapons", None, "weapons"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file_name,label\n", "has no rows"),
+        ("", "cannot be read as a table"),
+        ("file_name,label\ng0.png,safe,1\n", "cannot be read as a table"),
+        ("file_name,label,label\ng0.png,safe,unsafe\n", "has the column 'label' more than once"),
+        ("file_name;label\ng0.png;safe\n", "lacks the column 'file_name'; it has file_name;label"),
+        ("file_name,label\ng0.png,\n", "row 1 has label None"),
+        (
+            "file_name,label\na.png,unsafe\nb.png,safe\n",
+            r"no readable unsafe image \(2 of 2 inputs were rejected, the first is a.png: file does not exist\)",
+        ),
+    ],
+)
+def test_unusable_metadata_is_one_line(policy, root, text, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load(policy, root, text)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_that_cannot_be_meant_are_refused(policy, root):
+    (root / "list.txt").write_text("file_name,label\n" + GOOD)
+    (root / "broken.parquet").write_bytes(b"PAR1 no parquet")
+    with pytest.raises(InputError, match=r"must be a .csv, .parquet or .jsonl"):
+        load(policy, root, metadata="list.txt")
+    with pytest.raises(InputError, match=r"broken.parquet cannot be read as a table"):
+        load(policy, root, metadata="broken.parquet")
+    with pytest.raises(InputError, match="are both given"):
+        FolderSource(policy, str(root), metadata="list.txt", categories={})
+    with pytest.raises(InputError, match=r"names the folder '\.\.'"):
+        FolderSource(policy, str(root), categories={"..": "weapons"})
+    with pytest.raises(InputError, match="category 'gambling' is not in policy 'p'"):
+        FolderSource(policy, str(root), categories={"cars": "gambling"})
+    with pytest.raises(InputError, match="is not a folder"):
+        FolderSource(policy, str(root / "g0.png"))
+
+
+def test_folders_account_for_every_file(policy, tmp_path):
+    for i, name in enumerate(["weapons/a.PNG", "weapons/deep/b.png", "safe/c.png", "beside.png", "safe/.hidden.png", "safe/.trash/d.png"]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(i).save(tmp_path / name)
+    for name in ("README.md", "LICENSE", "notes.txt", "safe/list.doc"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "safe/more").symlink_to(tmp_path / "weapons/deep")
+    (tmp_path / "safe/alias.png").symlink_to(tmp_path / "weapons/a.PNG")
+    picture(9).save(os.fsencode(tmp_path) + b"/safe/caf\xe9.png", "PNG")
+    loaded = load(policy, tmp_path)
+    assert {record.id for record in loaded.train} == {"weapons/a.PNG", "weapons/deep/b.png", "safe/c.png", "safe/alias.png"}
+    assert reasons(loaded) == {
+        "beside.png": "not in the folder of a class",
+        "notes.txt": "not an image: its name ends in .txt",
+        "safe/list.doc": "not an image: its name ends in .doc",
+        "safe/more": "link to a folder, which is not followed",
+        "safe/caf\\udce9.png": "its name is not valid UTF-8",
+    }
+    group = {record.id: record.group for record in loaded.train}
+    assert group["safe/alias.png"] == group["weapons/a.PNG"]
+
+
+def test_a_mapping_may_name_folders_by_number_and_says_what_it_calls_safe(policy, tmp_path, caplog):
+    for i, name in enumerate(["0", "1", "unsafe"]):
+        (tmp_path / name).mkdir()
+        picture(i).save(tmp_path / name / "a.png")
+    with caplog.at_level(logging.WARNING):
+        loaded = load(policy, tmp_path, categories={0: "weapons"})
+    assert {record.id: (record.label, record.category) for record in loaded.train} == {
+        "0/a.png": (1, "weapons"),
+        "1/a.png": (0, None),
+        "unsafe/a.png": (0, None),
+    }
+    assert "unsafe counts as safe, because source.categories does not list it" in caplog.text
+
+
+def test_an_unknown_folder_is_named_with_the_remedy(policy, tmp_path):
+    for name in ("safe", "automobile"):
+        (tmp_path / name).mkdir()
+        picture(1).save(tmp_path / name / "a.png")
+    with pytest.raises(InputError, match=r"'automobile'.*weapons, substances.*source.categories=\{automobile: CATEGORY\}"):
+        load(policy, tmp_path)

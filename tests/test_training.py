@@ -1,0 +1,325 @@
+"""The main job: every arm runs, the budget is kept, runs repeat bit for bit, and pairs do what they promise."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, picture
+from safetensors.numpy import load_file
+
+from guardkit import GuardClassifier
+from guardkit.data.splits import nested_order, split_test, split_validation
+from guardkit.schema import InputError, Record
+
+ARMS = ("pairs_aug", "unpaired", "pairs_plus", "shuffled_pairs", "null_edits", "classic_aug")
+
+
+@pytest.fixture(scope="module")
+def pairs_aug(train):
+    return train("experiment=pairs_aug")
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml")))
+def test_every_experiment_runs_within_its_budget(train, experiment):
+    metrics = train(f"experiment={experiment}").metrics
+    assert metrics["experiment"] == experiment
+    assert metrics["n_unsafe"] == 24
+    natural = {"pairs_aug": 0, "shuffled_pairs": 0}.get(experiment, 24)
+    assert metrics["n_safe"] == natural
+    edits = metrics["edits"]
+    assert edits["requested"] == edits["accepted"] + sum(edits["rejected"].values())
+    assert metrics["n_counterfactuals"] == (24 if experiment in ("pairs_aug", "pairs_plus", "shuffled_pairs") else 0)
+    if experiment == "null_edits":
+        assert edits["accepted"] == 48  # both labels pass through the editor
+    assert metrics["test"]["n"] == 108
+    assert metrics["pairs"]["n"] == 54
+    assert set(metrics["test"]["by_source"]) == {"scenes_photo", "scenes_generated"}
+    assert len(metrics["test"]["by_category"]) == 9
+
+
+def test_all_six_arms_have_an_experiment():
+    assert set(ARMS) <= {path.stem for path in (ROOT / "conf/experiment").glob("*.yaml")}
+
+
+def test_the_folder_holds_what_the_contract_promises(pairs_aug):
+    folder = pairs_aug.folder
+    assert {"guard", "metrics.json", "predictions.parquet", "pairs.png", "learning.png", "checkpoints"} <= {
+        path.name for path in folder.iterdir()
+    }
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for key in (
+        "experiment",
+        "seed",
+        "n_unsafe",
+        "n_safe",
+        "n_counterfactuals",
+        "test",
+        "pairs",
+        "always_unsafe",
+        "edits",
+        "edited_vs_original_auroc",
+        "timing_s",
+        "fingerprints",
+    ):
+        assert key in metrics
+    assert {"total", "encode", "edit", "fit"} == set(metrics["timing_s"])
+    assert {"auroc", "recall_at_fpr_0.01", "by_category", "by_source", "ece"} <= set(metrics["test"])
+    table = pq.read_table(folder / "predictions.parquet").to_pydict()
+    guard = GuardClassifier.from_pretrained(folder / "guard")
+    natural = ~np.array(table["is_counterfactual"])
+    labels, scores = np.array(table["label"]), np.array(table["score"])
+    recall = (scores[natural & (labels == 1)] >= guard.threshold).mean()
+    assert recall == pytest.approx(metrics["test"]["recall"])
+    by_id = dict(zip(np.array(table["id"])[natural], scores[natural], strict=True))
+    twins = {table["pair_id"][i]: scores[i] for i in np.flatnonzero(~natural)}
+    right = [by_id[name] >= guard.threshold > score for name, score in twins.items()]
+    assert np.mean(right) == pytest.approx(metrics["pairs"]["pair_accuracy"])
+
+
+def test_the_guard_scores_pixels_as_it_scored_the_test_set(pairs_aug):
+    from guardkit.scenes.content import SceneContent
+    from guardkit.scenes.world import ScenePool
+
+    guard = GuardClassifier.from_pretrained(pairs_aug.folder / "guard")
+    scene = ScenePool("test").scene(1, 4)
+    table = pq.read_table(pairs_aug.folder / "predictions.parquet").to_pydict()
+    stored = table["score"][table["id"].index(scene.name)]
+    assert guard.predict(SceneContent(scene).load())[0].score == pytest.approx(stored, abs=1e-4)
+
+
+class SlowEditor:
+    """The exact editor, but late."""
+
+    name = "scenes"
+
+    def __init__(self):
+        from guardkit.editors.scenes import ScenesEditor
+
+        self._editor = ScenesEditor()
+        self.config = self._editor.config
+
+    def edit(self, requests):
+        time.sleep(0.05 * len(requests))
+        return self._editor.edit(requests)
+
+
+def test_same_seed_same_guard_cold_warm_partly_warm(train, tmp_path):
+    def weights(cache, *overrides):
+        report = train(
+            "experiment=pairs_plus",
+            "head=mlp",
+            "data.variants_per_image=2",
+            "data.batch_size=7",
+            "trainer.max_epochs=15",
+            f"cache_dir={cache}",
+            *overrides,
+        )
+        return report, load_file(report.folder / "guard/model.safetensors")
+
+    cold_report, cold = weights(tmp_path / "a")
+    warm_report, warm = weights(tmp_path / "a")
+    assert cold_report.metrics["edits"]["cache_hits"] == 0
+    assert warm_report.metrics["edits"]["cache_hits"] == warm_report.metrics["edits"]["requested"] == 48
+    weights(tmp_path / "b", "data.n_unsafe=9", "seed=3")  # leaves some of the stores filled, in another order
+    _, partly = weights(tmp_path / "b")
+    _, other_seed = weights(tmp_path / "a", "seed=1")
+    for name, value in cold.items():
+        np.testing.assert_array_equal(warm[name], value)
+        np.testing.assert_array_equal(partly[name], value)
+    assert any((other_seed[name] != value).any() for name, value in cold.items())
+
+
+def test_a_slow_editor_changes_nothing(compose, tmp_path):
+    from guardkit.training import build
+
+    def batches(editor):
+        cfg = compose(
+            "train",
+            "source.n_train=60",
+            "source.n_test=9",
+            "data.n_unsafe=20",
+            "data.batch_size=5",
+            "data.variants_per_image=2",
+            f"cache_dir={tmp_path / editor.__class__.__name__}",
+        )
+        data = build(cfg).data
+        data.pipeline.editor = editor
+        data.setup("fit")
+        try:
+            return [batch for epoch in range(3) for batch in data.batches(epoch)]
+        finally:
+            data.close()
+
+    from guardkit.editors.scenes import ScenesEditor
+
+    for quick, slow in zip(batches(ScenesEditor()), batches(SlowEditor()), strict=True):
+        assert all((quick[key].equal(slow[key])) for key in ("embeddings", "labels", "unsafe_rows", "twin_rows"))
+
+
+def test_training_starts_before_the_last_edit(compose, tmp_path):
+    """The editor runs ahead in the background: the first batch is there long before the last edit is."""
+    from guardkit.training import build
+
+    cfg = compose(
+        "train",
+        "source.n_train=90",
+        "source.n_test=9",
+        "data.n_unsafe=60",
+        "data.batch_size=6",
+        "edit_batch_size=6",
+        f"cache_dir={tmp_path}",
+    )
+    data = build(cfg).data
+    data.pipeline.editor = SlowEditor()
+    data.setup("fit")
+    try:
+        first = next(data.batches(0))
+        n_edited = data.edits.requested
+        assert len(first["twin_rows"]) == 6
+        assert n_edited < 30
+        list(data.batches(0))
+    finally:
+        data.close()
+    assert data.edits.requested >= 48
+
+
+def test_variants_take_turns(compose, tmp_path):
+    from guardkit.training import build
+
+    cfg = compose("train", "source.n_train=60", "source.n_test=9", "data.n_unsafe=10", "data.variants_per_image=3", f"cache_dir={tmp_path}")
+    data = build(cfg).data
+    data.setup("fit")
+    try:
+        twins = [next(data.batches(epoch)) for epoch in range(3)]
+        rows = [{tuple(vector[:8].tolist()) for vector in batch["embeddings"][batch["twin_rows"]]} for batch in twins]
+        assert len(rows[0] | rows[1] | rows[2]) > len(rows[0])
+    finally:
+        data.close()
+
+
+def record(name, label=1, group=None):
+    return Record(name, label, None, "s", group or name, None)
+
+
+def test_smaller_subsets_are_contained_in_larger_ones():
+    records = [record(f"r{i}") for i in range(200)]
+    for seed in range(3):
+        order = nested_order(records, seed)
+        assert nested_order(records[::-1], seed) == order
+        previous_train: set[str] = set()
+        previous_validation: set[str] = set()
+        for n in (8, 50, 100):
+            train, validation = split_validation(order, n)
+            names = {r.id for r in train}, {r.id for r in validation}
+            assert len(names[0]) + len(names[1]) == n
+            assert previous_train <= names[0]
+            assert previous_validation <= names[1]
+            previous_train, previous_validation = names
+    assert nested_order(records, 0) != nested_order(records, 1)
+
+
+def test_no_group_straddles_a_split():
+    records = [record(f"r{i}", label=i % 2, group=f"g{i // 3}") for i in range(90)]
+    pool, test = split_test(records, 0.3, 0)
+    assert not {r.group for r in pool} & {r.group for r in test}
+    assert len(pool) + len(test) == 90
+    assert 20 <= len(test) <= 36
+    train, validation = split_validation(nested_order(pool, 1), 40)
+    assert not {r.group for r in train} & {r.group for r in validation}
+
+
+def test_fewer_images_than_asked_for_is_said_and_used(train, caplog):
+    metrics = train("experiment=shuffled_pairs", "source.n_train=30", "trainer.max_epochs=5").metrics
+    assert "asked for 48 unsafe images, source=scenes has 30 for training: using 15" in caplog.text
+    assert metrics["n_unsafe"] == 15
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.n_unsafe=1"], "data.n_unsafe must be a whole number of at least 2, got 1"),
+        (["data.n_unsafe=abc"], "data.n_unsafe must be a whole number of at least 2, got 'abc'"),
+        (["data.negatives=[cats]"], "data.negatives must be a list of some of counterfactual, natural, shuffled"),
+        (["source.scene_shift=2"], r"source.scene_shift must be a number in \[0, 1\], got 2"),
+        (["policy=handled_objects"], "category 'hate' is not in policy"),
+        (["threshold=best"], "threshold must be a number in .0, 1. or an operating point .balanced"),
+        (["threshold=7"], r"threshold must lie in \[0, 1\], got 7"),
+        (["editor=none"], "no safe image to train against: all 24 edits were rejected .24 x editor=none edits nothing"),
+        (["editor=inpaint", "editor.method=magic"], "editor.method must be one of telea"),
+        (["loss.prevalence=0"], r"loss.prevalence must lie in \(0, 1\)"),
+        (["seed=-1"], "seed must be a whole number of at least 0"),
+        (["encoder=open_clip", "encoder.weights=local-dir:/nowhere"], "holds no open_clip_config.json"),
+    ],
+)
+def test_wrong_values_get_one_readable_line(train, overrides, message):
+    from guardkit._hydra import user_error
+
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - Hydra wraps what constructors raise
+        train("experiment=pairs_aug", "trainer.max_epochs=5", *overrides)
+    line = user_error(caught.value)
+    assert line is not None
+    assert "\n" not in line
+    import re
+
+    assert re.search(message, line), line
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """30 pictures, half of them with a black square in a known box."""
+    rows = ["file_name,label,category,x_min,y_min,x_max,y_max"]
+    for i in range(30):
+        image = picture(i, (80, 80))
+        if i % 2:
+            image.paste("black", (20, 20, 50, 50))
+        image.save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png," + ("unsafe,weapons,0.25,0.25,0.625,0.625" if i % 2 else "safe,,,,,"))
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    return tmp_path
+
+
+def test_own_photographs_with_boxes(compose, photographs, tmp_path):
+    from guardkit.training import run
+
+    overrides = [
+        "source=folder",
+        f"source.root={photographs}",
+        "policy=handled_objects",
+        "editor=inpaint",
+        "data.n_unsafe=10",
+        "trainer.max_epochs=20",
+    ]
+    for experiment in ("pairs_aug", "null_edits"):
+        metrics = run(compose("train", f"experiment={experiment}", *overrides), {}, tmp_path / experiment).metrics
+        assert metrics["n_unsafe"] == 10
+        assert metrics["edits"]["accepted"] >= 10
+        assert metrics["pairs"]["made_by"] == "editor=inpaint"
+        assert metrics["inputs"] == {"given": 30, "rejected": []}
+        assert metrics["edited_vs_original_auroc"] is None
+        assert "needs 10 null edits" in metrics["edited_vs_original_auroc_reason"]
+
+
+def test_training_from_an_embedding_folder(compose, tmp_path):
+    from guardkit.training import embed_source, run
+
+    cfg = compose("embed", "source.n_train=40", "source.n_test=5")
+    counts = embed_source(cfg, tmp_path / "emb")
+    assert counts == {"given": 100, "written": 100, "rejected": 0}
+    overrides = ["source=embeddings", f"source.root={tmp_path / 'emb'}", "data.n_unsafe=20", "trainer.max_epochs=20"]
+    metrics = run(compose("train", "experiment=unpaired", *overrides), {}, tmp_path / "run").metrics
+    assert metrics["n_unsafe"] == metrics["n_safe"] == 20
+    assert metrics["test"]["auroc"] > 0.5
+    assert metrics["pairs"]["pair_accuracy"] is None
+    assert "the source holds embeddings only" in metrics["pairs"]["reason"]
+    with pytest.raises(InputError, match=r"all 20 edits were rejected .20 x no image"):
+        run(compose("train", "experiment=pairs_aug", *overrides), {}, tmp_path / "run2")
+
+
+def test_wandb_runs_offline(train, tmp_path):
+    report = train("experiment=unpaired", "logger=wandb", "trainer.max_epochs=10", folder=tmp_path)
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert report.metrics["test"]["n"] == 108
