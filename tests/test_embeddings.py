@@ -220,3 +220,169 @@ def test_embeddings_of_another_encoder_are_not_trained_on(compose, tmp_path):
     cfg = compose("train", "experiment=unpaired", "source=embeddings", f"source.root={tmp_path / 'emb'}")
     with pytest.raises(InputError, match=r"12-d embeddings of encoder .*guardkit:scenes_clip .256-d"):
         run(cfg, {}, tmp_path / "run")
+
+
+class CountedContent:
+    """A picture that counts how often it is loaded; it may be bad."""
+
+    def __init__(self, seed, *, bad=False):
+        self.key, self.bad, self.loads, self._seed = f"counted:{seed}", bad, 0, seed
+
+    def load(self):
+        self.loads += 1
+        if self.bad:
+            raise ImageError("bad luck")
+        return np.asarray(picture(self._seed))
+
+
+def test_unreadable_images_cost_no_second_look(tmp_path):
+    contents = [CountedContent(i, bad=i in (0, 5, 6, 7, 8, 9)) for i in range(14)]
+    given = [Record(f"{i}.png", 0, None, "test", str(i), content) for i, content in enumerate(contents)]
+    store = EmbeddingStore(CountingEncoder(), tmp_path)
+    readable, vectors, rejected = store.embed_readable(given)
+    assert [record.id for record in readable] == [f"{i}.png" for i in (1, 2, 3, 4, 10, 11, 12, 13)]
+    assert [(one.id, one.reason) for one in rejected] == [(f"{i}.png", "bad luck") for i in (0, 5, 6, 7, 8, 9)]
+    assert [content.loads for content in contents] == [1] * 14
+    np.testing.assert_array_equal(vectors, store.embed([record.content for record in readable]))
+    assert (store.n_encoded, store.n_found) == (8, 8)
+
+
+def test_the_unreadable_image_is_named(tmp_path):
+    store = EmbeddingStore(CountingEncoder(), None)
+    with pytest.raises(ImageError, match=r"image 2 of 3 .FileContent.*: file does not exist"):
+        store.embed([CONTENTS[0], FileContent(tmp_path / "none.png"), CONTENTS[1]])
+    with pytest.raises(ImageError, match="image 6 of 6 .*: bad luck"):
+        store.embed([*CONTENTS[:5], CountedContent(0, bad=True)])
+    assert store.n_encoded == 5  # what could be read is kept
+
+
+def test_reading_ahead_overlaps_encoding():
+    class Slow(CountedContent):
+        def load(self):
+            time.sleep(0.02)
+            return super().load()
+
+    given = [Record(str(i), 0, None, "test", str(i), Slow(i)) for i in range(24)]
+    store = EmbeddingStore(CountingEncoder(pause=0.04), None)
+    store.embed_readable(given)
+    # six chunks: 0.04 s to read with two loaders, 0.04 s to encode; one after the other would take 0.48 s
+    assert store.seconds < 0.42
+
+
+def test_a_value_of_the_wrong_length_is_made_again(tmp_path):
+    store = EmbeddingStore(CountingEncoder(), tmp_path)
+    expected = store.embed(CONTENTS)
+    (path,) = (tmp_path / "embeddings").glob("*.sqlite")
+    import sqlite3
+
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE items SET value = x'00' WHERE key = ?", (CONTENTS[2].key,))
+    connection.close()
+    again = EmbeddingStore(CountingEncoder(), tmp_path)
+    np.testing.assert_array_equal(again.embed(CONTENTS), expected)
+    assert again.n_encoded == 1
+
+
+def test_what_another_tool_wrote_is_not_overwritten(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(2, 12)).astype(np.float16)
+    folder = foreign_folder(tmp_path / "f", vectors, {"image_path": ["a", "b"]})
+    with pytest.raises(InputError, match="another tool wrote"):
+        write_embedding_folder(records(), EmbeddingStore(CountingEncoder(), None), folder)
+    np.testing.assert_array_equal(np.load(folder / "img_emb/img_emb_00.npy"), vectors)
+
+
+def test_an_interrupted_folder_is_not_taken_for_whole_and_goes_on(tmp_path):
+    def interrupted():
+        yield from records(7)
+        raise KeyboardInterrupt
+
+    def start(encoder, given):
+        return write_embedding_folder(given, EmbeddingStore(encoder, tmp_path / "cache"), tmp_path / "out", shard_size=3)
+
+    with pytest.raises(KeyboardInterrupt):
+        start(CountingEncoder(), interrupted())
+    with pytest.raises(InputError, match="is not complete; run python -m guardkit.embed with output_dir="):
+        read_embedding_folder(tmp_path / "out")
+    other = CountingEncoder()
+    other.fingerprint = "f" * 64
+    with pytest.raises(InputError, match="holds embeddings of another encoder"):
+        write_embedding_folder(records(), EmbeddingStore(other, None), tmp_path / "out")
+    again = CountingEncoder()
+    assert start(again, records()) == {"given": 11, "written": 11, "rejected": 0}
+    assert again.n == 5  # the first six were in the store
+    assert [len(np.load(path)) for path in sorted((tmp_path / "out/img_emb").iterdir())] == [3, 3, 3, 2]
+    assert len(read_embedding_folder(tmp_path / "out")[0]) == 11
+    assert not (tmp_path / "out/manifest.unfinished.json").exists()
+
+
+@pytest.mark.parametrize("shard_size", [1, 4, 11, 50])
+def test_shards_are_full_whatever_was_rejected(tmp_path, shard_size):
+    given = [Record(f"{i}.png", 0, None, "test", str(i), CountedContent(i, bad=i % 3 == 0)) for i in range(20)]
+    counts = write_embedding_folder(given, EmbeddingStore(CountingEncoder(), None), tmp_path / "out", shard_size=shard_size)
+    assert counts == {"given": 20, "written": 13, "rejected": 7}
+    sizes = [len(np.load(tmp_path / f"out/img_emb/img_emb_{i}.npy")) for i in range(-(-13 // shard_size))]
+    assert sizes[:-1] == [shard_size] * (len(sizes) - 1)
+    vectors, table, _ = read_embedding_folder(tmp_path / "out")
+    assert table.column("image_path").to_pylist() == [f"{i}.png" for i in range(20) if i % 3]
+    np.testing.assert_allclose(
+        vectors, EmbeddingStore(CountingEncoder(), None).embed([CountedContent(i) for i in range(20) if i % 3]), atol=1e-3
+    )
+
+
+def test_nothing_readable_is_a_whole_folder_without_embeddings(tmp_path):
+    given = [Record("a", 0, None, "test", "a", CountedContent(0, bad=True))]
+    counts = write_embedding_folder(given, EmbeddingStore(CountingEncoder(), None), tmp_path / "out")
+    assert counts == {"given": 1, "written": 0, "rejected": 1}
+    with pytest.raises(InputError, match="out holds no embeddings"):
+        read_embedding_folder(tmp_path / "out")
+
+
+def test_embeddings_are_not_embedded_again():
+    bare = Record("x", 1, None, "embeddings", "x", None, embedding=np.ones(3, np.float32))
+    with pytest.raises(InputError, match="x of source embeddings is an embedding already"):
+        EmbeddingStore(CountingEncoder(), None).embed_readable([bare])
+
+
+def break_shard(folder, how):
+    first = folder / "img_emb/img_emb_0.npy"
+    if how == "empty":
+        first.write_bytes(b"")
+    elif how == "pickle":
+        np.save(first, np.array([{"a": 1}] * 4, dtype=object), allow_pickle=True)
+    elif how == "whole numbers":
+        np.save(first, np.ones((4, 12), int))
+    elif how == "width":
+        np.save(first, np.ones((4, 13), np.float16))
+    elif how == "twice":
+        np.save(folder / "img_emb/img_emb_00.npy", np.ones((4, 12)))
+    elif how == "lost":
+        (folder / "img_emb/img_emb_2.npy").unlink()
+        (folder / "metadata/metadata_2.parquet").unlink()
+    elif how == "half lost":
+        (folder / "metadata/metadata_1.parquet").unlink()
+    elif how == "types":
+        table = pq.read_table(folder / "metadata/metadata_1.parquet")
+        pq.write_table(table.set_column(1, "label", pa.array(["unsafe"] * 4)), folder / "metadata/metadata_1.parquet")
+    else:
+        (folder / "manifest.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("empty", "shard 0 of .* cannot be read"),
+        ("pickle", "shard 0 of .* cannot be read"),
+        ("whole numbers", "img_emb_0.npy must hold floating-point numbers, got int64"),
+        ("width", "img_emb_1.npy has 12 columns, earlier shards 13"),
+        ("twice", "has no number of its own"),
+        ("lost", "has 2 shards, its manifest.json says 3"),
+        ("half lost", r"has shards \[1\] in only one of img_emb/ and metadata/"),
+        ("types", "tables of .*metadata do not fit each other"),
+        ("manifest", "manifest.json is damaged"),
+    ],
+)
+def test_a_damaged_folder_says_where(tmp_path, how, message):
+    write_embedding_folder(records(), EmbeddingStore(CountingEncoder(), None), tmp_path / "out", shard_size=4)
+    break_shard(tmp_path / "out", how)
+    with pytest.raises(InputError, match=message):
+        read_embedding_folder(tmp_path / "out")

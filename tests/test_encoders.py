@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -58,7 +62,7 @@ def test_real_architectures_load_from_hub_layouts_and_agree_with_open_clip(tmp_p
     refs.mkdir()
     (refs / "main").write_text("abc")
     model.load_state_dict(model.half().float().state_dict() if architecture.startswith("ViT-L") else model.state_dict())
-    transform = open_clip.image_transform_v2(
+    transform = open_clip.transform.image_transform_v2(
         open_clip.transform.PreprocessCfg(**{**preprocess, "size": tuple(preprocess["size"])}), is_train=False
     )
     expected = by_hand(model, transform, IMAGES[:2])
@@ -184,3 +188,191 @@ def test_a_folder_without_weights_is_never_random(tmp_path):
     (tmp_path / "open_clip_config.json").write_text((shipped("scenes_clip") / "open_clip_config.json").read_text())
     with pytest.raises(InputError, match="holds no weights"):
         OpenClipEncoder(None, f"local-dir:{tmp_path}")
+
+
+def tiny(folder, seed=0, *, size=(32, 32), resize_mode="shortest", interpolation="bicubic", quick_gelu=False, batch_size=4):
+    """A random encoder of a few thousand weights in a folder of its own."""
+    import open_clip
+
+    vision = {"image_size": list(size), "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    torch.manual_seed(seed)
+    model = open_clip.model.CLIP(embed_dim=32, vision_cfg=dict(vision), text_cfg=dict(text))
+    folder.mkdir(parents=True)
+    save_file({name: value.contiguous().clone() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    config = {"embed_dim": 32, "quick_gelu": quick_gelu, "vision_cfg": vision, "text_cfg": text}
+    preprocess = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": interpolation, "resize_mode": resize_mode}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    return OpenClipEncoder(None, f"local-dir:{folder}", device="cpu", batch_size=batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 11, 16])
+def test_nor_on_its_place_whatever_the_batch_size(tmp_path, batch_size):
+    """Sizes such as 7 need rounding up: there the CPU's matrix product treats the last rows differently."""
+    encoder = tiny(tmp_path / "m", batch_size=batch_size)
+    images = [np.asarray(picture(seed)) for seed in range(13)]
+    alone = [encoder.encode_images([image], fixed_batch=True)[0] for image in images]
+    np.testing.assert_array_equal(encoder.encode_images(images, fixed_batch=True), alone)
+    np.testing.assert_array_equal(encoder.encode_images(images[::-1], fixed_batch=True)[::-1], alone)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(
+    ("resize_mode", "size"), [("shortest", (32, 32)), ("squash", (32, 32)), ("longest", (32, 32)), ("shortest", (32, 48))]
+)
+def test_pixels_are_resized_and_cropped_as_images_are(tmp_path, resize_mode, size, interpolation):
+    if size[0] != size[1] and interpolation == "bilinear":
+        pytest.skip("open_clip uses bicubic there, whatever its settings say")
+    encoder = tiny(tmp_path / "m", size=size, resize_mode=resize_mode, interpolation=interpolation)
+    for shape in [(97, 61), (61, 97), (333, 64), (33, 50), (32, 32), (20, 25)]:
+        image = np.asarray(picture(3, shape))
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float().div(255)
+        similarity = (encoder.encode_pixels(pixels).numpy() @ encoder.encode_images([image]).T).item()
+        assert similarity > 0.99999, (shape, similarity)
+
+
+def test_the_activation_is_part_of_the_fingerprint(tmp_path):
+    """The same weights with QuickGELU are another encoder, though no weight's name or shape tells."""
+    plain, quick = tiny(tmp_path / "plain"), tiny(tmp_path / "quick", quick_gelu=True)
+    assert np.abs(plain.encode_images(IMAGES) - quick.encode_images(IMAGES)).max() > 1e-4
+    assert plain.fingerprint != quick.fingerprint
+
+
+def test_loading_leaves_logging_as_it_was(tmp_path, caplog):
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    encoder = tiny(tmp_path / "m")
+    assert encoder.dim == 32
+    assert (root.handlers, root.level, root.filters) == (before, level, [])
+    assert not caplog.records
+
+
+def test_other_threads_keep_their_log_while_a_model_loads(caplog):
+    from guardkit.encoders.open_clip import _quiet
+
+    with _quiet():
+        other = threading.Thread(target=logging.warning, args=("still here",))
+        other.start()
+        other.join()
+        logging.warning("open_clip's own")
+    assert [record.message for record in caplog.records] == ["still here"]
+
+
+def test_threads_build_the_model_once(tmp_path, monkeypatch):
+    import open_clip
+
+    encoder, built, build = tiny(tmp_path / "m"), [], open_clip.create_model
+    monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: built.append(1) or build(*args, **kwargs))
+    with ThreadPoolExecutor(4) as threads:
+        jobs = [
+            threads.submit(lambda: encoder.dim),
+            threads.submit(lambda: encoder.fingerprint),
+            threads.submit(encoder.encode_images, IMAGES),
+        ]
+        assert jobs[0].result() == 32
+        assert jobs[2].result().shape == (3, 32)
+    assert built == [1]
+
+
+def test_texts_may_be_none(scenes_encoder):
+    assert scenes_encoder.encode_texts([]).shape == (0, 256)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was run",))
+
+
+def test_weights_that_cannot_be_used_say_so(tmp_path):
+    folder = tmp_path / "m"
+    config = (folder, tiny(folder))[0] / "open_clip_config.json"
+    (folder / "open_clip_model.safetensors").write_bytes(b"half a file")
+    with pytest.raises(InputError, match="could not be loaded .*the file may be damaged"):
+        OpenClipEncoder(None, f"local-dir:{folder}").dim  # noqa: B018
+    (folder / "open_clip_model.safetensors").unlink()
+    (folder / "open_clip_pytorch_model.bin").write_bytes(pickle.dumps({"x": Bomb()}))
+    with pytest.raises(InputError, match="could not be loaded"):
+        OpenClipEncoder(None, f"local-dir:{folder}").dim  # noqa: B018
+    config.write_text("{")
+    with pytest.raises(InputError, match="could not be loaded .*the file may be damaged"):
+        OpenClipEncoder(None, f"local-dir:{folder}").dim  # noqa: B018
+
+
+def test_any_weights_name_that_open_clip_takes_will_do(tmp_path):
+    tiny(tmp_path / "m")
+    (tmp_path / "m/open_clip_model.safetensors").rename(tmp_path / "m/open_clip_pytorch_model.safetensors")
+    assert OpenClipEncoder(None, f"local-dir:{tmp_path / 'm'}").dim == 32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": 0}, "preprocess.size must be pixels, or height and width in pixels, got 0"),
+        ({"size": [1, 2, 3]}, "preprocess.size must be"),
+        ({"mean": 0.5}, "preprocess.mean must be 3 numbers"),
+        ({"std": [0.5, 0.5, 0]}, "preprocess.std must be above 0"),
+        ({"interpolation": "nearest"}, "preprocess.interpolation must be one of bicubic, bilinear, got 'nearest'"),
+        ({"resize_mode": "crop"}, "preprocess.resize_mode must be one of shortest, longest, squash, got 'crop'"),
+    ],
+)
+def test_wrong_preprocessing_is_named(tmp_path, change, message):
+    (tmp_path / "m.safetensors").write_bytes(b"x")
+    with pytest.raises(InputError, match=message):
+        OpenClipEncoder("ViT-B-32", str(tmp_path / "m.safetensors"), preprocess=OPENAI | change)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda:99", "encoder.device 'cuda:99' cannot be used"), ("gpu", "encoder.device 'gpu' cannot be used")],
+)
+def test_a_device_that_is_not_there_is_named(tmp_path, device, message):
+    tiny(tmp_path / "m")
+    with pytest.raises(InputError, match=message):
+        OpenClipEncoder(None, f"local-dir:{tmp_path / 'm'}", device=device).dim  # noqa: B018
+
+
+def test_a_bare_file_is_loaded_with_the_preprocessing_given(tmp_path):
+    import open_clip
+
+    folder = tmp_path / "m"
+    encoder = tiny(folder)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    (folder / "tiny-test.json").write_text(json.dumps(config["model_cfg"]))
+    open_clip.add_model_config(folder / "tiny-test.json")
+    try:
+        stated = config["preprocess_cfg"] | {"size": 32}
+        weights = str(folder / "open_clip_model.safetensors")
+        bare = OpenClipEncoder("tiny-test", weights, preprocess=stated, device="cpu")
+        np.testing.assert_array_equal(bare.encode_images(IMAGES), encoder.encode_images(IMAGES))
+        assert bare.fingerprint == encoder.fingerprint
+        assert OpenClipEncoder(**bare.config).fingerprint == bare.fingerprint
+        other = OpenClipEncoder("tiny-test", weights, preprocess=stated | {"mean": [0.4] * 3}, device="cpu")
+        assert other.fingerprint != bare.fingerprint
+        assert np.abs(other.encode_images(IMAGES) - bare.encode_images(IMAGES)).max() > 1e-3
+        with pytest.raises(InputError, match="could not be loaded .*another architecture or image size"):
+            OpenClipEncoder("tiny-test", weights, preprocess=stated | {"size": 64}, device="cpu").dim  # noqa: B018
+        with pytest.raises(InputError, match="could not be loaded .*another architecture or image size"):
+            OpenClipEncoder("RN50", weights, preprocess=OPENAI, device="cpu").dim  # noqa: B018
+    finally:
+        open_clip.factory._MODEL_CONFIG_PATHS.pop()
+        open_clip.factory._MODEL_CONFIGS.pop("tiny-test")
+
+
+def test_a_tag_needs_an_architecture():
+    with pytest.raises(InputError, match="encoder.architecture is needed with weights=openai, .*hf-hub:ORG/NAME"):
+        OpenClipEncoder(None, "openai")
+
+
+@pytest.mark.slow
+def test_a_tag_whose_activation_does_not_fit_is_not_passed_over(tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub/models--timm--vit_base_patch32_clip_224.openai/snapshots/abc"
+    write_hub_folder(snapshot, "ViT-B-32", OPENAI, half=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    plain = OpenClipEncoder("ViT-B-32", "openai", device="cpu")
+    with pytest.warns(UserWarning, match="QuickGELU mismatch"):
+        plain.dim  # noqa: B018
+    quick = OpenClipEncoder("ViT-B-32-quickgelu", "openai", device="cpu")
+    assert quick.name == "ViT-B-32-quickgelu (openai)"
+    assert quick.fingerprint != plain.fingerprint

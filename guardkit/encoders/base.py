@@ -43,8 +43,8 @@ class Encoder(Protocol):
 
         Args:
             images: of any sizes.
-            fixed_batch: always run the model on exactly `batch_size` images, so that a vector does not depend, to the
-                last bit, on how many others were encoded with it.
+            fixed_batch: always run the model on equally many images, so that a vector does not depend, to the last
+                bit, on which and how many others were encoded with it.
         """
         ...
 

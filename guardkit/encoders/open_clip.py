@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import logging
+import math
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _PREPROCESS_FIELDS = ("size", "mean", "std", "interpolation", "resize_mode")
-_WEIGHT_FILES = ("open_clip_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
+_INTERPOLATIONS, _RESIZE_MODES = ("bicubic", "bilinear"), ("shortest", "longest", "squash")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")  # what open_clip looks for in a folder
+# At other batch sizes (5, 6, 7, 9, ...; which ones depends on the number of threads) the CPU's matrix product rounds the
+# last rows differently, so that a vector depends on its place in the batch; multiples of 4 were never seen to.
+_FIXED_MULTIPLE = 8
 _HUB, _LOCAL, _SHIPPED = "hf-hub:", "local-dir:", "guardkit:"
 
 
@@ -82,6 +86,11 @@ class OpenClipEncoder:
         )
         if (self._folder or weights.startswith(_HUB)) and architecture is not None:
             raise InputError(f"encoder.architecture must be null with weights={weights}, which name their own, got {architecture!r}")
+        if architecture is None and not (self._folder or weights.startswith(_HUB)):
+            raise InputError(
+                f"encoder.architecture is needed with weights={weights}, for instance ViT-B-32; a folder is written {_LOCAL}FOLDER and a Hub id "
+                f"{_HUB}ORG/NAME"
+            )
         if not self._is_file and preprocess is not None:
             raise InputError(f"encoder.preprocess belongs to a bare weights file only; weights={weights} bring their own")
         if self._is_file:
@@ -97,9 +106,8 @@ class OpenClipEncoder:
         folder = Path(self.weights.removeprefix(_LOCAL)).expanduser()
         if not (folder / "open_clip_config.json").is_file():
             raise InputError(f"{folder} holds no open_clip_config.json; give a folder in the layout of an open_clip model on the Hub")
-        if not any((folder / name).is_file() for name in _WEIGHT_FILES):
-            # open_clip would only warn, and go on with random weights
-            raise InputError(f"{folder} holds no weights; one of {', '.join(_WEIGHT_FILES)} is expected")
+        if not any(path.suffix in _WEIGHT_SUFFIXES for path in folder.iterdir()):
+            raise InputError(f"{folder} holds no weights; a file that ends in {', '.join(_WEIGHT_SUFFIXES)} is expected")
         return folder
 
     def _check_file(self) -> None:
@@ -107,8 +115,6 @@ class OpenClipEncoder:
             raise InputError(
                 f"weights file {self.weights} does not exist; give a file, a folder as {_LOCAL}FOLDER or a Hub id as {_HUB}ORG/NAME"
             )
-        if self.architecture is None:
-            raise InputError(f"encoder.architecture is needed with the weights file {self.weights}, for instance ViT-B-32")
         if self._preprocess is None:
             raise InputError(
                 f"encoder.preprocess is needed with the weights file {self.weights}: size, mean, std, interpolation and resize_mode as the model was "
@@ -119,19 +125,19 @@ class OpenClipEncoder:
     # --- the model, built once ----------------------------------------------------------------------------------------
 
     @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
-        """The model and its preprocessing of PIL images."""
+    def _loaded(self) -> tuple[Any, Any, int, dict[str, Any]]:
+        """The model, its preprocessing of PIL images, the width of its embeddings, and its settings."""
         with self._lock:
             if "_built" not in self.__dict__:
                 self._built = self._build()
             return self._built
 
-    def _build(self) -> tuple[Any, Any]:
+    def _build(self) -> tuple[Any, Any, int, dict[str, Any]]:
         import open_clip
         import torch
 
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        options: dict[str, Any] = {"device": device, "return_transform": True}
+        device = self._checked_device()
+        options: dict[str, Any] = {"device": device}
         if self._folder is not None:
             name = f"{_LOCAL}{self._folder}"
         elif self.weights.startswith(_HUB):
@@ -143,15 +149,37 @@ class OpenClipEncoder:
                 options["force_preprocess_cfg"] = self._preprocess
         try:
             with _quiet():
-                model, transform = open_clip.create_model_from_pretrained(name, **options)
+                # by itself it would only warn of missing weights, and go on with random ones; and unlike
+                # create_model_from_pretrained it takes a preprocessing
+                model = open_clip.create_model(name, require_pretrained=True, **options)
+                preprocess = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
+                transform = open_clip.transform.image_transform_v2(preprocess, is_train=False)
+                settings = _settings(open_clip.get_model_config(name), asdict(open_clip.model.CLIPVisionCfg()))
+            model.eval().requires_grad_(False)
+            height, width = _height_width(model.visual.preprocess_cfg["size"])
+            with torch.inference_mode():
+                dim = int(model.encode_image(torch.zeros(1, 3, height, width, device=device)).shape[1])
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"encoder {self.name} could not be loaded ({type(error).__name__}: {reason}); without a network, save the model's files in a folder "
-                f"and give weights={_LOCAL}FOLDER"
-            ) from error
-        model.eval().requires_grad_(False)
-        return model, transform
+            if self._folder or self._is_file:
+                remedy = "the file may be damaged, or of another architecture or image size"
+            else:
+                remedy = f"without a network, save the model's files in a folder and give weights={_LOCAL}FOLDER"
+            raise InputError(f"encoder {self.name} could not be loaded ({type(error).__name__}: {reason}); {remedy}") from error
+        return model, transform, dim, settings
+
+    def _checked_device(self) -> torch.device:
+        import torch
+
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise InputError(f"encoder.device {self.device!r} cannot be used ({reason}); give auto, cpu or the name of a GPU") from error
+        return device
 
     def _checked_architecture(self, open_clip: Any) -> str:
         known = open_clip.list_models()
@@ -177,32 +205,27 @@ class OpenClipEncoder:
     def preprocessing(self) -> dict[str, Any]:
         """size (h, w), mean, std, interpolation, resize_mode, as open_clip applies them."""
         cfg = self.model.visual.preprocess_cfg
-        size = cfg["size"]
         return {
-            "size": [size, size] if isinstance(size, int) else [int(side) for side in size],
+            "size": list(_height_width(cfg["size"])),
             "mean": [float(v) for v in cfg["mean"]],
             "std": [float(v) for v in cfg["std"]],
             "interpolation": cfg["interpolation"],
             "resize_mode": cfg["resize_mode"],
         }
 
-    @cached_property
+    @property
     def dim(self) -> int:
         """Width of the embeddings."""
-        import torch
-
-        height, width = self.preprocessing["size"]
-        with torch.inference_mode():
-            return int(self.model.encode_image(torch.zeros(1, 3, height, width, device=self._device)).shape[1])
+        return self._loaded[2]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Over the weights' names, types, shapes and values, and the preprocessing."""
+        """Over the weights' names, types, shapes and values, the architecture's settings, and the preprocessing."""
         digest = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return fingerprint({"weights": digest.hexdigest(), "preprocessing": self.preprocessing})
+        return fingerprint({"weights": digest.hexdigest(), "architecture": self._loaded[3], "preprocessing": self.preprocessing})
 
     @property
     def config(self) -> dict[str, Any]:
@@ -216,17 +239,24 @@ class OpenClipEncoder:
     # --- encoding -----------------------------------------------------------------------------------------------------
 
     def encode_images(self, images: Sequence[np.ndarray], *, fixed_batch: bool = False) -> np.ndarray:
-        """(h, w, 3) uint8 RGB images -> (n, d) float32 unit vectors, preprocessed by open_clip's own transform."""
+        """(h, w, 3) uint8 RGB images -> (n, d) float32 unit vectors, preprocessed by open_clip's own transform.
+
+        Args:
+            images: of any sizes.
+            fixed_batch: always run the model on equally many images, `batch_size` rounded up to a multiple of 8: a vector
+                then is the same to the last bit whatever it was encoded with. It still depends on the device and on
+                the number of threads.
+        """
         import torch
         from PIL import Image
 
-        model, transform = self._loaded
+        model, transform = self._loaded[:2]
         parts = []
         for start in range(0, len(images), self.batch_size):
             chunk = [transform(Image.fromarray(image)) for image in images[start : start + self.batch_size]]
             n = len(chunk)
             if fixed_batch:
-                chunk += [chunk[-1]] * (self.batch_size - n)
+                chunk += [chunk[-1]] * (math.ceil(self.batch_size / _FIXED_MULTIPLE) * _FIXED_MULTIPLE - n)
             with torch.inference_mode():
                 vectors = model.encode_image(torch.stack(chunk).to(self._device), normalize=True)
             parts.append(vectors[:n].float().cpu().numpy())
@@ -242,14 +272,9 @@ class OpenClipEncoder:
         from torch.nn import functional
 
         settings = self.preprocessing
-        height, width = settings["size"]
+        pixels = pixels.to(self._device, torch.float32)
         rows, columns = pixels.shape[2:]
-        if settings["resize_mode"] == "squash":
-            new = (height, width)
-        else:
-            pick = max if settings["resize_mode"] == "shortest" else min
-            scale = pick(height / rows, width / columns)
-            new = (max(1, round(rows * scale)), max(1, round(columns * scale)))
+        (height, width), new = settings["size"], _resized(rows, columns, settings["size"], settings["resize_mode"])
         if new != (rows, columns):
             pixels = functional.interpolate(pixels, new, mode=settings["interpolation"], antialias=True).clamp(0, 1)
         spare_y, spare_x = new[0] - height, new[1] - width
@@ -270,6 +295,8 @@ class OpenClipEncoder:
         """
         import torch
 
+        if not texts:
+            return np.zeros((0, self.dim), np.float32)
         tokens = self._tokenizer(list(texts))
         with torch.inference_mode():
             return self.model.encode_text(tokens.to(self._device), normalize=True).float().cpu().numpy()
@@ -292,24 +319,79 @@ class OpenClipEncoder:
             ) from error
 
 
+def _height_width(size: Any) -> tuple[int, int]:
+    return (int(size), int(size)) if isinstance(size, (int, float)) else (int(size[0]), int(size[1]))
+
+
+def _resized(rows: int, columns: int, size: Sequence[int], resize_mode: str) -> tuple[int, int]:
+    """Height and width after open_clip's resizing, before its crop.
+
+    Source: open_clip.transform.image_transform. For a square crop of the shortest side it uses torchvision's Resize,
+    which rounds down, otherwise its own ResizeKeepRatio, which rounds to nearest.
+    """
+    height, width = size
+    if resize_mode == "squash":
+        return height, width
+    if resize_mode == "shortest" and height == width:
+        short, long = height, int(height * max(rows, columns) / min(rows, columns))
+        return (short, long) if rows <= columns else (long, short)
+    pick = min if resize_mode == "shortest" else max
+    ratio = pick(rows / height, columns / width)
+    return max(1, round(rows / ratio)), max(1, round(columns / ratio))
+
+
+def _settings(model_config: Mapping[str, Any], vision_defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides an image's embedding and cannot be told from names and shapes of weights: activation, heads, pooling.
+
+    Defaults are left out, so that a file, a folder and a Hub id that differ only in how much they spell out agree.
+    """
+    vision = model_config["vision_cfg"].items()
+    said = {
+        key: value
+        for key, value in vision
+        if key != "timm_model_pretrained" and (key not in vision_defaults or value != vision_defaults[key])
+    }
+    return {"quick_gelu": bool(model_config.get("quick_gelu", False)), "vision": said}
+
+
 def _checked_preprocess(given: Mapping[str, Any]) -> dict[str, Any]:
     unknown, missing = set(given) - set(_PREPROCESS_FIELDS), set(_PREPROCESS_FIELDS) - set(given)
     if unknown or missing:
         raise InputError(
             f"encoder.preprocess must have {', '.join(_PREPROCESS_FIELDS)}; missing: {', '.join(sorted(missing)) or 'none'}, unknown: {', '.join(sorted(unknown)) or 'none'}"
         )
-    return json.loads(json.dumps({key: list(value) if isinstance(value, (list, tuple)) else value for key, value in given.items()}))
+    plain: dict[str, Any] = {key: list(value) if isinstance(value, (list, tuple)) else value for key, value in given.items()}
+    sides = plain["size"] if isinstance(plain["size"], list) else [plain["size"]] * 2
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+        raise InputError(f"encoder.preprocess.size must be pixels, or height and width in pixels, got {plain['size']!r}")
+    for key in ("mean", "std"):
+        values = plain[key]
+        if not (isinstance(values, list) and len(values) == 3 and all(isinstance(v, (int, float)) for v in values)):
+            raise InputError(f"encoder.preprocess.{key} must be 3 numbers, for red, green and blue in [0, 1], got {values!r}")
+    if min(plain["std"]) <= 0:
+        raise InputError(f"encoder.preprocess.std must be above 0, got {plain['std']!r}")
+    for key, allowed in (("interpolation", _INTERPOLATIONS), ("resize_mode", _RESIZE_MODES)):
+        if plain[key] not in allowed:
+            raise InputError(f"encoder.preprocess.{key} must be one of {', '.join(allowed)}, got {plain[key]!r}")
+    return plain
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """open_clip reports its progress through the root logger, and warns of what the caller checks anyway."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
+    """Drops what this thread sends straight to the root logger, as open_clip does with its progress.
+
+    Filters only, because the root logger's level belongs to all threads. The handler is there because without any,
+    `logging.info` would set one up for good.
+    """
+    root, here, stand_in = logging.getLogger(), threading.get_ident(), logging.NullHandler()
+
+    def is_from_elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != here
+
+    root.addFilter(is_from_elsewhere)
+    root.addHandler(stand_in)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        root.setLevel(level)
+        root.removeHandler(stand_in)
+        root.removeFilter(is_from_elsewhere)

@@ -70,7 +70,6 @@ def learning(curve: list[dict[str, Any]], best_epoch: int, path: Path) -> None:
     axis.axvline(best_epoch + 1, color=_GREY, linestyle=":", label=f"kept: epoch {best_epoch + 1}")
     axis.set_xlabel("epoch")
     axis.set_ylabel("loss")
-    axis.set_yscale("log")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
