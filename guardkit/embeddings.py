@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ class EmbeddingStore:
         self._cache_dir = cache_dir
         self._memory: dict[str, bytes] = {}
         self._disk: KeyValueStore | None = None
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Ends an `embed` that another thread is in after its present chunk, with CancelledError. For good."""
+        self._stopped.set()
 
     def embed(self, contents: Sequence[Content]) -> np.ndarray:
         """(n, d) float32 unit vectors, in order.
@@ -131,6 +137,8 @@ class EmbeddingStore:
         chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
         ahead = [loaders.submit(content.load) for _, content in chunks[0]] if chunks else []
         for i, chunk in enumerate(chunks):
+            if self._stopped.is_set():
+                raise CancelledError
             outcomes = [_outcome(future) for future in ahead]
             # the next chunk is read while this one is encoded
             ahead = [loaders.submit(content.load) for _, content in chunks[i + 1]] if i + 1 < len(chunks) else []

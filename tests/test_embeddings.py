@@ -386,3 +386,15 @@ def test_a_damaged_folder_says_where(tmp_path, how, message):
     break_shard(tmp_path / "out", how)
     with pytest.raises(InputError, match=message):
         read_embedding_folder(tmp_path / "out")
+
+
+def test_a_stopped_store_ends_after_its_chunk():
+    from concurrent.futures import CancelledError
+
+    encoder = CountingEncoder()
+    store = EmbeddingStore(encoder, None)
+    whole = encoder.encode_images
+    encoder.encode_images = lambda images, fixed_batch: (store.stop(), whole(images))[1]
+    with pytest.raises(CancelledError):
+        store.embed(CONTENTS)
+    assert encoder.n == 4

@@ -414,7 +414,8 @@ class GuardDataModule(L.LightningDataModule):
         """Nothing: the background work may outlive one stage; `close` ends it."""
 
     def close(self) -> None:
-        """Cancels what is still queued and waits for what is under way."""
+        """Cancels what is still queued, and stops what is under way after its present batch."""
+        self.store.stop()
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
 
