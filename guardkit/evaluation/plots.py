@@ -54,7 +54,7 @@ def pairs(shown: list[PicturedPair], threshold: float, path: Path) -> None:
         trio[1].set_title(f"twin: {safe:.2f} {'WRONGLY FLAGGED' if safe >= threshold else 'passed'}", fontsize=9, color=_SAFE)
         trio[2].set_title(pair.title, fontsize=8, color=_GREY)
     figure.suptitle(f"Test pairs: unsafe image, counterfactual, difference. Flagged when score >= {threshold:.2f}", fontsize=10)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=85)
 
 
 def learning(curve: list[dict[str, Any]], best_epoch: int, path: Path) -> None:

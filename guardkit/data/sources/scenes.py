@@ -72,6 +72,6 @@ class ScenesSource:
             source=f"scenes_{scene.rendering}",
             group=str(scene.key),
             content=SceneContent(scene, self.size),
-            region=find_region(scene) if scene.category else None,
+            region=find_region(scene) if scene.label else None,
             caption=scene.caption,
         )
