@@ -1,6 +1,7 @@
 """The recipe of `checkpoints/scenes_clip`: a small CLIP trained on drawn scenes and their captions.
 
-    python -m guardkit.scenes.train_clip out=checkpoints/scenes_clip minutes=45
+    python -m guardkit.scenes.train_clip out=stage1 minutes=45
+    python -m guardkit.scenes.train_clip out=checkpoints/scenes_clip start=stage1 minutes=16 n_scenes=24000 learning_rate=0.0007 logit_scale=10
 
 Every batch holds scenes beside their twins, so that each image's hardest negative caption is in the same batch.
 Captions name objects, actors, places and colours; the words safe and unsafe never occur. Training pools never show
