@@ -113,14 +113,14 @@ class GuardClassifier:
         return torch.sigmoid(logits.double()).numpy()
 
     def _decide(self, batch: list[ImageLike], threshold: float, max_pixels: int) -> list[Decision]:
-        pixels: list[np.ndarray] = []
+        pixels: list[torch.Tensor] = []
         errors: dict[int, str] = {}
         for i, image in enumerate(batch):
             try:
-                pixels.append(read_image(image, max_pixels=max_pixels))
+                pixels.append(self.encoder.preprocess(read_image(image, max_pixels=max_pixels)))
             except ImageError as error:
                 errors[i] = str(error)
-        rows = iter(self.probabilities(self.encoder.encode_images(pixels)) if pixels else [])
+        rows = iter(self.probabilities(self.encoder.encode_preprocessed(pixels)) if pixels else [])
         decisions = []
         for i in range(len(batch)):
             if i in errors:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -21,6 +22,7 @@ from guardkit.heads import Head
 from guardkit.losses import category_loss, decision_loss, pair_loss
 from guardkit.metrics import operating_points
 from guardkit.policy import Policy
+from guardkit.progress import progress
 from guardkit.schema import InputError
 
 DEFAULT_THRESHOLD = 0.5
@@ -142,7 +144,11 @@ def fit(
     data.setup("fit")
     if trainer.max_epochs:
         with quiet_lightning():
-            trainer.fit(module, datamodule=data)
+            try:
+                trainer.fit(module, datamodule=data)
+            except SystemExit as ended:
+                # Lightning turns Ctrl-C into an exit with status 1
+                raise KeyboardInterrupt from ended
         data.check_negatives()
     head = module.head.cpu().eval()
     if module.best_state is not None:
@@ -171,6 +177,29 @@ def choose_threshold(threshold: float | str, points: dict[str, dict]) -> float:
     if not 0 <= threshold <= 1:
         raise InputError(f"threshold must lie in [0, 1], got {threshold}")
     return float(threshold)
+
+
+class EpochProgress(L.Callback):
+    """Lightning's training in the same manner: epochs, rate, time left."""
+
+    def __init__(self) -> None:
+        self._epochs: Iterator[Any] | None = None
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
+        """Starts counting epochs."""
+        self._epochs = progress(range(trainer.max_epochs), total=trainer.max_epochs, what="training epochs")
+        next(self._epochs, None)
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
+        """Counts one."""
+        if self._epochs is not None:
+            next(self._epochs, None)
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
+        """Takes the bar away."""
+        close = getattr(self._epochs, "close", None)
+        if close:
+            close()
 
 
 @contextmanager

@@ -6,9 +6,8 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
@@ -37,26 +36,3 @@ def progress(items: Iterable[T], *, total: int | None, what: str) -> Iterator[T]
             rate = n / (now - started)
             left = f", {(total - n) / rate:.0f} s left" if total else ""
             log.info("%s: %d%s, %.1f/s%s", what, n, f" of {total}" if total else "", rate, left)
-
-
-class EpochProgress(Callback):
-    """Lightning's training in the same manner: epochs, rate, time left."""
-
-    def __init__(self) -> None:
-        self._epochs: Iterator[Any] | None = None
-
-    def on_train_start(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
-        """Starts counting epochs."""
-        self._epochs = progress(range(trainer.max_epochs), total=trainer.max_epochs, what="training epochs")
-        next(self._epochs, None)
-
-    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
-        """Counts one."""
-        if self._epochs is not None:
-            next(self._epochs, None)
-
-    def on_train_end(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
-        """Takes the bar away."""
-        close = getattr(self._epochs, "close", None)
-        if close:
-            close()

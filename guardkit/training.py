@@ -16,12 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from guardkit.artifacts import write_json
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
 from guardkit.data.datamodule import GuardDataModule
-from guardkit.embeddings import EmbeddingStore, write_embedding_folder
+from guardkit.embedding_folder import write_embedding_folder
+from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.evaluation.training_report import measure, summary_table, write_pictures, write_predictions
-from guardkit.module import GuardModule, fit, quiet_lightning
+from guardkit.module import EpochProgress, GuardModule, fit, quiet_lightning
 from guardkit.policy import Policy
-from guardkit.progress import EpochProgress
 from guardkit.schema import InputError
 
 log = logging.getLogger(__name__)

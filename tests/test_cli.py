@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -58,6 +60,34 @@ def test_unwritable_output_folder(tmp_path):
     assert done.returncode == 2
     assert re.search(r"error: .*file.*output_dir", done.stderr.splitlines()[-1])
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_stops_cleanly(tmp_path):
+    """Interrupted in the middle of its work it ends soon, without a traceback, and the next run uses what is there."""
+    cache = tmp_path / "cache"
+    command = [sys.executable, "-m", "guardkit.train", "source.n_test=400", f"output_dir={tmp_path / 'run'}"]
+    running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"GUARDKIT_CACHE": str(cache)})
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(cache.glob("embeddings/*.sqlite")):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    assert said.strip().splitlines()[-1] == "stopped; what was finished is kept"
+    assert "Traceback" not in said
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    done = call("train", "source.n_test=9", f"output_dir={tmp_path / 'run'}", GUARDKIT_CACHE=str(cache))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["edits"]["requested"] == 64
+
+
+def test_multirun_gives_every_job_a_folder(tmp_path):
+    arguments = ["-m", "experiment=pairs_aug,unpaired", "data.n_unsafe=8", "source.n_test=9", "trainer.max_epochs=5"]
+    done = call("train", *arguments, f"output_dir={tmp_path / 'runs'}")
+    assert done.returncode == 0, done.stderr
+    found = {json.loads(path.read_text())["experiment"] for path in (tmp_path / "runs").glob("*/metrics.json")}
+    assert found == {"pairs_aug", "unpaired"}
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ from conftest import ROOT, picture
 
 from guardkit.artifacts import KeyValueStore, fingerprint, write_json, written
 from guardkit.data.sources.embeddings import EmbeddingsSource
-from guardkit.embeddings import EmbeddingStore, read_embedding_folder, write_embedding_folder
+from guardkit.embedding_folder import read_embedding_folder, write_embedding_folder
+from guardkit.embeddings import EmbeddingStore
 from guardkit.images import ArrayContent, FileContent
 from guardkit.schema import ImageError, InputError, Record
 
@@ -36,7 +37,10 @@ class CountingEncoder:
     def __init__(self, pause=0.0):
         self.n, self.pause = 0, pause
 
-    def encode_images(self, images, *, fixed_batch=False):
+    def preprocess(self, image):
+        return image
+
+    def encode_preprocessed(self, images, *, fixed_batch=False):
         time.sleep(self.pause)
         self.n += len(images)
         vectors = np.stack(
@@ -142,7 +146,7 @@ def test_bad_images_and_bad_encoders_are_named(tmp_path):
     with pytest.raises(ImageError, match="does not exist"):
         store.embed([FileContent(tmp_path / "none.png")])
     broken = CountingEncoder()
-    broken.encode_images = lambda images, fixed_batch: np.full((len(images), 12), np.nan, np.float32)
+    broken.encode_preprocessed = lambda images, fixed_batch: np.full((len(images), 12), np.nan, np.float32)
     with pytest.raises(InputError, match="encoder counting returned embeddings that are not finite unit vectors"):
         EmbeddingStore(broken, None).embed(CONTENTS)
 
@@ -193,6 +197,19 @@ def test_a_folder_that_another_tool_wrote(tmp_path, scenes_policy):
     assert loaded.encoder_fingerprint is None
     with pytest.raises(InputError, match="has no column 'label' in its metadata; it has image_path, verdict, kind"):
         EmbeddingsSource(scenes_policy, str(folder)).load()
+
+
+def test_rows_of_one_image_count_once_and_contradictions_never(tmp_path, scenes_policy):
+    vectors = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+    table = {"image_path": ["a", "b", "a", "c", "c", "d"], "label": [1.0, 0.0, 1.0, 0.0, 1.0, 1.0]}
+    loaded = EmbeddingsSource(scenes_policy, str(foreign_folder(tmp_path / "f", vectors, table))).load()
+    assert [(record.id, record.label) for record in loaded.train] == [("a", 1), ("b", 0), ("d", 1)]
+    assert [(one.id, one.reason) for one in loaded.rejected] == [
+        ("a", "duplicate row"),
+        ("c", "listed as safe and as unsafe"),
+        ("c", "listed as safe and as unsafe"),
+    ]
+    assert loaded.given == 6 == len(loaded.train) + len(loaded.rejected)
 
 
 @pytest.mark.parametrize(
@@ -393,8 +410,8 @@ def test_a_stopped_store_ends_after_its_chunk():
 
     encoder = CountingEncoder()
     store = EmbeddingStore(encoder, None)
-    whole = encoder.encode_images
-    encoder.encode_images = lambda images, fixed_batch: (store.stop(), whole(images))[1]
+    whole = encoder.encode_preprocessed
+    encoder.encode_preprocessed = lambda images, fixed_batch: (store.stop(), whole(images))[1]
     with pytest.raises(CancelledError):
         store.embed(CONTENTS)
     assert encoder.n == 4

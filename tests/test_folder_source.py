@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 
 import pyarrow as pa
@@ -210,18 +209,21 @@ def test_folders_account_for_every_file(policy, tmp_path):
     assert group["safe/alias.png"] == group["weapons/a.PNG"]
 
 
-def test_a_mapping_may_name_folders_by_number_and_says_what_it_calls_safe(policy, tmp_path, caplog):
-    for i, name in enumerate(["0", "1", "unsafe"]):
+def test_a_mapping_may_name_folders_by_number(policy, tmp_path):
+    for i, name in enumerate(["0", "1"]):
         (tmp_path / name).mkdir()
         picture(i).save(tmp_path / name / "a.png")
-    with caplog.at_level(logging.WARNING):
-        loaded = load(policy, tmp_path, categories={0: "weapons"})
+    loaded = load(policy, tmp_path, categories={0: "weapons"})
     assert {record.id: (record.label, record.category) for record in loaded.train} == {
         "0/a.png": (1, "weapons"),
         "1/a.png": (0, None),
-        "unsafe/a.png": (0, None),
     }
-    assert "unsafe counts as safe, because source.categories does not list it" in caplog.text
+    (tmp_path / "unsafe").mkdir()
+    picture(2).save(tmp_path / "unsafe" / "a.png")
+    with pytest.raises(
+        InputError, match="has the folder 'unsafe', which source.categories does not list; .*list it as {unsafe: CATEGORY} or rename it"
+    ):
+        load(policy, tmp_path, categories={0: "weapons"})
 
 
 def test_an_unknown_folder_is_named_with_the_remedy(policy, tmp_path):

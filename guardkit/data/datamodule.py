@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
-from guardkit.data.augment import AugmentedContent
 from guardkit.data.sources.base import Loaded, Source
 from guardkit.data.splits import nested_order, split_test, split_validation
+from guardkit.data.views import Pool, ViewMaker, Views
 from guardkit.embeddings import EmbeddingStore
 from guardkit.policy import Policy
 from guardkit.schema import Content, InputError, Record
@@ -34,58 +34,6 @@ TRANSFORMS = ("none", "null_edit", "classic")
 PROBE_MAX_IMAGES = 256
 
 Batch = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Views:
-    """Embeddings of some records, several a record.
-
-    Attributes:
-        vectors: (n, v, d) float32; what is not there is zero.
-        there: (n, v) bool.
-    """
-
-    vectors: np.ndarray
-    there: np.ndarray
-
-    def pick(self, rows: np.ndarray, turn: int) -> tuple[np.ndarray, np.ndarray]:
-        """One view per row, the `turn`-th in a round over those that are there.
-
-        Returns:
-            (len(rows), d) vectors and (len(rows),) bool, False where a row has no view at all.
-        """
-        counts = self.there[rows].sum(axis=1)
-        rank = np.cumsum(self.there[rows], axis=1) - 1
-        wanted = (rank == (turn % np.maximum(counts, 1))[:, None]) & self.there[rows]
-        return self.vectors[rows, wanted.argmax(axis=1)], counts > 0
-
-
-class _Pool:
-    """Records whose views are made in the background, chunk by chunk."""
-
-    def __init__(self, records: Sequence[Record], n_views: int, dim: int, make: Callable[[list[Record]], Views], order: np.ndarray) -> None:
-        self.records = list(records)
-        self._make, self._order = make, order
-        self._views = Views(np.zeros((len(records), n_views, dim), np.float32), np.zeros((len(records), n_views), bool))
-        self._chunk_of = np.zeros(len(records), int)
-        self._futures: list[Future[None]] = []
-
-    def submit(self, executor: ThreadPoolExecutor, start: int, stop: int) -> None:
-        """Queues the records at positions start to stop of the order."""
-        rows = self._order[start:stop]
-        if len(rows):
-            self._chunk_of[rows] = len(self._futures)
-            self._futures.append(executor.submit(self._fill, rows))
-
-    def _fill(self, rows: np.ndarray) -> None:
-        views = self._make([self.records[row] for row in rows])
-        self._views.vectors[rows], self._views.there[rows] = views.vectors, views.there
-
-    def views(self, rows: np.ndarray | None = None) -> Views:
-        """The table, once the chunks that hold `rows` (all of them by default) are made."""
-        for chunk in np.unique(self._chunk_of if rows is None else self._chunk_of[rows]):
-            self._futures[chunk].result()
-        return self._views
 
 
 class GuardDataModule(L.LightningDataModule):
@@ -145,9 +93,9 @@ class GuardDataModule(L.LightningDataModule):
             raise InputError(f"data.test_share must lie in (0, 1), got {test_share!r}")
         self.source, self.policy, self.store, self.pipeline = source, policy, store, pipeline
         self.n_unsafe, self.negatives, self.transform = n_unsafe, tuple(negatives), transform
-        self.n_views = variants_per_image
         self.batch_size, self.test_share, self.split_seed, self.seed = batch_size, test_share, split_seed, seed
         self.edits = EditCounts()  # of this arm
+        self.views = ViewMaker(store, pipeline, transform=transform, n_views=variants_per_image, counts=self.edits)
         self.other_edits = EditCounts()  # of the probe and of test pairs
         self.epoch = 0
         self._executor: ThreadPoolExecutor | None = None
@@ -211,12 +159,12 @@ class GuardDataModule(L.LightningDataModule):
 
     def _start(self, others_train: list[Record], others_validation: list[Record]) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guardkit-data")
-        self._train: dict[str, _Pool] = {"unsafe": self._pool(self.unsafe_train, self._originals, 13)}
-        self._validation: dict[str, _Pool] = {"unsafe": self._pool(self.unsafe_validation, self._originals, 13)}
+        self._train: dict[str, Pool] = {"unsafe": self._pool(self.unsafe_train, self.views.originals, 13)}
+        self._validation: dict[str, Pool] = {"unsafe": self._pool(self.unsafe_validation, self.views.originals, 13)}
         sources = {
-            "natural": (self.safe_train, self.safe_validation, self._originals, 14),
-            "counterfactual": (self.unsafe_train, self.unsafe_validation, self._counterfactuals, 13),
-            "shuffled": (others_train, others_validation, self._counterfactuals, 14),
+            "natural": (self.safe_train, self.safe_validation, self.views.originals, 14),
+            "counterfactual": (self.unsafe_train, self.unsafe_validation, self.views.counterfactuals, 13),
+            "shuffled": (others_train, others_validation, self.views.counterfactuals, 14),
         }
         for name in self.negatives:
             train, validation, make, stream = sources[name]
@@ -231,64 +179,20 @@ class GuardDataModule(L.LightningDataModule):
         self._probe = self._executor.submit(self._make_probe)
         self._tests = self._executor.submit(self._make_tests)
 
-    def _pool(self, records: list[Record], make: Callable[[list[Record]], Views], stream: int) -> _Pool:
-        n_views = self.n_views if make == self._counterfactuals or self.transform == "classic" else 1
-        return _Pool(records, n_views, self.store.encoder.dim, make, self._order(len(records), stream, 0))
+    def _pool(self, records: list[Record], make: Callable[[list[Record]], Views], stream: int) -> Pool:
+        n_views = self.views.n_views if make == self.views.counterfactuals or self.transform == "classic" else 1
+        return Pool(records, n_views, self.store.encoder.dim, make, self._order(len(records), stream, 0))
 
     def _order(self, n: int, stream: int, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, stream, epoch]).permutation(n)
 
-    # --- making, in the background ---------------------------------------------------------------------------------------
-
-    def _embed(self, records: Sequence[Record]) -> np.ndarray:
-        """(n, d) embeddings; those that the source brings are taken as they are."""
-        vectors = np.zeros((len(records), self.store.encoder.dim), np.float32)
-        contents: list[Content] = []
-        rows: list[int] = []
-        for row, record in enumerate(records):
-            if record.embedding is not None:
-                vectors[row] = record.embedding
-            elif record.content is not None:
-                rows.append(row)
-                contents.append(record.content)
-        if contents:
-            vectors[rows] = self.store.embed(contents)
-        return vectors
-
-    def _originals(self, records: list[Record]) -> Views:
-        if self.transform == "null_edit":
-            return self._edited(records, 1, "null", self.edits)
-        if self.transform == "classic":
-            contents: list[Content] = []
-            for record in records:
-                if record.content is None:
-                    raise InputError("experiment=classic_aug needs images, and the source holds embeddings only")
-                contents += [AugmentedContent(record.content, seed) for seed in range(self.n_views)]
-            vectors = self.store.embed(contents).reshape(len(records), self.n_views, -1)
-            return Views(vectors, np.ones(vectors.shape[:2], bool))
-        vectors = self._embed(records)[:, None]
-        return Views(vectors, np.ones(vectors.shape[:2], bool))
-
-    def _counterfactuals(self, records: list[Record]) -> Views:
-        return self._edited(records, self.n_views, "counterfactual", self.edits)
-
-    def _edited(self, records: Sequence[Record], n_views: int, kind: Literal["counterfactual", "null"], counts: EditCounts) -> Views:
-        wanted = [(record, seed) for record in records for seed in range(n_views)]
-        tries = self.pipeline.make([record for record, _ in wanted], [seed for _, seed in wanted], kind, counts)
-        accepted = [(i, one) for i, one in enumerate(tries) if one is not None and one.accepted]
-        vectors = np.zeros((len(wanted), self.store.encoder.dim), np.float32)
-        there = np.zeros(len(wanted), bool)
-        if accepted:
-            rows = [i for i, _ in accepted]
-            vectors[rows] = self.store.embed([one for _, one in accepted])
-            there[rows] = True
-        return Views(vectors.reshape(len(records), n_views, vectors.shape[1]), there.reshape(len(records), n_views))
+    # --- what runs in the background ---------------------------------------------------------------------------------
 
     def _make_probe(self) -> tuple[np.ndarray, np.ndarray]:
         records = [record for record in self.unsafe_train[:PROBE_MAX_IMAGES] if record.content is not None]
-        edited = self._edited(records, 1, "null", self.other_edits)
+        edited = self.views.edited(records, 1, "null", self.other_edits)
         there = edited.there[:, 0]
-        return self._embed(records)[there], edited.vectors[there, 0]
+        return self.views.embed(records)[there], edited.vectors[there, 0]
 
     def _make_tests(self) -> TestSet:
         started = time.perf_counter()
@@ -297,15 +201,15 @@ class GuardDataModule(L.LightningDataModule):
             # a twin stands beside its original as a record of its own
             position = {record.id: i for i, record in enumerate(self.test)}
             rows = np.array([position[unsafe.id] for unsafe, _ in pairs], int)
-            twins = self._embed([twin for _, twin in pairs])
+            twins = self.views.embed([twin for _, twin in pairs])
             made_by = f"{self.source.name}: exact"
         else:
             unsafe_rows = [i for i, record in enumerate(self.test) if record.label == 1]
-            views = self._edited([self.test[i] for i in unsafe_rows], 1, "counterfactual", self.other_edits)
+            views = self.views.edited([self.test[i] for i in unsafe_rows], 1, "counterfactual", self.other_edits)
             there = views.there[:, 0]
             rows, twins = np.array(unsafe_rows, int)[there], views.vectors[there, 0]
             made_by = f"editor={self.pipeline.editor.name}"
-        vectors = self._embed(self.test)
+        vectors = self.views.embed(self.test)
         return TestSet(self.test, vectors, rows, twins, made_by, time.perf_counter() - started)
 
     def twin_of(self, record: Record) -> Content | None:
@@ -357,7 +261,7 @@ class GuardDataModule(L.LightningDataModule):
         for start in range(0, len(order), self.batch_size):
             yield self._batch(self._train, order[start : start + self.batch_size], start, epoch, shuffle=True)
 
-    def _batch(self, pools: dict[str, _Pool], rows: np.ndarray, start: int, epoch: int, *, shuffle: bool) -> Batch:
+    def _batch(self, pools: dict[str, Pool], rows: np.ndarray, start: int, epoch: int, *, shuffle: bool) -> Batch:
         k = len(self.policy.categories)
         position = {name: i for i, name in enumerate(self.policy.category_names)}
         vectors, there = pools["unsafe"].views(rows).pick(rows, epoch)

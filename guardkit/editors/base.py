@@ -23,6 +23,7 @@ class EditRequest:
         kind: "counterfactual" changes what the instruction names; "null" passes the image through the editor
             with a change of the same size that is irrelevant.
         label: of the image, 1 = unsafe, 0 = safe: on a safe one no place is off limits to a null edit.
+        target: what the result shows, a caption; empty when nobody knows.
     """
 
     content: Content
@@ -31,6 +32,7 @@ class EditRequest:
     seed: int
     kind: Literal["counterfactual", "null"] = "counterfactual"
     label: int = 1
+    target: str = ""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,14 @@ class Encoder(Protocol):
     @property
     def preprocessing(self) -> dict[str, Any]: ...
 
+    def preprocess(self, image: np.ndarray) -> torch.Tensor:
+        """(h, w, 3) uint8 RGB -> (3, height, width) float32, resized and normalised as the model expects."""
+        ...
+
+    def encode_preprocessed(self, images: Sequence[torch.Tensor], *, fixed_batch: bool = False) -> np.ndarray:
+        """What `preprocess` gave -> (n, d) float32 unit vectors; see `encode_images`."""
+        ...
+
     def encode_images(self, images: Sequence[np.ndarray], *, fixed_batch: bool = False) -> np.ndarray:
         """(h, w, 3) uint8 RGB images -> (n, d) float32 unit vectors.
 

@@ -238,8 +238,14 @@ class OpenClipEncoder:
 
     # --- encoding -----------------------------------------------------------------------------------------------------
 
+    def preprocess(self, image: np.ndarray) -> torch.Tensor:
+        """(h, w, 3) uint8 RGB -> (3, height, width) float32, by open_clip's own transform."""
+        from PIL import Image
+
+        return self._loaded[1](Image.fromarray(image))
+
     def encode_images(self, images: Sequence[np.ndarray], *, fixed_batch: bool = False) -> np.ndarray:
-        """(h, w, 3) uint8 RGB images -> (n, d) float32 unit vectors, preprocessed by open_clip's own transform.
+        """(h, w, 3) uint8 RGB images -> (n, d) float32 unit vectors.
 
         Args:
             images: of any sizes.
@@ -247,13 +253,21 @@ class OpenClipEncoder:
                 then is the same to the last bit whatever it was encoded with. It still depends on the device and on
                 the number of threads.
         """
-        import torch
-        from PIL import Image
+        size = self.batch_size
+        parts = [
+            self.encode_preprocessed([self.preprocess(image) for image in images[start : start + size]], fixed_batch=fixed_batch)
+            for start in range(0, len(images), size)
+        ]
+        return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
 
-        model, transform = self._loaded[:2]
+    def encode_preprocessed(self, images: Sequence[torch.Tensor], *, fixed_batch: bool = False) -> np.ndarray:
+        """(3, height, width) images from `preprocess` -> (n, d) float32 unit vectors; see `encode_images`."""
+        import torch
+
+        model = self.model
         parts = []
         for start in range(0, len(images), self.batch_size):
-            chunk = [transform(Image.fromarray(image)) for image in images[start : start + self.batch_size]]
+            chunk = list(images[start : start + self.batch_size])
             n = len(chunk)
             if fixed_batch:
                 chunk += [chunk[-1]] * (math.ceil(self.batch_size / _FIXED_MULTIPLE) * _FIXED_MULTIPLE - n)

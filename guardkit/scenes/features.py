@@ -142,7 +142,7 @@ def _poster_padlock(p: Pen) -> None:
 def _poster_curtain(p: Pen) -> None:
     _poster(p)
     for i in range(5):
-        p.rect(-0.65 + 0.26 * i, -0.75, -0.47 + 0.26 * i, 0.75, "b")
+        p.rect(-0.65 + 0.28 * i, -0.75, -0.47 + 0.28 * i, 0.75, "a")
     p.rect(-0.7, -0.8, 0.7, -0.6, "ink")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from guardkit.schema import Record, Rejected
+from guardkit.schema import InputError, Record, Rejected
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,18 @@ class Loaded:
     given: int
     test_pairs: list[tuple[Record, Record]] | None = None
     encoder_fingerprint: str | None = None
+
+
+def read_label(value: Any, where: str) -> int:
+    """1 for unsafe and 0 for safe, as tables write them: the words, 0 and 1, or 0.0 and 1.0.
+
+    Raises:
+        InputError: anything else; `where` says what table and row.
+    """
+    label = {"safe": 0, "unsafe": 1, "0": 0, "1": 1, "0.0": 0, "1.0": 1}.get(str(value).strip().lower())
+    if label is None:
+        raise InputError(f"{where} has label {value!r}; allowed are safe, unsafe, 0 and 1")
+    return label
 
 
 class Source(Protocol):

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from guardkit.data.sources.base import Loaded
-from guardkit.embeddings import read_embedding_folder
+from guardkit.data.sources.base import Loaded, read_label
+from guardkit.embedding_folder import read_embedding_folder
 from guardkit.policy import Policy
-from guardkit.schema import InputError, Record
-
-_LABELS = {"safe": 0, "unsafe": 1, "0": 0, "1": 1}
+from guardkit.schema import InputError, Record, Rejected
 
 
 class EmbeddingsSource:
@@ -48,15 +46,16 @@ class EmbeddingsSource:
             )
         names = ("image_path", self.label_column, self.category_column, "source", "group", "caption")
         values = {name: self._table.column(name).to_pylist() if name in columns else [None] * len(self._table) for name in names}
-        records = []
+        records: list[Record] = []
+        rejected: list[Rejected] = []
+        labels: dict[str, set[int]] = {}
         for i, vector in enumerate(self._vectors):
-            label = _LABELS.get(str(values[self.label_column][i]).lower())
-            if label is None:
-                raise InputError(f"{self.root} row {i + 1} has label {values[self.label_column][i]!r}; allowed are safe, unsafe, 0 and 1")
+            label = read_label(values[self.label_column][i], f"{self.root} row {i + 1}")
             category = values[self.category_column][i] or None
             if label and category:
                 self.policy.check_category(category, f"{self.root} row {i + 1}")
             name = str(values["image_path"][i] or i)
+            labels.setdefault(name, set()).add(label)
             records.append(
                 Record(
                     id=name,
@@ -69,4 +68,14 @@ class EmbeddingsSource:
                     embedding=vector,
                 )
             )
-        return Loaded(train=records, test=None, rejected=[], given=len(records), encoder_fingerprint=self.encoder_fingerprint)
+        kept: dict[str, Record] = {}
+        for record in records:
+            if len(labels[record.id]) > 1:
+                rejected.append(Rejected(record.id, "listed as safe and as unsafe"))
+            elif record.id in kept:
+                rejected.append(Rejected(record.id, "duplicate row"))
+            else:
+                kept[record.id] = record
+        return Loaded(
+            train=list(kept.values()), test=None, rejected=rejected, given=len(self._vectors), encoder_fingerprint=self.encoder_fingerprint
+        )

@@ -6,6 +6,7 @@ the whole data set unusable (no such folder, a missing column, a category that t
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -23,7 +24,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from guardkit.data.duplicates import near_duplicate_groups, perceptual_hash
-from guardkit.data.sources.base import Loaded
+from guardkit.data.sources.base import Loaded, read_label
 from guardkit.images import MAX_PIXELS, SUFFIXES, FileContent
 from guardkit.policy import Policy
 from guardkit.progress import progress
@@ -35,7 +36,6 @@ METADATA = ("metadata.csv", "metadata.parquet", "metadata.jsonl")
 _BOX = ("x_min", "y_min", "x_max", "y_max")
 # what people put beside class folders without meaning it as data, by the first part of its name
 _PAPERS = frozenset({"citation", "copying", "dataset_infos", "license", "licence", "metadata", "notice", "readme"})
-_LABELS = {"safe": 0, "unsafe": 1, "0": 0, "1": 1}
 _READERS = 4
 
 
@@ -115,6 +115,7 @@ class FolderSource:
             "source": self.name,
             "root": self.root.name,
             "metadata": self.metadata.name if self.metadata else None,
+            "metadata_sha256": hashlib.sha256(self.metadata.read_bytes()).hexdigest() if self.metadata else None,
             "categories": self.categories,
             "max_pixels": max_pixels,
             "check_images": check_images,
@@ -182,9 +183,7 @@ class FolderSource:
             raise InputError(f"{self.metadata} has only {', '.join(boxed)} of the box columns {', '.join(_BOX)}; give all four or none")
         rows = []
         for number, raw in enumerate(table.to_pylist(), 1):
-            label = _LABELS.get(str(raw["label"]).strip().lower())
-            if label is None:
-                raise InputError(f"{self.metadata} row {number} has label {raw['label']!r}; allowed are safe, unsafe, 0 and 1")
+            label = read_label(raw["label"], f"{self.metadata} row {number}")
             category = _text(raw.get("category")) or None
             if label and category:
                 self.policy.check_category(category, f"{self.metadata} row {number}")
@@ -240,7 +239,10 @@ class FolderSource:
             if folder in self.categories:
                 return 1, self.categories[folder]
             if folder == "unsafe" or folder in self.policy.category_names:
-                log.warning("%s/%s counts as safe, because source.categories does not list it", self.root, folder)
+                raise InputError(
+                    f"{self.root} has the folder {folder!r}, which source.categories does not list; folders it leaves out count as safe, "
+                    f"which the name denies: list it as {{{folder}: CATEGORY}} or rename it"
+                )
             return 0, None
         if folder in self.policy.category_names:
             return 1, folder

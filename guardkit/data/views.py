@@ -1,0 +1,141 @@
+"""Views: the embeddings under which an arm sees its records, made by editor and encoder, chunk by chunk.
+
+A record has one view or several: itself, its counterfactuals, null edits of it, or crops of it. Nothing here knows of
+arms, splits or batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
+from guardkit.data.augment import AugmentedContent
+from guardkit.embeddings import EmbeddingStore
+from guardkit.schema import Content, InputError, Record
+
+
+@dataclass(frozen=True)
+class Views:
+    """Embeddings of some records, several a record.
+
+    Attributes:
+        vectors: (n, v, d) float32; what is not there is zero.
+        there: (n, v) bool.
+    """
+
+    vectors: np.ndarray
+    there: np.ndarray
+
+    def pick(self, rows: np.ndarray, turn: int) -> tuple[np.ndarray, np.ndarray]:
+        """One view per row, the `turn`-th in a round over those that are there.
+
+        Returns:
+            (len(rows), d) vectors and (len(rows),) bool, False where a row has no view at all.
+        """
+        counts = self.there[rows].sum(axis=1)
+        rank = np.cumsum(self.there[rows], axis=1) - 1
+        wanted = (rank == (turn % np.maximum(counts, 1))[:, None]) & self.there[rows]
+        return self.vectors[rows, wanted.argmax(axis=1)], counts > 0
+
+
+class Pool:
+    """Records whose views are made in the background, chunk by chunk."""
+
+    def __init__(self, records: Sequence[Record], n_views: int, dim: int, make: Callable[[list[Record]], Views], order: np.ndarray) -> None:
+        self.records = list(records)
+        self._make, self._order = make, order
+        self._views = Views(np.zeros((len(records), n_views, dim), np.float32), np.zeros((len(records), n_views), bool))
+        self._chunk_of = np.zeros(len(records), int)
+        self._futures: list[Future[None]] = []
+
+    def submit(self, executor: ThreadPoolExecutor, start: int, stop: int) -> None:
+        """Queues the records at positions start to stop of the order."""
+        rows = self._order[start:stop]
+        if len(rows):
+            self._chunk_of[rows] = len(self._futures)
+            self._futures.append(executor.submit(self._fill, rows))
+
+    def _fill(self, rows: np.ndarray) -> None:
+        views = self._make([self.records[row] for row in rows])
+        self._views.vectors[rows], self._views.there[rows] = views.vectors, views.there
+
+    def views(self, rows: np.ndarray | None = None) -> Views:
+        """The table, once the chunks that hold `rows` (all of them by default) are made."""
+        for chunk in np.unique(self._chunk_of if rows is None else self._chunk_of[rows]):
+            self._futures[chunk].result()
+        return self._views
+
+
+class ViewMaker:
+    """Makes views of records; what was made before comes from the stores.
+
+    Args:
+        store: embeds images, each once.
+        pipeline: makes counterfactuals and null edits.
+        transform: what originals pass through: "none", "null_edit" or "classic".
+        n_views: counterfactuals (or classic views) of each record.
+        counts: of edits; added to.
+    """
+
+    def __init__(
+        self,
+        store: EmbeddingStore,
+        pipeline: CounterfactualPipeline,
+        *,
+        transform: Literal["none", "null_edit", "classic"],
+        n_views: int,
+        counts: EditCounts,
+    ) -> None:
+        self.store, self.pipeline, self.transform, self.n_views, self.counts = store, pipeline, transform, n_views, counts
+
+    def embed(self, records: Sequence[Record]) -> np.ndarray:
+        """(n, d) embeddings; those that the source brings are taken as they are."""
+        vectors = np.zeros((len(records), self.store.encoder.dim), np.float32)
+        contents: list[Content] = []
+        rows: list[int] = []
+        for row, record in enumerate(records):
+            if record.embedding is not None:
+                vectors[row] = record.embedding
+            elif record.content is not None:
+                rows.append(row)
+                contents.append(record.content)
+        if contents:
+            vectors[rows] = self.store.embed(contents)
+        return vectors
+
+    def originals(self, records: list[Record]) -> Views:
+        """The records themselves, passed through the transform."""
+        if self.transform == "null_edit":
+            return self.edited(records, 1, "null", self.counts)
+        if self.transform == "classic":
+            contents: list[Content] = []
+            for record in records:
+                if record.content is None:
+                    raise InputError("experiment=classic_aug needs images, and the source holds embeddings only")
+                contents += [AugmentedContent(record.content, seed) for seed in range(self.n_views)]
+            vectors = self.store.embed(contents).reshape(len(records), self.n_views, -1)
+            return Views(vectors, np.ones(vectors.shape[:2], bool))
+        vectors = self.embed(records)[:, None]
+        return Views(vectors, np.ones(vectors.shape[:2], bool))
+
+    def counterfactuals(self, records: list[Record]) -> Views:
+        """`n_views` counterfactuals of each record; rejected ones are not there."""
+        return self.edited(records, self.n_views, "counterfactual", self.counts)
+
+    def edited(self, records: Sequence[Record], n_views: int, kind: Literal["counterfactual", "null"], counts: EditCounts) -> Views:
+        """`n_views` edits of each record, embedded."""
+        wanted = [(record, seed) for record in records for seed in range(n_views)]
+        tries = self.pipeline.make([record for record, _ in wanted], [seed for _, seed in wanted], kind, counts)
+        accepted = [(i, one) for i, one in enumerate(tries) if one is not None and one.accepted]
+        vectors = np.zeros((len(wanted), self.store.encoder.dim), np.float32)
+        there = np.zeros(len(wanted), bool)
+        if accepted:
+            rows = [i for i, _ in accepted]
+            vectors[rows] = self.store.embed([one for _, one in accepted])
+            there[rows] = True
+        return Views(vectors.reshape(len(records), n_views, vectors.shape[1]), there.reshape(len(records), n_views))

@@ -1,0 +1,199 @@
+"""Folders of embeddings that other CLIP tools can read and write: `embed` writes them, `source=embeddings` reads them.
+
+The layout is clip-retrieval's: numbered `.npy` parts beside Parquet tables of the same rows. Ours add a manifest, written
+last, that names the encoder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from guardkit import __version__
+from guardkit.artifacts import write_json, written
+from guardkit.embeddings import EmbeddingStore
+from guardkit.encoders.base import Encoder
+from guardkit.progress import progress
+from guardkit.schema import InputError, Record, Rejected
+
+MANIFEST, REJECTED = "manifest.json", "rejected.parquet"
+_BLOCK = 512  # records embedded between two looks at the clock
+UNFINISHED = "manifest.unfinished.json"  # stands in for the manifest while a folder is being written
+
+
+def write_embedding_folder(
+    records: Iterable[Record], store: EmbeddingStore, folder: Path, *, rejected: Sequence[Rejected] = (), shard_size: int = 10_000
+) -> dict[str, int]:
+    """Embeds records into a folder in the layout that clip-retrieval and autofaiss read; the manifest comes last.
+
+    Args:
+        records: with contents.
+        store: what it holds is not encoded again, so an interrupted run goes on where it was.
+        folder: written to; one that another encoder or another tool filled is refused.
+        rejected: inputs that were already found unusable, to be listed with the rest.
+        shard_size: rows per file.
+    Returns:
+        Counts: given = written + rejected.
+    Raises:
+        InputError: the folder holds embeddings of another encoder, or some that guardkit did not write.
+    """
+    folder = Path(folder)
+    _claim(folder, store.encoder)
+    refused = list(rejected)
+    n_written = n_shards = 0
+    total = len(records) if isinstance(records, Sequence) else None
+    stream = iter(progress(records, total=total, what="embedding images"))
+    waiting: list[Record] = []
+    vectors = np.zeros((0, store.encoder.dim), np.float32)
+    block = list(islice(stream, min(_BLOCK, shard_size)))
+    while block or waiting:
+        readable, more, unreadable = store.embed_readable(block)
+        refused += unreadable
+        waiting += readable
+        vectors = np.concatenate([vectors, more])
+        block = list(islice(stream, min(_BLOCK, shard_size)))
+        # a shard is written when it is full, or when nothing more comes
+        while len(waiting) >= shard_size or (waiting and not block):
+            with written(folder / "img_emb" / f"img_emb_{n_shards}.npy") as temporary:
+                np.save(temporary, vectors[:shard_size].astype(np.float16))
+            with written(folder / "metadata" / f"metadata_{n_shards}.parquet") as temporary:
+                pq.write_table(_metadata(waiting[:shard_size]), temporary)
+            n_written, n_shards = n_written + len(waiting[:shard_size]), n_shards + 1
+            waiting, vectors = waiting[shard_size:], vectors[shard_size:]
+    for stale in [*folder.glob("img_emb/img_emb_*.npy"), *folder.glob("metadata/metadata_*.parquet")]:
+        if _number(stale) >= n_shards:
+            stale.unlink()
+    with written(folder / REJECTED) as temporary:
+        pq.write_table(
+            pa.table({"id": pa.array([r.id for r in refused], pa.string()), "reason": pa.array([r.reason for r in refused], pa.string())}),
+            temporary,
+        )
+    counts = {"given": n_written + len(refused), "written": n_written, "rejected": len(refused)}
+    manifest: dict[str, Any] = {
+        "encoder": store.encoder.config | {"name": store.encoder.name},
+        "encoder_fingerprint": store.encoder.fingerprint,
+        "preprocessing": store.encoder.preprocessing,
+        "dim": store.encoder.dim,
+        "dtype": "float16",
+        "normalized": True,
+        "n_shards": n_shards,
+        "guardkit_version": __version__,
+        **counts,
+    }
+    write_json(folder / MANIFEST, manifest)
+    (folder / UNFINISHED).unlink()
+    return counts
+
+
+def _claim(folder: Path, encoder: Encoder) -> None:
+    """Marks a folder as being written, if it is free or ours."""
+    marks = [_read_manifest(folder / name) for name in (MANIFEST, UNFINISHED) if (folder / name).is_file()]
+    for mark in marks:
+        found = mark.get("encoder_fingerprint")
+        if found != encoder.fingerprint:
+            raise InputError(
+                f"{folder} holds embeddings of another encoder ({str(found)[:12]}, not {encoder.fingerprint[:12]}); choose another output_dir"
+            )
+    if not marks and any(folder.glob("img_emb/*.npy")):
+        raise InputError(f"{folder} holds embeddings that another tool wrote (it has no {MANIFEST}); choose another output_dir")
+    write_json(folder / UNFINISHED, {"encoder_fingerprint": encoder.fingerprint, "guardkit_version": __version__})
+    (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); embed the images into another folder") from error
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path} must hold a JSON object, got {type(manifest).__name__}; embed the images into another folder")
+    return manifest
+
+
+def read_embedding_folder(folder: Path) -> tuple[np.ndarray, pa.Table, dict[str, Any] | None]:
+    """Reads an embedding folder, ours or clip-retrieval's.
+
+    Returns:
+        (n, d) float32 unit vectors, the metadata table with n rows, and the manifest if there is one.
+    Raises:
+        InputError: no such folder, shards that do not fit each other, or vectors that are not finite.
+    """
+    folder = Path(folder)
+    if (folder / UNFINISHED).is_file():
+        raise InputError(f"{folder} is not complete; run python -m guardkit.embed with output_dir={folder} again")
+    manifest = _read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+    vector_files, table_files = _numbered(folder, "img_emb", ".npy"), _numbered(folder, "metadata", ".parquet")
+    if not vector_files:
+        found = "holds no embeddings" if manifest else "is no embedding folder: img_emb/img_emb_0.npy is missing"
+        raise InputError(f"{folder} {found}; write one with python -m guardkit.embed")
+    odd = sorted(set(vector_files) ^ set(table_files))
+    if odd:
+        raise InputError(f"{folder} has shards {odd} in only one of img_emb/ and metadata/; copy the folder anew")
+    if manifest and manifest.get("n_shards", len(vector_files)) != len(vector_files):
+        raise InputError(f"{folder} has {len(vector_files)} shards, its {MANIFEST} says {manifest['n_shards']}; copy the folder anew")
+    vectors: list[np.ndarray] = []
+    tables: list[pa.Table] = []
+    for number in sorted(vector_files):
+        path = vector_files[number]
+        try:
+            shard = np.load(path, allow_pickle=False)
+            table = pq.read_table(table_files[number])
+        except (OSError, EOFError, ValueError, pa.ArrowException) as error:
+            raise InputError(f"shard {number} of {folder} cannot be read ({error}); copy it anew") from error
+        if not isinstance(shard, np.ndarray) or shard.dtype.kind != "f":
+            raise InputError(f"{path} must hold floating-point numbers, got {getattr(shard, 'dtype', 'an archive')}; copy the shard anew")
+        if shard.ndim != 2 or len(shard) != len(table):
+            raise InputError(f"{path} has shape {shard.shape}, its metadata {len(table)} rows; copy the shard anew")
+        if vectors and shard.shape[1] != vectors[0].shape[1]:
+            raise InputError(f"{path} has {shard.shape[1]} columns, earlier shards {vectors[0].shape[1]}; all must come from one encoder")
+        shard = shard.astype(np.float32)
+        norms = np.linalg.norm(shard, axis=1, keepdims=True)
+        bad = np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0))
+        if len(bad):
+            raise InputError(f"{path} row {bad[0]} is not a finite vector ({len(bad)} such rows); embed those images again")
+        vectors.append(shard / norms)
+        tables.append(table)
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(f"the tables of {folder}/metadata do not fit each other ({error}); all must come from one run") from error
+    return np.concatenate(vectors), table, manifest
+
+
+def _numbered(folder: Path, kind: str, suffix: str) -> dict[int, Path]:
+    """Shards by number, which may be zero-padded."""
+    shards: dict[int, Path] = {}
+    for path in sorted(folder.glob(f"{kind}/{kind}_*{suffix}")):
+        number = _number(path)
+        if number in shards or number < 0:
+            raise InputError(f"{path} has no number of its own (expected {kind}_<i>{suffix}); move it elsewhere")
+        shards[number] = path
+    return shards
+
+
+def _metadata(records: list[Record]) -> pa.Table:
+    regions = np.array([record.region or (np.nan,) * 4 for record in records], dtype=float)
+    columns: dict[str, Any] = {
+        "image_path": [record.id for record in records],
+        "label": pa.array([record.label for record in records], pa.int8()),
+        "category": pa.array([record.category for record in records], pa.string()),
+        "source": [record.source for record in records],
+        "group": [record.group for record in records],
+        "caption": [record.caption for record in records],
+    }
+    for i, name in enumerate(("x_min", "y_min", "x_max", "y_max")):
+        columns[name] = pa.array(regions[:, i], from_pandas=True)
+    return pa.table(columns)
+
+
+def _number(path: Path) -> int:
+    match = re.search(r"_(\d+)$", path.stem)
+    return int(match.group(1)) if match else -1
