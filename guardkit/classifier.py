@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -88,6 +89,13 @@ class GuardClassifier:
                 decisions += self._decide(batch, limit, max_pixels)
                 batch = []
         return decisions + self._decide(batch, limit, max_pixels)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash over everything its probabilities depend on: head, encoder and policy; 64 hex digits."""
+        weights = {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in self.head.state_dict().items()}
+        head = {"kind": self.head.kind, "settings": self.head.settings, "weights": weights}
+        return fingerprint({"head": head, "encoder": self.encoder.fingerprint, "policy": self.policy.digest})
 
     def score_embeddings(self, embeddings: np.ndarray) -> np.ndarray:
         """(n, d) float embeddings of the guard's encoder -> (n,) probability of unsafe in [0, 1].

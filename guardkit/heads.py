@@ -20,7 +20,8 @@ from guardkit.schema import InputError
 class EncodesTexts(Protocol):
     """What a head needs to know of an encoder."""
 
-    dim: int
+    @property
+    def dim(self) -> int: ...
 
     def encode_texts(self, texts: list[str]) -> np.ndarray:
         """(n, d) float32 unit vectors."""

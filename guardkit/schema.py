@@ -48,6 +48,7 @@ class Record:
         content: its pixels; None when only an embedding is known.
         region: where the unsafe feature is, if known.
         caption: what it shows, in words; may be empty.
+        twins: counterfactuals that the source brings along; where there are some, no editor is asked.
         embedding: (d,) float32 unit vector, when the source holds embeddings instead of images.
     """
 
@@ -59,6 +60,7 @@ class Record:
     content: Content | None
     region: Region | None = None
     caption: str = ""
+    twins: tuple[Content, ...] = ()
     embedding: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 

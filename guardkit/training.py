@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from guardkit.artifacts import write_json
+from guardkit.counterfactual.pair_dataset import write_pair_dataset
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
 from guardkit.data.datamodule import GuardDataModule
 from guardkit.embedding_folder import write_embedding_folder
@@ -56,14 +57,7 @@ def build(cfg: DictConfig) -> Parts:
     policy, cache_dir = _policy(cfg), _cache_dir(cfg)
     encoder: Encoder = _make(cfg.encoder)
     store = EmbeddingStore(encoder, cache_dir)
-    pipeline = CounterfactualPipeline(
-        policy,
-        _make(cfg.instructor),
-        _make(cfg.editor),
-        _make(cfg.verifier),
-        cache_dir=cache_dir,
-        batch_size=cfg.edit_batch_size,
-    )
+    pipeline = _pipeline(cfg, policy, store, cache_dir)
     source = _make(cfg.source, policy=policy)
     data: GuardDataModule = _make(cfg.data, source=source, policy=policy, store=store, pipeline=pipeline, seed=cfg.seed)
     return Parts(policy, encoder, store, pipeline, data)
@@ -133,10 +127,8 @@ def embed_source(cfg: DictConfig, folder: Path) -> dict[str, int]:
     Returns:
         given, written and rejected; given is the sum of the others.
     """
-    for name in ("limit", "shard_size"):
-        value = cfg[name]
-        if not (isinstance(value, int) and value >= 1) and not (name == "limit" and value is None):
-            raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+    _check_whole(cfg, "limit", may_be_null=True)
+    _check_whole(cfg, "shard_size")
     policy = _policy(cfg)
     loaded = _make(cfg.source, policy=policy).load()
     records = [*loaded.train, *(loaded.test or [])]
@@ -144,6 +136,61 @@ def embed_source(cfg: DictConfig, folder: Path) -> dict[str, int]:
         raise InputError("source=embeddings holds embeddings already; choose a source of images")
     store = EmbeddingStore(_make(cfg.encoder), _cache_dir(cfg))
     return write_embedding_folder(records[: cfg.limit], store, folder, rejected=loaded.rejected, shard_size=cfg.shard_size)
+
+
+def synthesize_source(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Makes a pair dataset of a source's images, test images left out.
+
+    Args:
+        cfg: composed from conf/synthesize.yaml.
+        folder: written to.
+    Returns:
+        The dataset's manifest.
+    """
+    _check_whole(cfg, "limit", may_be_null=True)
+    _check_whole(cfg, "variants_per_image")
+    labels = {"to_safe": (1,), "to_unsafe": (0,), "both": (1, 0)}
+    if cfg.direction not in labels:
+        raise InputError(f"direction must be one of {', '.join(labels)}, got {cfg.direction!r}")
+    policy, cache_dir = _policy(cfg), _cache_dir(cfg) or folder / ".cache"
+    source = _make(cfg.source, policy=policy)
+    loaded = source.load()
+    if cfg.direction != "to_safe" and not loaded.is_drawn:
+        raise InputError(
+            f"direction={cfg.direction} would make unsafe images of source={source.name}; real images are edited to the safe side only"
+        )
+    records = [record for label in labels[cfg.direction] for record in loaded.train if record.label == label and (label or record.category)]
+    if any(record.content is None for record in records):
+        raise InputError("source=embeddings holds no images to edit; choose a source of images")
+    if not records:
+        raise InputError(f"source={source.name} has no image to edit in direction={cfg.direction}")
+    store = EmbeddingStore(_make(cfg.encoder), cache_dir)
+    return write_pair_dataset(
+        records[: cfg.limit],
+        _pipeline(cfg, policy, store, cache_dir),
+        folder,
+        made_from=source.fingerprint,
+        variants_per_image=cfg.variants_per_image,
+        rejected=loaded.rejected,
+    )
+
+
+def _pipeline(cfg: DictConfig, policy: Policy, store: EmbeddingStore, cache_dir: Path | None) -> CounterfactualPipeline:
+    return CounterfactualPipeline(
+        policy,
+        _make(cfg.instructor),
+        _make(cfg.editor),
+        _make(cfg.verifier, store=store, policy=policy),
+        cache_dir=cache_dir,
+        batch_size=cfg.edit_batch_size,
+        max_tries=cfg.edit_max_tries,
+    )
+
+
+def _check_whole(cfg: DictConfig, name: str, *, may_be_null: bool = False) -> None:
+    value = cfg[name]
+    if not (isinstance(value, int) and value >= 1) and not (may_be_null and value is None):
+        raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def _make(cfg: DictConfig, **objects: Any) -> Any:

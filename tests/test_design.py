@@ -18,15 +18,17 @@ LEVELS = {
     "embeddings": 2, "embedding_folder": 2, "counterfactual": 2, "classifier": 2,
     "data": 3, "module": 3,
     "evaluation": 4,
-    "training": 5, "_hydra": 5, "train": 5, "embed": 5,
+    "training": 5, "_hydra": 5, "train": 5, "embed": 5, "synthesize": 5,
 }  # fmt: skip
 # rooms of one level that may lean on each other, with the reason
 ALLOWED = {
     ("artifacts", "schema"), ("policy", "schema"), ("policy", "artifacts"),  # the ground floor
     ("editors", "scenes"),  # the exact editor belongs to the world it edits
+    ("counterfactual", "embeddings"),  # a verifier shares the embeddings of the training
     ("embedding_folder", "embeddings"),  # a folder is filled through the store
     ("module", "data"),  # training runs a data module
     ("training", "_hydra"), ("train", "_hydra"), ("train", "training"), ("embed", "_hydra"), ("embed", "training"),
+    ("synthesize", "_hydra"), ("synthesize", "training"),
 }  # fmt: skip
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import picture
 
-from guardkit.counterfactual.instructor import TemplateInstructor
+from guardkit.counterfactual.instructor import Instruction, TemplateInstructor
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.counterfactual.verifier import NoVerifier
 from guardkit.editors.base import EditRequest, EditResult
@@ -124,8 +126,6 @@ def test_a_second_run_edits_nothing(scenes_policy, tmp_path):
 
 def test_what_changes_an_edit_is_in_its_key(scenes_policy, tmp_path):
     """Another seed, kind, region, image, editor or policy is another try."""
-    from dataclasses import replace
-
     base, editor = photograph(), CountingEditor(darker)
     here = pipeline(scenes_policy, editor, tmp_path)
     keys = [here.make([base], [0])[0].key, here.make([base], [1])[0].key, here.make([base], [0], "null")[0].key]
@@ -171,7 +171,65 @@ def test_records_without_pixels_are_counted(scenes_policy):
 
 
 def test_instruction_comes_from_the_policy(scenes_policy):
+    """Where the caption names the violation, just that is replaced; where it does not, the policy's guidance is given."""
     record = unsafe_scene(0)
-    text = TemplateInstructor().instruct(record, scenes_policy)
-    assert scenes_policy[record.category].edit in text
-    assert record.caption in text
+    bare = replace(record, caption="a person in a park")
+    seeds = range(12)
+    made = TemplateInstructor().instruct([record] * 12, seeds, scenes_policy)
+    category = scenes_policy[record.category]
+    for one in made:
+        assert one.text.startswith("Replace the ")
+        assert any(text in one.text for text in category.safe_texts)
+        assert one.target != record.caption
+        assert any(text.removeprefix("a ").removeprefix("an ") in one.target for text in category.safe_texts)
+    assert len({one.text for one in made}) > 1
+    (plain,) = TemplateInstructor().instruct([bare], [0], scenes_policy)
+    assert plain.text == f"{category.edit} The image shows a person in a park."
+    assert plain.target in category.safe_texts
+    (unknown,) = TemplateInstructor().instruct([replace(record, category=None)], [0], scenes_policy)
+    assert all(one.edit in unknown.text for one in scenes_policy.categories)
+
+
+def test_every_scene_gets_the_look_alike_that_was_asked_for(scenes_policy):
+    """The exact editor obeys the instruction, so that the words beside a pair say what it shows."""
+    records = [unsafe_scene(i) for i in range(60)]
+    for record, instruction in zip(records, TemplateInstructor().instruct(records, [0] * 60, scenes_policy), strict=True):
+        twin = record.content.scene.counterfactual(0, wanted=instruction.text)
+        plain = " ".join(twin.feature.replace("{c}", "").split())
+        assert plain in instruction.text
+        assert twin.label == 0
+
+
+def test_a_rejected_edit_is_tried_again_with_another_seed(scenes_policy, tmp_path):
+    """Until one is accepted, or the budget is spent; every try is stored and counted, and a second run makes none."""
+    lucky = CountingEditor(lambda request: darker(request) if request.seed > 2_000_000 else EditResult(None, "refused"))
+    counts = EditCounts()
+    (tries,) = pipeline(scenes_policy, lucky, tmp_path, max_tries=4).make_all([photograph()], [1], counts=counts)
+    assert [one.accepted for one in tries] == [False, False, True]
+    assert len(set(lucky.asked)) == 3
+    assert (counts.requested, counts.tries, counts.accepted, counts.cache_hits) == (1, 3, 1, 0)
+    (again,) = pipeline(scenes_policy, lucky, tmp_path, max_tries=4).make_all([photograph()], [1], counts=counts)
+    assert [one.key for one in again] == [one.key for one in tries]
+    assert len(lucky.asked) == 3
+    assert counts.cache_hits == 1
+    unlucky, counts = CountingEditor(lambda _: EditResult(None, "refused")), EditCounts()
+    pipeline(scenes_policy, unlucky, max_tries=3).make([photograph(), photograph(1)], [0, 0], counts=counts)
+    assert (counts.requested, counts.tries, counts.rejected) == (2, 6, {"refused": 2})
+
+
+def test_an_instructor_that_abstains_is_a_reason_and_is_asked_again(scenes_policy, tmp_path):
+    class Shy:
+        name, calls = "shy", 0
+
+        def instruct(self, records, seeds, policy):
+            self.calls += 1
+            return [Instruction("", reason="the endpoint is down") for _ in records]
+
+    shy, editor, counts = Shy(), CountingEditor(darker), EditCounts()
+    here = CounterfactualPipeline(scenes_policy, shy, editor, NoVerifier(), cache_dir=tmp_path, max_tries=3)
+    for _ in range(2):
+        (tried,) = here.make([photograph()], [0], counts=counts)
+        assert tried.verdict.reason == "instructor=shy: the endpoint is down"
+    assert editor.asked == []
+    assert shy.calls == 2  # once a run: another seed would not help
+    assert counts.cache_hits == 0

@@ -2,7 +2,7 @@
 
 Every try passes through the store, accepted or rejected, so nothing is made twice: not in a second epoch, not in a
 second run, not by another arm. The key names all that a try depends on: image, policy, instruction, region, editor,
-verifier, seed and kind.
+verifier, seed and kind. What an instructor abstains from is no try and is asked again in the next run.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from typing import Literal
 import numpy as np
 
 from guardkit.artifacts import KeyValueStore, fingerprint
-from guardkit.counterfactual.instructor import NULL_INSTRUCTION, Instructor
-from guardkit.counterfactual.verifier import Verdict, Verifier, sanity
-from guardkit.editors.base import Editor, EditRequest
+from guardkit.counterfactual.instructor import NULL_INSTRUCTION, Instruction, Instructor
+from guardkit.counterfactual.verifier import Candidate, Verdict, Verifier, sanity
+from guardkit.editors.base import Editor, EditRequest, EditResult
 from guardkit.images import decode_png, encode_png
 from guardkit.policy import Policy
 from guardkit.schema import ImageError, InputError, Record
+
+Kind = Literal["counterfactual", "null"]
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,19 @@ class Try:
 
     Attributes:
         key: of everything the try depends on.
+        seed: of this edit.
         instruction: what the editor was asked for.
         verdict: accepted when its reason is None.
+        png: the edited image; None when there is none.
+        abstained: the instructor gave no instruction, so that nothing was edited and nothing stored.
     """
 
     key: str
+    seed: int
     instruction: str
     verdict: Verdict
     png: bytes | None = field(repr=False)
+    abstained: bool = False
 
     @property
     def accepted(self) -> bool:
@@ -66,19 +73,20 @@ class Try:
         return json.dumps(head).encode() + b"\n" + (self.png or b"")
 
     @classmethod
-    def from_bytes(cls, key: str, value: bytes) -> Try:
+    def from_bytes(cls, key: str, seed: int, value: bytes) -> Try:
         """The inverse of `to_bytes`."""
         line, _, png = value.partition(b"\n")
         head = json.loads(line)
         verdict = Verdict(head["reason"], head["flip_score"], head["preservation_score"])
-        return cls(key, head["instruction"], verdict, png if head["has_image"] else None)
+        return cls(key, seed, head["instruction"], verdict, png if head["has_image"] else None)
 
 
 @dataclass
 class EditCounts:
-    """requested = accepted + sum of rejected; cache_hits of them were not made anew."""
+    """requested = accepted + sum of rejected; cache_hits of them were not made anew. It took `tries` edits."""
 
     requested: int = 0
+    tries: int = 0
     accepted: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     cache_hits: int = 0
@@ -88,6 +96,7 @@ class EditCounts:
         """The counts in the form of metrics.json."""
         return {
             "requested": self.requested,
+            "tries": self.tries,
             "accepted": self.accepted,
             "rejected": dict(sorted(self.rejected.items())),
             "cache_hits": self.cache_hits,
@@ -104,6 +113,7 @@ class CounterfactualPipeline:
         verifier: decides whether it is kept.
         cache_dir: where tries are stored; None keeps them in memory.
         batch_size: how many edits the editor is asked for at once.
+        max_tries: how often an edit is tried, each time with another seed, until one is accepted.
     """
 
     def __init__(
@@ -115,11 +125,14 @@ class CounterfactualPipeline:
         *,
         cache_dir: Path | None,
         batch_size: int = 16,
+        max_tries: int = 1,
     ) -> None:
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"edit batch_size must be a whole number of at least 1, got {batch_size!r}")
+            raise InputError(f"edit_batch_size must be a whole number of at least 1, got {batch_size!r}")
         self.policy, self.instructor, self.editor, self.verifier = policy, instructor, editor, verifier
-        self.batch_size = batch_size
+        if not isinstance(max_tries, int) or max_tries < 1:
+            raise InputError(f"edit_max_tries must be a whole number of at least 1, got {max_tries!r}")
+        self.batch_size, self.max_tries = batch_size, max_tries
         self._lock = threading.Lock()
         self._memory: dict[str, bytes] = {}
         self._store = None if cache_dir is None else KeyValueStore(Path(cache_dir) / "edits.sqlite", {"format": 1})
@@ -128,104 +141,147 @@ class CounterfactualPipeline:
         self,
         records: Sequence[Record],
         seeds: Sequence[int],
-        kind: Literal["counterfactual", "null"] = "counterfactual",
+        kind: Kind = "counterfactual",
         counts: EditCounts | None = None,
     ) -> list[Try | None]:
-        """One try per record, in order; None where the record has no image to edit (an embedding).
+        """One edit per record, in order: the accepted try, else the last one; None where there is nothing to edit.
 
         Args:
             records: what to edit.
-            seeds: one per record; the same record and seed give the same try.
+            seeds: one per record; the same record and seed give the same edit.
             kind: "counterfactual", or "null" for an irrelevant change.
             counts: what happened is added here.
         """
+        return [tries[-1] if tries else None for tries in self.make_all(records, seeds, kind, counts)]
+
+    def make_all(
+        self,
+        records: Sequence[Record],
+        seeds: Sequence[int],
+        kind: Kind = "counterfactual",
+        counts: EditCounts | None = None,
+    ) -> list[list[Try]]:
+        """Like `make`, with every try of each record; empty where the source holds no image."""
         counts = EditCounts() if counts is None else counts
         # one caller at a time: editors are not expected to be thread-safe, and two callers must not make the same edit
         with self._lock:
-            tries: list[Try | None] = []
+            started = time.perf_counter()
+            made: list[list[Try]] = []
             for start in range(0, len(records), self.batch_size):
-                stop = start + self.batch_size
-                tries += self._make_batch(records[start:stop], seeds[start:stop], kind, counts)
-            return tries
+                made += self._make_batch(records[start : start + self.batch_size], seeds[start : start + self.batch_size], kind, counts)
+            counts.seconds += time.perf_counter() - started
+            return made
 
-    def _make_batch(
-        self, records: Sequence[Record], seeds: Sequence[int], kind: Literal["counterfactual", "null"], counts: EditCounts
-    ) -> list[Try | None]:
-        started = time.perf_counter()
-        requests: dict[str, EditRequest] = {}
-        keys: list[str | None] = []
-        for record, seed in zip(records, seeds, strict=True):
-            if record.content is None:
-                keys.append(None)
-                continue
-            instruction = self.instructor.instruct(record, self.policy) if kind == "counterfactual" else NULL_INSTRUCTION
-            request = EditRequest(record.content, instruction, record.region, seed, kind, record.label)
-            key = "edit:" + fingerprint(
-                {
-                    "image": record.content.key,
-                    "region": record.region,
-                    "policy": self.policy.digest,
-                    "instruction": instruction,
-                    "editor": self.editor.config,
-                    "verifier": self.verifier.config,
-                    "seed": seed,
-                    "kind": kind,
-                    "label": record.label,
-                }
-            )
-            keys.append(key)
-            requests[key] = request
-        found = self._get(list(requests))
-        tries = {key: Try.from_bytes(key, value) for key, value in found.items()}
-        missing = [key for key in requests if key not in tries]
-        if missing:
-            made = self._edit([requests[key] for key in missing], missing)
-            self._put({made_try.key: made_try.to_bytes() for made_try in made})
-            tries |= {made_try.key: made_try for made_try in made}
-        for name in keys:
+    def _make_batch(self, records: Sequence[Record], seeds: Sequence[int], kind: Kind, counts: EditCounts) -> list[list[Try]]:
+        made: list[list[Try]] = [[] for _ in records]
+        found: set[str] = set()
+        open_rows = [row for row, record in enumerate(records) if record.content is not None]
+        for attempt in range(self.max_tries):
+            again = [_seed_of(seeds[row], attempt) for row in open_rows]
+            tries, stored = self._try([records[row] for row in open_rows], again, kind)
+            found |= stored
+            for row, one in zip(open_rows, tries, strict=True):
+                made[row].append(one)
+            open_rows = [row for row, one in zip(open_rows, tries, strict=True) if not one.accepted and not one.abstained]
+            if not open_rows:
+                break
+        for tries in made:
             counts.requested += 1
-            if name is None:
+            counts.tries += len(tries)
+            if not tries:
                 counts.rejected["no image: the source holds embeddings only"] += 1
                 continue
-            counts.cache_hits += name in found
-            reason = tries[name].verdict.reason
-            if reason is None:
+            counts.cache_hits += all(one.key in found for one in tries)
+            if tries[-1].accepted:
                 counts.accepted += 1
             else:
-                counts.rejected[reason] += 1
-        counts.seconds += time.perf_counter() - started
-        return [None if key is None else tries[key] for key in keys]
+                counts.rejected[str(tries[-1].verdict.reason)] += 1
+        return made
 
-    def _edit(self, requests: list[EditRequest], keys: list[str]) -> list[Try]:
-        results = self.editor.edit(requests)
-        if len(results) != len(requests):
-            raise RuntimeError(f"editor {self.editor.name} returned {len(results)} results for {len(requests)} requests")
-        verdicts: list[Verdict | None] = []
-        originals: list[np.ndarray | None] = []
-        for request, result in zip(requests, results, strict=True):
+    def _try(self, records: Sequence[Record], seeds: Sequence[int], kind: Kind) -> tuple[list[Try], set[str]]:
+        """One try per record, and the keys of those that came from the store."""
+        if kind == "null":
+            instructions = [Instruction(NULL_INSTRUCTION) for _ in records]
+        else:
+            instructions = self.instructor.instruct(records, seeds, self.policy)
+        keys: list[str] = []
+        wanted: dict[str, tuple[Record, EditRequest]] = {}
+        tries: dict[str, Try] = {}
+        for record, seed, instruction in zip(records, seeds, instructions, strict=True):
+            assert record.content is not None
+            request = EditRequest(record.content, instruction.text, record.region, seed, kind, record.label, instruction.target)
+            key = self._key(record, request)
+            keys.append(key)
+            if instruction.reason is None:
+                wanted[key] = (record, request)
+            else:
+                tries[key] = Try(key, seed, "", Verdict(f"instructor={self.instructor.name}: {instruction.reason}"), None, abstained=True)
+        stored = self._get(list(wanted))
+        tries |= {key: Try.from_bytes(key, wanted[key][1].seed, value) for key, value in stored.items()}
+        missing = {key: what for key, what in wanted.items() if key not in stored}
+        if missing:
+            made = self._edit(missing)
+            self._put({one.key: one.to_bytes() for one in made})
+            tries |= {one.key: one for one in made}
+        return [tries[key] for key in keys], set(stored)
+
+    def _key(self, record: Record, request: EditRequest) -> str:
+        return "edit:" + fingerprint(
+            {
+                "image": request.content.key,
+                "twins": [twin.key for twin in record.twins] if request.kind == "counterfactual" else [],
+                "region": record.region,
+                "category": record.category,
+                "policy": self.policy.digest,
+                "instruction": request.instruction,
+                "target": request.target,
+                "editor": self.editor.config,
+                "verifier": self.verifier.config,
+                "seed": request.seed,
+                "kind": request.kind,
+                "label": record.label,
+            }
+        )
+
+    def _edit(self, wanted: dict[str, tuple[Record, EditRequest]]) -> list[Try]:
+        results = self._results(wanted)
+        verdicts: dict[str, Verdict] = {}
+        candidates: list[Candidate] = []
+        for key, (record, request) in wanted.items():
+            result = results[key]
             if result.image is None:
-                verdicts.append(Verdict(result.reason or "editor gave no reason"))
-                originals.append(None)
+                verdicts[key] = Verdict(result.reason or "editor gave no reason")
                 continue
             original = request.content.load()
             reason = sanity(original, result.image)
-            verdicts.append(Verdict(reason) if reason else None)
-            originals.append(original)
-        open_ones = [i for i, verdict in enumerate(verdicts) if verdict is None]
-        judged = self.verifier.verify(
-            [requests[i] for i in open_ones],
-            [originals[i] for i in open_ones],  # type: ignore[misc]
-            [results[i].image for i in open_ones],  # type: ignore[misc]
-        )
-        for i, judgement in zip(open_ones, judged, strict=True):
-            verdicts[i] = judgement
+            if reason:
+                verdicts[key] = Verdict(reason)
+            else:
+                candidates.append(Candidate(key, record, request, original, result.image))
+        judged = self.verifier.verify(candidates)
+        verdicts |= {one.key: verdict for one, verdict in zip(candidates, judged, strict=True)}
         tries = []
-        for request, result, key, verdict in zip(requests, results, keys, verdicts, strict=True):
-            assert verdict is not None
-            image = result.image
+        for key, (_, request) in wanted.items():
+            image = results[key].image
             storable = image is not None and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
-            tries.append(Try(key, request.instruction, verdict, encode_png(image) if storable else None))  # type: ignore[arg-type]
+            png = encode_png(image) if storable else None  # type: ignore[arg-type]
+            tries.append(Try(key, request.seed, request.instruction, verdicts[key], png))
         return tries
+
+    def _results(self, wanted: dict[str, tuple[Record, EditRequest]]) -> dict[str, EditResult]:
+        """From the source where it brings counterfactuals of its own, else from the editor."""
+        results: dict[str, EditResult] = {}
+        for key, (record, request) in wanted.items():
+            if record.twins and request.kind == "counterfactual":
+                try:
+                    results[key] = EditResult(record.twins[request.seed % len(record.twins)].load())
+                except ImageError as error:
+                    results[key] = EditResult(None, f"unreadable counterfactual: {error}")
+        asked = [key for key in wanted if key not in results]
+        made = self.editor.edit([wanted[key][1] for key in asked]) if asked else []
+        if len(made) != len(asked):
+            raise RuntimeError(f"editor {self.editor.name} returned {len(made)} results for {len(asked)} requests")
+        return results | dict(zip(asked, made, strict=True))
 
     def _get(self, keys: list[str]) -> dict[str, bytes]:
         if self._store is None:
@@ -237,3 +293,8 @@ class CounterfactualPipeline:
             self._memory.update(items)
         else:
             self._store.put(items)
+
+
+def _seed_of(seed: int, attempt: int) -> int:
+    """The seed of a further attempt, far from those of other variants; the first attempt has the seed itself."""
+    return seed + 1_000_003 * attempt

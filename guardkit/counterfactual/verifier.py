@@ -1,4 +1,7 @@
-"""Who decides whether an edit is kept. What every verifier may rely on is checked first, by `sanity`."""
+"""Who decides whether an edit is kept. What every verifier may rely on is checked first, by `sanity`.
+
+Verifiers see originals and edits, never who made them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,30 @@ from typing import Protocol
 import numpy as np
 
 from guardkit.editors.base import EditRequest
+from guardkit.schema import Record
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One edit before it is judged. As a content it is the edited image.
+
+    Attributes:
+        key: of everything the edit depends on; the content's key, so that its embedding is shared with training.
+        record: that was edited.
+        request: as the editor got it.
+        original: (h, w, 3) uint8 RGB.
+        edited: (h, w, 3) uint8 RGB.
+    """
+
+    key: str
+    record: Record
+    request: EditRequest
+    original: np.ndarray
+    edited: np.ndarray
+
+    def load(self) -> np.ndarray:
+        """The edited image."""
+        return self.edited
 
 
 @dataclass(frozen=True)
@@ -35,10 +62,12 @@ class Verifier(Protocol):
     """
 
     name: str
-    config: dict
 
-    def verify(self, requests: Sequence[EditRequest], originals: Sequence[np.ndarray], edited: Sequence[np.ndarray]) -> list[Verdict]:
-        """One verdict per edit, in order."""
+    @property
+    def config(self) -> dict: ...
+
+    def verify(self, candidates: Sequence[Candidate]) -> list[Verdict]:
+        """One verdict per candidate, in order."""
         ...
 
 
@@ -47,12 +76,19 @@ class NoVerifier:
 
     name = "none"
 
-    def __init__(self) -> None:
-        self.config = {"verifier": self.name}
+    @classmethod
+    def build(cls, store: object, policy: object) -> NoVerifier:  # noqa: ARG003 - it needs neither
+        """Like the other verifiers."""
+        return cls()
 
-    def verify(self, requests: Sequence[EditRequest], originals: Sequence[np.ndarray], edited: Sequence[np.ndarray]) -> list[Verdict]:  # noqa: ARG002
+    @property
+    def config(self) -> dict:
+        """Its name."""
+        return {"verifier": self.name}
+
+    def verify(self, candidates: Sequence[Candidate]) -> list[Verdict]:
         """Accepts all."""
-        return [Verdict() for _ in requests]
+        return [Verdict() for _ in candidates]
 
 
 def sanity(original: np.ndarray, edited: np.ndarray) -> str | None:

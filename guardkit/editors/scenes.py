@@ -28,4 +28,4 @@ class ScenesEditor:
             return EditResult(SceneContent(content.scene.null_edit(request.seed), content.size).load())
         if content.scene.category is None:
             return EditResult(None, "the scene shows no feature to replace")
-        return EditResult(SceneContent(content.scene.counterfactual(request.seed), content.size).load())
+        return EditResult(SceneContent(content.scene.counterfactual(request.seed, wanted=request.instruction), content.size).load())

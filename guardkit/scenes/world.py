@@ -111,11 +111,12 @@ class Scene:
     def _on_ground(self) -> bool:
         return self.category is not None and KINDS[self.category].place == "ground"
 
-    def counterfactual(self, seed: int = 0) -> Scene:
+    def counterfactual(self, seed: int = 0, *, wanted: str = "") -> Scene:
         """The same scene with the label flipped: a safe look-alike for an unsafe feature, or the other way round.
 
         Args:
             seed: chooses among the category's features; the same seed gives the same one.
+            wanted: words; the first of those features that they name, without its colour, is taken instead.
         Raises:
             ValueError: the scene shows no feature of any category.
         """
@@ -123,8 +124,9 @@ class Scene:
             raise ValueError(f"scene {self.name} shows {self.words!r}, which has no counterfactual: it belongs to no category")
         kind = KINDS[self.category]
         others = list(kind.safe if self.label else kind.unsafe)
-        choice = _rng(self.key, 1, seed).integers(len(others))
-        return replace(self, label=1 - self.label, feature=others[int(choice)])
+        named = [phrase for phrase in others if f" {' '.join(phrase.replace('{c}', '').split())} " in f" {wanted} "]
+        feature = named[0] if named else _pick(_rng(self.key, 1, seed), others)
+        return replace(self, label=1 - self.label, feature=feature)
 
     def null_edit(self, seed: int = 0) -> Scene:
         """The same scene with something irrelevant changed: one distractor becomes another, in another colour."""

@@ -18,6 +18,7 @@ class Loaded:
         test_pairs: (unsafe test record, its counterfactual) known to be exact; None when an editor must make them.
         rejected: what could not be used, with reasons.
         given: how many inputs there were: train + test + rejected.
+        is_drawn: no image shows anything real, so that even unsafe ones may be made; else only safe ones are.
         encoder_fingerprint: of the encoder that made the records' embeddings, where they bring some and it is known.
     """
 
@@ -26,6 +27,7 @@ class Loaded:
     rejected: list[Rejected]
     given: int
     test_pairs: list[tuple[Record, Record]] | None = None
+    is_drawn: bool = False
     encoder_fingerprint: str | None = None
 
 

@@ -62,7 +62,7 @@ class ScenesSource:
             records = [self._record(scene) for scene in unsafe]
             test += records + [self._record(pool.scene(0, i)) for i in range(self.n_test)]
             pairs += [(record, self._record(scene.counterfactual())) for record, scene in zip(records, unsafe, strict=True)]
-        return Loaded(train=train, test=test, test_pairs=pairs, rejected=[], given=len(train) + len(test))
+        return Loaded(train=train, test=test, test_pairs=pairs, rejected=[], given=len(train) + len(test), is_drawn=True)
 
     def _record(self, scene: Scene) -> Record:
         return Record(

@@ -1,0 +1,269 @@
+"""Pair datasets on disk: unsafe images beside their counterfactuals, every try in one table, a page to look through.
+
+    images/<record>.png                 the original, once
+    images/<pair_id>_edited.png         each edit that gave an image
+    metadata.parquet                    one row a try, rejected ones included
+    gallery.html                        the same for people
+    manifest.json                       written last: its presence means that the dataset is complete
+
+The folder reads as a Hugging Face image folder. A stopped run goes on where it was, because every try lies in the
+pipeline's store: the finished dataset is the same, byte for byte, as that of a run nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from guardkit import __version__
+from guardkit.artifacts import fingerprint, write_json, written
+from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts, Try
+from guardkit.images import encode_png
+from guardkit.progress import progress
+from guardkit.schema import ImageError, InputError, Record, Rejected
+
+METADATA, MANIFEST, UNFINISHED, GALLERY = "metadata.parquet", "manifest.json", "manifest.unfinished.json", "gallery.html"
+REJECTED_INPUTS = "rejected.parquet"
+PUBLISHED_YIELD = 0.23  # of tries, after a look at every one by hand: SafetyPairs (2025)
+_SCHEMA = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("file_name", pa.string()),
+        ("edited_file_name", pa.string()),
+        ("label", pa.int8()),
+        ("category", pa.string()),
+        ("source", pa.string()),
+        ("record_id", pa.string()),
+        ("caption", pa.string()),
+        *((name, pa.float64()) for name in ("x_min", "y_min", "x_max", "y_max")),
+        ("instruction", pa.string()),
+        ("instructor", pa.string()),
+        ("editor", pa.string()),
+        ("verifier", pa.string()),
+        ("seed", pa.int64()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("flip_score", pa.float64()),
+        ("preservation_score", pa.float64()),
+        ("review", pa.string()),
+    ]
+)
+
+
+def write_pair_dataset(
+    records: Sequence[Record],
+    pipeline: CounterfactualPipeline,
+    folder: Path,
+    *,
+    made_from: dict[str, Any],
+    variants_per_image: int = 1,
+    rejected: Sequence[Rejected] = (),
+) -> dict[str, Any]:
+    """Edits records and writes what came of every try.
+
+    Args:
+        records: to be edited, with contents.
+        pipeline: makes and stores the tries.
+        folder: written to; one that other settings filled is refused.
+        made_from: names the source in the manifest, in plain JSON types.
+        variants_per_image: edits wanted of each record.
+        rejected: inputs that were already found unusable, to be listed with the rest.
+    Returns:
+        The manifest: counts, yields, and everything the dataset depends on.
+    Raises:
+        InputError: the folder belongs to another dataset, or another process is writing it.
+    """
+    folder = Path(folder)
+    settings = {
+        "policy": pipeline.policy.name,
+        "policy_digest": pipeline.policy.digest,
+        "instructor": pipeline.instructor.name,
+        "editor": pipeline.editor.config,
+        "verifier": pipeline.verifier.config,
+        "max_tries": pipeline.max_tries,
+        "variants_per_image": variants_per_image,
+        "source": made_from,
+        "records": fingerprint([record.id for record in records]),
+    }
+    with _claimed(folder, settings):
+        rows: list[dict[str, Any]] = []
+        unreadable = list(rejected)
+        counts = EditCounts()
+        used: Counter[str] = Counter()
+        edited_records = accepted_records = 0
+        block: list[Record] = []
+        for record in progress([*records, None], total=len(records), what="editing images"):
+            if record is not None:
+                block.append(record)
+            if block and (record is None or len(block) == pipeline.batch_size):
+                for one, tries in _edit(block, pipeline, variants_per_image, counts):
+                    name = _file_name(one, used)
+                    try:
+                        new = list(_write_tries(folder, name, one, tries, pipeline))
+                    except ImageError as error:
+                        unreadable.append(Rejected(one.id, str(error)))
+                        continue
+                    rows += new
+                    edited_records += 1
+                    accepted_records += any(row["status"] == "accepted" for row in new)
+                block = []
+        table = pa.Table.from_pylist(rows, schema=_SCHEMA)
+        with written(folder / METADATA) as temporary:
+            pq.write_table(table, temporary)
+        with written(folder / REJECTED_INPUTS) as temporary:
+            columns = {"id": [one.id for one in unreadable], "reason": [one.reason for one in unreadable]}
+            pq.write_table(pa.table(columns, schema=pa.schema([("id", pa.string()), ("reason", pa.string())])), temporary)
+        accepted = sum(row["status"] == "accepted" for row in rows)
+        manifest = {
+            **settings,
+            "given": len(records) + len(rejected),
+            "edited": edited_records,
+            "unreadable": len(unreadable),
+            "tries": len(rows),
+            "accepted": accepted,
+            "rejected": dict(sorted(Counter(row["reason"] for row in rows if row["status"] == "rejected").items())),
+            "yield_per_try": accepted / len(rows) if rows else None,
+            "yield_per_image": accepted_records / edited_records if edited_records else None,
+            "published_yield_per_try": PUBLISHED_YIELD,
+            "guardkit_version": __version__,
+        }
+        with written(folder / GALLERY) as temporary:
+            temporary.write_text(gallery(rows, manifest), encoding="utf-8")
+        write_json(folder / MANIFEST, manifest)
+        (folder / UNFINISHED).unlink()
+    return manifest
+
+
+def read_pair_dataset(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of a finished pair dataset and its manifest.
+
+    Raises:
+        InputError: there is none, it is not finished, or a column is missing.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        state = (
+            "is not complete; run the same synthesize again"
+            if (folder / UNFINISHED).is_file()
+            else f"is no pair dataset: {MANIFEST} is missing"
+        )
+        raise InputError(f"{folder} {state}")
+    manifest = _json(folder / MANIFEST)
+    try:
+        table = pq.read_table(folder / METADATA)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{folder / METADATA} cannot be read ({' '.join(str(error).split())[:200]}); make the dataset anew") from error
+    missing = sorted(set(_SCHEMA.names) - set(table.column_names))
+    if missing:
+        raise InputError(f"{folder / METADATA} lacks the columns {', '.join(missing)}; make the dataset anew with this version")
+    return table.to_pylist(), manifest
+
+
+def _edit(block: list[Record], pipeline: CounterfactualPipeline, variants: int, counts: EditCounts) -> Iterator[tuple[Record, list[Try]]]:
+    wanted = [(record, seed) for record in block for seed in range(variants)]
+    made = pipeline.make_all([record for record, _ in wanted], [seed for _, seed in wanted], "counterfactual", counts)
+    for i, record in enumerate(block):
+        yield record, [one for tries in made[i * variants : (i + 1) * variants] for one in tries]
+
+
+def _write_tries(folder: Path, name: str, record: Record, tries: list[Try], pipeline: CounterfactualPipeline) -> Iterator[dict[str, Any]]:
+    """Writes what images there are and gives the rows. Raises ImageError when the original cannot be read."""
+    assert record.content is not None
+    original = f"images/{name}.png"
+    _write_once(folder / original, encode_png(record.content.load()))
+    box = dict(zip(("x_min", "y_min", "x_max", "y_max"), record.region or (None,) * 4, strict=True))
+    for number, one in enumerate(tries):
+        pair_id = name if number == 0 else f"{name}.{number}"  # no record has a dot in its name
+        edited = f"images/{pair_id}_edited.png" if one.png is not None else None
+        if edited is not None and one.png is not None:
+            _write_once(folder / edited, one.png)
+        yield {
+            "pair_id": pair_id,
+            "file_name": original,
+            "edited_file_name": edited,
+            "label": record.label,
+            "category": record.category,
+            "source": record.source,
+            "record_id": record.id,
+            "caption": record.caption,
+            **box,
+            "instruction": one.instruction,
+            "instructor": pipeline.instructor.name,
+            "editor": pipeline.editor.name,
+            "verifier": pipeline.verifier.name,
+            "seed": one.seed,
+            "status": "accepted" if one.accepted else "rejected",
+            "reason": one.verdict.reason,
+            "flip_score": one.verdict.flip_score,
+            "preservation_score": one.verdict.preservation_score,
+            "review": None,
+        }
+
+
+def _write_once(path: Path, data: bytes) -> None:
+    # a file appears under its name only when whole, and what belongs there is fixed by the settings
+    if not path.exists():
+        with written(path) as temporary:
+            temporary.write_bytes(data)
+
+
+def _file_name(record: Record, used: Counter[str]) -> str:
+    """A name that is a file's everywhere and leads nowhere else, unique in the dataset."""
+    name = re.sub(r"[^A-Za-z0-9-]+", "_", record.id.rsplit(".", 1)[0]).strip("_")[:80] or "image"
+    used[name.lower()] += 1
+    return name if used[name.lower()] == 1 else f"{name}-{fingerprint(record.id)[:8]}"
+
+
+@contextmanager
+def _claimed(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Holds the folder for one process, and marks it as being written with these settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(f"{folder} is being written by another process; wait for it, or choose another output_dir") from error
+    try:
+        mark = {"settings": fingerprint(settings)}
+        for name in (MANIFEST, UNFINISHED):
+            if (folder / name).is_file():
+                found = _json(folder / name)
+                theirs = found.get("settings") if name == UNFINISHED else fingerprint({key: found.get(key) for key in settings})
+                if theirs != mark["settings"]:
+                    raise InputError(f"{folder} holds a pair dataset that was made with other settings; choose another output_dir")
+        if (folder / METADATA).exists() and not (folder / MANIFEST).is_file() and not (folder / UNFINISHED).is_file():
+            raise InputError(f"{folder} holds a {METADATA} that guardkit did not write; choose another output_dir")
+        write_json(folder / UNFINISHED, mark)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); choose another output_dir") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, got {type(value).__name__}; choose another output_dir")
+    return value
+
+
+def gallery(rows: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> str:
+    """A page of all tries; unsafe images are blurred until somebody clicks them."""
+    from jinja2 import Environment, PackageLoader
+
+    template = Environment(loader=PackageLoader("guardkit.counterfactual", "."), autoescape=True).get_template("gallery.html")
+    reasons = sorted({row["reason"] for row in rows if row["reason"]})
+    categories = sorted({row["category"] for row in rows if row["category"]})
+    return template.render(rows=rows, manifest=manifest, reasons=reasons, categories=categories)

@@ -1,0 +1,187 @@
+"""Verifying an edit by scores: did the probability of unsafe cross over, and is the rest of the image still there?
+
+The score comes from the policy's texts (`verifier=encoder`, zero-shot) or from a saved guard (`verifier=guard`). A guard
+that is later trained on what the verifier accepted inherits the verifier's blind spots: use one made from other labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from guardkit.counterfactual.preservation import preservation
+from guardkit.counterfactual.verifier import Candidate, Verdict
+from guardkit.embeddings import EmbeddingStore
+from guardkit.encoders.base import Encoder
+from guardkit.heads import PromptHead
+from guardkit.policy import Policy
+from guardkit.schema import InputError
+
+Probabilities = Callable[[np.ndarray], np.ndarray]
+
+
+class ScoringGuard(Protocol):
+    """What is needed of a guard."""
+
+    encoder: Encoder
+    policy: Policy
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def probabilities(self, embeddings: np.ndarray) -> np.ndarray:
+        """(n, d) -> (n, 1 + k): probability of unsafe, then of each category."""
+        ...
+
+
+class ScoreVerifier:
+    """Accepts an edit when the score crossed over and enough of the image was kept.
+
+    Args:
+        name: a short name for tables.
+        policy: whose categories the scores follow.
+        embed: contents -> (n, d) embeddings.
+        probabilities: (n, d) -> (n, 1 + k): of unsafe, then of each category.
+        made_by: gives what the scores depend on, in plain JSON types; asked when the first edit is judged.
+        max_score: an edit to the safe side must score less than this, in (0, 1).
+        min_drop: and its score must have fallen by at least this, in [0, 1).
+        min_preservation: least similarity of what should have stayed (see `preservation`), in [0, 1].
+        min_cosine: least cosine between the embeddings of original and edit, in [-1, 1].
+    An edit to the unsafe side is judged by the complement of the score, a null edit by preservation alone.
+    Raises:
+        InputError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        policy: Policy,
+        embed: Callable[[Sequence[Any]], np.ndarray],
+        probabilities: Probabilities,
+        made_by: Callable[[], dict[str, Any]],
+        *,
+        max_score: float,
+        min_drop: float,
+        min_preservation: float,
+        min_cosine: float,
+    ) -> None:
+        if not (0 < max_score < 1 and 0 <= min_drop < 1 and 0 <= min_preservation <= 1 and -1 <= min_cosine <= 1):
+            raise InputError(
+                f"verifier={name} needs max_score in (0, 1), min_drop in [0, 1), min_preservation in [0, 1] and min_cosine in [-1, 1], got "
+                f"max_score={max_score}, min_drop={min_drop}, min_preservation={min_preservation}, min_cosine={min_cosine}"
+            )
+        self.name = name
+        self._policy, self._embed, self._probabilities, self._made_by = policy, embed, probabilities, made_by
+        self.max_score, self.min_drop = max_score, min_drop
+        self.min_preservation, self.min_cosine = min_preservation, min_cosine
+
+    @classmethod
+    def from_texts(
+        cls,
+        store: EmbeddingStore,
+        policy: Policy,
+        *,
+        scale: float = 30.0,
+        max_score: float = 0.5,
+        min_drop: float = 0.2,
+        min_preservation: float = 0.8,
+        min_cosine: float = 0.3,
+    ) -> ScoreVerifier:
+        """Scores by the policy's texts: zero-shot classification with the training's own encoder.
+
+        Args:
+            store: embeds; training finds the same embeddings in it.
+            policy: whose texts are compared with the images.
+            scale: of the cosine before the softmax.
+            max_score: see the class, like the rest.
+        """
+        head: list[PromptHead] = []
+
+        def probabilities(embeddings: np.ndarray) -> np.ndarray:
+            if not head:  # the encoder is built when it is first needed
+                head.append(PromptHead.build(store.encoder, policy, scale=scale))
+            with torch.inference_mode():
+                return torch.sigmoid(head[0](torch.from_numpy(embeddings)).double()).numpy()
+
+        def made_by() -> dict[str, Any]:
+            return {"scale": scale, "encoder": store.encoder.fingerprint}
+
+        limits = {"max_score": max_score, "min_drop": min_drop, "min_preservation": min_preservation, "min_cosine": min_cosine}
+        return cls("encoder", policy, store.embed, probabilities, made_by, **limits)
+
+    @classmethod
+    def from_guard(
+        cls,
+        store: EmbeddingStore,
+        policy: Policy,
+        *,
+        guard: ScoringGuard,
+        max_score: float = 0.5,
+        min_drop: float = 0.2,
+        min_preservation: float = 0.8,
+        min_cosine: float = 0.3,
+    ) -> ScoreVerifier:
+        """Scores by a saved guard, with the guard's own encoder.
+
+        Args:
+            store: is used where the guard's encoder is the training's own.
+            policy: must be the guard's.
+            guard: any guard.
+            max_score: see the class, like the rest.
+        Raises:
+            InputError: the guard enforces other categories.
+        """
+        if guard.policy.category_names != policy.category_names:
+            raise InputError(
+                f"verifier.guard enforces policy {guard.policy.name!r}, the run has {policy.name!r} with other categories; choose a guard of the run's policy"
+            )
+
+        def embed(contents: Sequence[Any]) -> np.ndarray:
+            if guard.encoder.fingerprint == store.encoder.fingerprint:
+                return store.embed(contents)
+            return guard.encoder.encode_images([content.load() for content in contents], fixed_batch=True)
+
+        def made_by() -> dict[str, Any]:
+            return {"guard": guard.fingerprint}
+
+        limits = {"max_score": max_score, "min_drop": min_drop, "min_preservation": min_preservation, "min_cosine": min_cosine}
+        return cls("guard", policy, embed, guard.probabilities, made_by, **limits)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything the verdicts depend on."""
+        limits = {name: getattr(self, name) for name in ("max_score", "min_drop", "min_preservation", "min_cosine")}
+        return {"verifier": self.name, "version": 1, **limits, **self._made_by()}
+
+    def verify(self, candidates: Sequence[Candidate]) -> list[Verdict]:
+        """One verdict per candidate: flip_score is the probability of the wanted side after the edit."""
+        if not candidates:
+            return []
+        vectors = self._embed([*(one.request.content for one in candidates), *candidates])
+        scores = self._probabilities(vectors)
+        n = len(candidates)
+        cosine = (vectors[:n] * vectors[n:]).sum(axis=1)
+        return [
+            self._judge(one, scores[i], scores[n + i], float(cosine[i]), preservation(one.original, one.edited, one.request.region))
+            for i, one in enumerate(candidates)
+        ]
+
+    def _judge(self, one: Candidate, before: np.ndarray, after: np.ndarray, cosine: float, kept: float) -> Verdict:
+        names = self._policy.category_names
+        column = 1 + names.index(one.record.category) if one.record.category in names else 0
+        # of the side that the edit should lead away from
+        start, end = (float(values[column]) if one.record.label else 1 - float(values[column]) for values in (before, after))
+        is_null = one.request.kind == "null"
+        reason = None
+        if cosine < self.min_cosine:
+            reason = f"verifier={self.name}: the edit is another picture (cosine of embeddings below {self.min_cosine})"
+        elif kept < self.min_preservation:
+            reason = f"verifier={self.name}: too little was kept (similarity below {self.min_preservation})"
+        elif not is_null and end >= self.max_score:
+            reason = f"verifier={self.name}: the label did not flip (score not below {self.max_score})"
+        elif not is_null and start - end < self.min_drop:
+            reason = f"verifier={self.name}: the score hardly moved (by less than {self.min_drop})"
+        return Verdict(reason, None if is_null else 1 - end, kept)

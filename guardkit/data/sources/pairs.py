@@ -1,0 +1,112 @@
+"""Pair datasets as a source: unsafe images that bring their counterfactuals along.
+
+Two layouts: what `python -m guardkit.synthesize` writes, and a plain folder in which `x_edited.jpg` is the counterfactual
+of the unsafe `x.jpg` (SafeEditBench's convention; any image type).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from guardkit.counterfactual.pair_dataset import MANIFEST, UNFINISHED, read_pair_dataset
+from guardkit.data.sources.base import Loaded
+from guardkit.images import MAX_PIXELS, SUFFIXES, FileContent, read_image
+from guardkit.policy import Policy
+from guardkit.schema import ImageError, InputError, Record, Region, Rejected
+
+EDITED = "_edited"
+
+
+class PairsSource:
+    """Unsafe images with counterfactuals. It holds no natural safe images: arms that need some are refused.
+
+    Args:
+        policy: whose categories the images violate.
+        root: the folder.
+        category: of a plain folder's images, which does not say; None leaves it open.
+        max_pixels: larger images are rejected.
+    Raises:
+        InputError: no such folder, no pair in it, or a dataset made under a policy with other categories.
+    """
+
+    name = "pairs"
+
+    def __init__(self, policy: Policy, root: str, *, category: str | None = None, max_pixels: int = MAX_PIXELS) -> None:
+        self.policy, self.root = policy, Path(root).expanduser()
+        if not self.root.is_dir():
+            raise InputError(f"source.root {root} is not a folder; give a pair dataset, or a folder of x.jpg beside x_edited.jpg")
+        if category is not None:
+            policy.check_category(category, "source.category")
+        self.category, self.max_pixels = category, max_pixels
+        self._is_dataset = (self.root / MANIFEST).is_file() or (self.root / UNFINISHED).is_file()
+        self._rows, manifest = read_pair_dataset(self.root) if self._is_dataset else ([], {})
+        self.fingerprint: dict[str, Any] = {"source": self.name, "root": self.root.name, "category": category, "manifest": manifest}
+
+    def load(self) -> Loaded:
+        """Lists the pairs and reads every image once."""
+        rejected: list[Rejected] = []
+        records = list(self._dataset_records(rejected) if self._is_dataset else self._folder_records(rejected))
+        if not records:
+            raise InputError(
+                f"{self.root} holds no usable pair ({len(rejected)} inputs were rejected); expected are accepted pairs, or x.jpg beside x_edited.jpg"
+            )
+        return Loaded(train=records, test=None, rejected=rejected, given=len(records) + len(rejected))
+
+    def _dataset_records(self, rejected: list[Rejected]) -> Iterable[Record]:
+        """One record per unsafe image; pairs that were made towards the unsafe side change places."""
+        grouped: dict[str, list[Mapping[str, Any]]] = {}
+        for row in self._rows:
+            if row["status"] != "accepted":
+                rejected.append(Rejected(row["pair_id"], f"rejected when it was made: {row['reason']}"))
+                continue
+            # an unsafe original may have several counterfactuals; a safe one becomes the twin of each unsafe edit
+            grouped.setdefault(row["file_name"] if row["label"] else row["edited_file_name"], []).append(row)
+        for unsafe, rows in grouped.items():
+            first = rows[0]
+            if first["category"]:
+                self.policy.check_category(first["category"], f"{self.root} pair {first['pair_id']}")
+            safe = [row["edited_file_name"] if row["label"] else row["file_name"] for row in rows]
+            box = [first[name] for name in ("x_min", "y_min", "x_max", "y_max")]
+            region = None if None in box else (box[0], box[1], box[2], box[3])
+            record = self._record(unsafe, safe, first["category"], first["source"], first["file_name"], region, rejected)
+            if record is not None:
+                yield record
+
+    def _folder_records(self, rejected: list[Rejected]) -> Iterable[Record]:
+        files = sorted(path for path in self.root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        edited = {path.with_name(path.stem.removesuffix(EDITED)): path for path in files if path.stem.endswith(EDITED)}
+        for path in files:
+            if path.stem.endswith(EDITED):
+                continue
+            name = path.relative_to(self.root).as_posix()
+            twin = edited.pop(path.with_name(path.stem), None)
+            if twin is None:
+                rejected.append(Rejected(name, f"no counterfactual {path.stem}{EDITED}{path.suffix} beside it"))
+                continue
+            record = self._record(name, [twin.relative_to(self.root).as_posix()], self.category, self.name, name, None, rejected)
+            if record is not None:
+                yield record
+        rejected += [Rejected(path.relative_to(self.root).as_posix(), "no original beside it") for path in edited.values()]
+
+    def _record(
+        self, unsafe: str, safe: list[str], category: str | None, source: str, group: str, region: Region | None, rejected: list[Rejected]
+    ) -> Record | None:
+        contents = {}
+        for name in [unsafe, *safe]:
+            path = (self.root / name).resolve()
+            if not path.is_relative_to(self.root.resolve()):
+                rejected.append(Rejected(name, "path outside the folder"))
+                continue
+            try:
+                read_image(path, max_pixels=self.max_pixels)
+                contents[name] = FileContent(path, self.max_pixels)
+            except ImageError as error:
+                rejected.append(Rejected(name, str(error)))
+        twins = tuple(contents[name] for name in safe if name in contents)
+        if unsafe not in contents or not twins:
+            if unsafe in contents:
+                rejected.append(Rejected(unsafe, "its counterfactual cannot be read"))
+            return None
+        return Record(unsafe, 1, category, source, group, contents[unsafe], region, twins=twins)

@@ -1,0 +1,217 @@
+"""Pair datasets: written whole or not at all, the same after any interruption, and read back as a source."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, picture
+from PIL import Image
+from test_editors_pipeline import CountingEditor, darker, photograph, pipeline, unsafe_scene
+
+from guardkit.counterfactual.pair_dataset import read_pair_dataset, write_pair_dataset
+from guardkit.data.sources.pairs import PairsSource
+from guardkit.editors.base import EditResult
+from guardkit.schema import InputError, Rejected
+
+
+def photographs(n):
+    return [replace(photograph(i), id=f"folder/{i}.png") for i in range(n)]
+
+
+def refuse_some(request):
+    return darker(request) if request.seed % 3 else EditResult(None, "refused")
+
+
+def digests(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock" and ".cache" not in path.parts)
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_every_try_is_in_the_table_and_the_counts_add_up(scenes_policy, tmp_path):
+    here = pipeline(scenes_policy, CountingEditor(refuse_some), max_tries=2)
+    bad = [Rejected("broken.png", "damaged image")]
+    manifest = write_pair_dataset(photographs(5), here, tmp_path / "d", made_from={}, variants_per_image=2, rejected=bad)
+    rows, found = read_pair_dataset(tmp_path / "d")
+    assert found == json.loads(json.dumps(manifest))
+    # seed 0 is refused once and then tried again, seed 1 is accepted at once
+    assert (manifest["given"], manifest["edited"], manifest["unreadable"]) == (6, 5, 1)
+    assert (manifest["tries"], manifest["accepted"], manifest["rejected"]) == (15, 10, {"refused": 5})
+    assert manifest["yield_per_try"] == pytest.approx(2 / 3)
+    assert manifest["yield_per_image"] == 1.0
+    assert len({row["pair_id"] for row in rows}) == len(rows) == 15
+    for row in rows:
+        assert (tmp_path / "d" / row["file_name"]).is_file()
+        assert (row["edited_file_name"] is None) == (row["status"] == "rejected")
+        if row["edited_file_name"]:
+            original, edited = (np.asarray(Image.open(tmp_path / "d" / row[name])) for name in ("file_name", "edited_file_name"))
+            np.testing.assert_array_equal(edited, original // 2)
+    assert pq.read_table(tmp_path / "d/rejected.parquet").to_pylist() == [{"id": "broken.png", "reason": "damaged image"}]
+
+
+def test_the_folder_is_a_hugging_face_image_folder(scenes_policy, tmp_path):
+    """`file_name` is relative to the table, unique files exist, and names cannot lead out of the folder."""
+    odd = [replace(photograph(i), id=name) for i, name in enumerate(["../../x.png", "a/b.png", "a_b.png", "A_B.png", ".", "ü.png"])]
+    write_pair_dataset(odd, pipeline(scenes_policy, CountingEditor(darker)), tmp_path / "d", made_from={})
+    rows, _ = read_pair_dataset(tmp_path / "d")
+    names = [row["file_name"] for row in rows]
+    assert len({name.lower() for name in names}) == 6
+    for name in names:
+        assert (tmp_path / "d" / name).resolve().parent == (tmp_path / "d/images").resolve()
+    assert {path.name for path in tmp_path.iterdir()} == {"d"}
+
+
+def test_the_gallery_blurs_what_is_unsafe_and_escapes_what_it_is_told(scenes_policy, tmp_path):
+    records = [replace(photograph(0), caption="<script>alert(1)</script>")]
+    write_pair_dataset(records, pipeline(scenes_policy, CountingEditor(darker)), tmp_path / "d", made_from={})
+    page = (tmp_path / "d/gallery.html").read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert page.count('class="veil"') == 1  # the original; its counterfactual lies open
+
+
+def test_settings_and_processes_do_not_mix(scenes_policy, tmp_path):
+    records, editor = photographs(2), CountingEditor(darker)
+    write_pair_dataset(records, pipeline(scenes_policy, editor), tmp_path / "d", made_from={})
+    with pytest.raises(InputError, match="made with other settings; choose another output_dir"):
+        write_pair_dataset(records, pipeline(scenes_policy, editor, max_tries=2), tmp_path / "d", made_from={})
+    code = f"from filelock import FileLock; lock = FileLock({str(tmp_path / 'd/.lock')!r}); lock.acquire(); print('held', flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match="is being written by another process"):
+        write_pair_dataset(records, pipeline(scenes_policy, editor), tmp_path / "d", made_from={})
+    holder.communicate("\n")
+    with pytest.raises(InputError, match=r"is no pair dataset: manifest.json is missing"):
+        read_pair_dataset(tmp_path)
+
+
+def synthesize_slowly(folder):
+    """What the killed processes run: 24 images, some refused and tried again, a pause before every edit."""
+    from guardkit import Policy
+
+    def answer(request):
+        time.sleep(0.004)
+        return refuse_some(request)
+
+    here = pipeline(Policy.load(ROOT / "conf/policy/scenes.yaml"), CountingEditor(answer), folder.parent / "cache", batch_size=3, max_tries=3)
+    print("go", flush=True)
+    write_pair_dataset(photographs(24), here, folder, made_from={})
+    print(len(here.editor.asked), flush=True)
+
+
+def test_killed_thirty_times_it_ends_as_if_undisturbed(tmp_path):
+    """The same files, byte for byte; no try is lost."""
+    code = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import test_pairs; test_pairs.synthesize_slowly(pathlib.Path(sys.argv[2]))"
+
+    def start(folder):
+        command = [sys.executable, "-c", code, str(ROOT / "tests"), str(folder)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+    whole = tmp_path / "whole" / "d"
+    assert start(whole).communicate(timeout=120)[0] == "go\n48\n"
+    chance, kills = random.Random(0), 0
+    torn = tmp_path / "torn" / "d"
+    for _ in range(30):
+        running = start(torn)
+        assert running.stdout.readline() == "go\n"
+        time.sleep(chance.uniform(0, 0.15))
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+        running.stdout.close()
+        kills += running.returncode == -signal.SIGKILL
+        if not (torn / "manifest.json").exists():
+            with pytest.raises(InputError, match="is not complete|is no pair dataset|not a folder|is not there"):
+                read_pair_dataset(torn)
+    assert kills > 5
+    assert start(torn).communicate(timeout=120)[0].startswith("go\n")
+    assert digests(torn) == digests(whole)
+
+
+def test_a_dataset_comes_back_as_a_source(scenes_policy, tmp_path):
+    records = photographs(4)
+    write_pair_dataset(
+        records, pipeline(scenes_policy, CountingEditor(refuse_some), max_tries=2), tmp_path / "d", made_from={}, variants_per_image=2
+    )
+    loaded = PairsSource(scenes_policy, str(tmp_path / "d")).load()
+    assert [len(record.twins) for record in loaded.train] == [2] * 4
+    assert len(loaded.rejected) == 4  # the refused tries
+    assert loaded.given == len(loaded.train) + len(loaded.rejected)
+    for record, mine in zip(loaded.train, records, strict=True):
+        assert (record.label, record.category, record.region) == (1, mine.category, mine.region)
+        np.testing.assert_array_equal(record.content.load(), mine.content.load())
+        np.testing.assert_array_equal(record.twins[0].load(), mine.content.load() // 2)
+    # the counterfactuals come from the dataset: the editor is not asked
+    editor = CountingEditor(darker)
+    made = pipeline(scenes_policy, editor).make(loaded.train, [0] * 4)
+    assert all(one.accepted for one in made)
+    assert editor.asked == []
+
+
+def test_pairs_made_towards_the_unsafe_side_change_places(scenes_policy, tmp_path):
+    from guardkit.editors.scenes import ScenesEditor
+
+    scene = unsafe_scene(1)
+    safe = replace(scene, id="safe", label=0, content=replace(scene.content, scene=scene.content.scene.counterfactual()))
+    write_pair_dataset([safe], pipeline(scenes_policy, ScenesEditor()), tmp_path / "d", made_from={})
+    (record,) = PairsSource(scenes_policy, str(tmp_path / "d")).load().train
+    assert record.label == 1
+    np.testing.assert_array_equal(record.twins[0].load(), safe.content.load())
+    assert np.abs(record.content.load().astype(int) - safe.content.load()).max() > 20
+
+
+def test_a_plain_folder_of_edited_images(scenes_policy, tmp_path):
+    picture(1).save(tmp_path / "x.jpg")
+    picture(2).save(tmp_path / "x_edited.jpg")
+    picture(3).save(tmp_path / "y.png")
+    picture(4).save(tmp_path / "z_edited.png")
+    (tmp_path / "w.jpg").write_bytes(b"broken")
+    picture(5).save(tmp_path / "w_edited.png")
+    loaded = PairsSource(scenes_policy, str(tmp_path), category="hate").load()
+    assert [(record.id, record.category) for record in loaded.train] == [("x.jpg", "hate")]
+    reasons = {one.id: one.reason for one in loaded.rejected}
+    assert reasons["y.png"] == "no counterfactual y_edited.png beside it"
+    assert reasons["z_edited.png"] == "no original beside it"
+    assert "w.jpg" in reasons
+    with pytest.raises(InputError, match="category 'pears' is not in policy"):
+        PairsSource(scenes_policy, str(tmp_path), category="pears")
+
+
+def test_training_from_a_dataset(compose, scenes_policy, tmp_path):
+    from guardkit.editors.scenes import ScenesEditor
+    from guardkit.training import run
+
+    write_pair_dataset([unsafe_scene(i) for i in range(40)], pipeline(scenes_policy, ScenesEditor()), tmp_path / "d", made_from={})
+    settings = ["source=pairs", f"source.root={tmp_path / 'd'}", "editor=none", "data.n_unsafe=24", "trainer.max_epochs=20"]
+    metrics = run(compose("train", *settings), {}, tmp_path / "run").metrics
+    assert (metrics["n_unsafe"], metrics["n_counterfactuals"]) == (24, 24)
+    assert metrics["pairs"]["n"] > 5
+    with pytest.raises(InputError, match="leaves 0 safe image"):
+        run(compose("train", *settings, "experiment=unpaired"), {}, tmp_path / "other")
+
+
+def test_synthesize_refuses_to_make_real_images_unsafe(compose, tmp_path):
+    from guardkit.training import synthesize_source
+
+    for label in ("safe", "hate"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        picture(len(label)).save(tmp_path / "photos" / label / "a.png")
+    real = ["source=folder", f"source.root={tmp_path / 'photos'}", "editor=inpaint", "direction=to_unsafe"]
+    with pytest.raises(InputError, match="real images are edited to the safe side only"):
+        synthesize_source(compose("synthesize", *real), tmp_path / "out")
+    drawn = ["direction=both", "source.n_train=8", "source.n_test=1", "limit=12", "source.look_alike_rate=1"]
+    manifest = synthesize_source(compose("synthesize", *drawn), tmp_path / "drawn")
+    assert (manifest["tries"], manifest["accepted"]) == (12, 12)
+    rows, _ = read_pair_dataset(tmp_path / "drawn")
+    assert [row["label"] for row in rows] == [1] * 8 + [0] * 4
+    with pytest.raises(InputError, match="direction must be one of to_safe, to_unsafe, both, got 'up'"):
+        synthesize_source(compose("synthesize", "direction=up"), tmp_path / "no")
