@@ -85,7 +85,9 @@ def test_settings_and_processes_do_not_mix(scenes_policy, tmp_path):
     write_pair_dataset(records, pipeline(scenes_policy, editor), tmp_path / "d", made_from={})
     with pytest.raises(InputError, match="made with other settings; choose another output_dir"):
         write_pair_dataset(records, pipeline(scenes_policy, editor, max_tries=2), tmp_path / "d", made_from={})
-    code = f"from filelock import FileLock; lock = FileLock({str(tmp_path / 'd/.lock')!r}); lock.acquire(); print('held', flush=True); input()"
+    code = (
+        f"from filelock import FileLock; lock = FileLock({str(tmp_path / 'd/.lock')!r}); lock.acquire(); print('held', flush=True); input()"
+    )
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(InputError, match="is being written by another process"):
@@ -103,7 +105,9 @@ def synthesize_slowly(folder):
         time.sleep(0.004)
         return refuse_some(request)
 
-    here = pipeline(Policy.load(ROOT / "conf/policy/scenes.yaml"), CountingEditor(answer), folder.parent / "cache", batch_size=3, max_tries=3)
+    here = pipeline(
+        Policy.load(ROOT / "conf/policy/scenes.yaml"), CountingEditor(answer), folder.parent / "cache", batch_size=3, max_tries=3
+    )
     print("go", flush=True)
     write_pair_dataset(photographs(24), here, folder, made_from={})
     print(len(here.editor.asked), flush=True)
@@ -111,7 +115,9 @@ def synthesize_slowly(folder):
 
 def test_killed_thirty_times_it_ends_as_if_undisturbed(tmp_path):
     """The same files, byte for byte; no try is lost."""
-    code = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import test_pairs; test_pairs.synthesize_slowly(pathlib.Path(sys.argv[2]))"
+    code = (
+        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import test_pairs; test_pairs.synthesize_slowly(pathlib.Path(sys.argv[2]))"
+    )
 
     def start(folder):
         command = [sys.executable, "-c", code, str(ROOT / "tests"), str(folder)]

@@ -20,6 +20,7 @@ from guardkit.heads import PromptHead
 from guardkit.policy import Policy
 from guardkit.schema import InputError
 
+_DECIMALS = 6
 Probabilities = Callable[[np.ndarray], np.ndarray]
 
 
@@ -161,9 +162,10 @@ class ScoreVerifier:
         if not candidates:
             return []
         vectors = self._embed([*(one.request.content for one in candidates), *candidates])
-        scores = self._probabilities(vectors)
+        # the last bits depend on who else is in the batch, and a run that goes on after a stop has other batches
+        scores = self._probabilities(vectors).round(_DECIMALS)
         n = len(candidates)
-        cosine = (vectors[:n] * vectors[n:]).sum(axis=1)
+        cosine = (vectors[:n] * vectors[n:]).sum(axis=1).round(_DECIMALS)
         return [
             self._judge(one, scores[i], scores[n + i], float(cosine[i]), preservation(one.original, one.edited, one.request.region))
             for i, one in enumerate(candidates)
@@ -184,4 +186,4 @@ class ScoreVerifier:
             reason = f"verifier={self.name}: the label did not flip (score not below {self.max_score})"
         elif not is_null and start - end < self.min_drop:
             reason = f"verifier={self.name}: the score hardly moved (by less than {self.min_drop})"
-        return Verdict(reason, None if is_null else 1 - end, kept)
+        return Verdict(reason, None if is_null else round(1 - end, _DECIMALS), round(kept, _DECIMALS))
