@@ -96,7 +96,7 @@ def test_another_picture_and_a_redrawn_one_are_rejected(scenes_policy, store):
     records = [unsafe_scene(i) for i in range(6)]
     lenient = {"max_score": 0.99, "min_drop": 0.0}
 
-    def elsewhere(request):  # noqa: ARG001
+    def elsewhere(request):
         return EditResult(np.asarray(picture(5, (128, 128))))
 
     made = judged(scenes_policy, ScoreVerifier.from_texts(store, scenes_policy, **lenient), records, CountingEditor(elsewhere))

@@ -26,7 +26,8 @@ from filelock import FileLock, Timeout
 
 from guardkit import __version__
 from guardkit.artifacts import fingerprint, write_json, written
-from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts, Try
+from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
+from guardkit.counterfactual.store import Try
 from guardkit.images import encode_png
 from guardkit.progress import progress
 from guardkit.schema import ImageError, InputError, Record, Rejected

@@ -7,78 +7,27 @@ verifier, seed and kind. What an instructor abstains from is no try and is asked
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from guardkit.artifacts import KeyValueStore, fingerprint
+from guardkit.artifacts import fingerprint
 from guardkit.counterfactual.instructor import NULL_INSTRUCTION, Instruction, Instructor
+from guardkit.counterfactual.store import Try, TryStore
 from guardkit.counterfactual.verifier import Candidate, Verdict, Verifier, sanity
 from guardkit.editors.base import Editor, EditRequest, EditResult
-from guardkit.images import decode_png, encode_png
+from guardkit.images import encode_png
 from guardkit.policy import Policy
 from guardkit.schema import ImageError, InputError, Record
 
 Kind = Literal["counterfactual", "null"]
-
-
-@dataclass(frozen=True)
-class Try:
-    """One edit that was tried: a content (of the edited image) that may have been rejected.
-
-    Attributes:
-        key: of everything the try depends on.
-        seed: of this edit.
-        instruction: what the editor was asked for.
-        verdict: accepted when its reason is None.
-        png: the edited image; None when there is none.
-        abstained: the instructor gave no instruction, so that nothing was edited and nothing stored.
-    """
-
-    key: str
-    seed: int
-    instruction: str
-    verdict: Verdict
-    png: bytes | None = field(repr=False)
-    abstained: bool = False
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the edited image may be used."""
-        return self.verdict.reason is None
-
-    def load(self) -> np.ndarray:
-        """(h, w, 3) uint8 RGB of the edited image."""
-        if self.png is None:
-            raise ImageError(f"no edited image: {self.verdict.reason}")
-        return decode_png(self.png)
-
-    def to_bytes(self) -> bytes:
-        """For the store: a line of JSON, then the PNG."""
-        verdict = self.verdict
-        head = {
-            "instruction": self.instruction,
-            "reason": verdict.reason,
-            "flip_score": verdict.flip_score,
-            "preservation_score": verdict.preservation_score,
-            "has_image": self.png is not None,
-        }
-        return json.dumps(head).encode() + b"\n" + (self.png or b"")
-
-    @classmethod
-    def from_bytes(cls, key: str, seed: int, value: bytes) -> Try:
-        """The inverse of `to_bytes`."""
-        line, _, png = value.partition(b"\n")
-        head = json.loads(line)
-        verdict = Verdict(head["reason"], head["flip_score"], head["preservation_score"])
-        return cls(key, seed, head["instruction"], verdict, png if head["has_image"] else None)
 
 
 @dataclass
@@ -134,8 +83,7 @@ class CounterfactualPipeline:
             raise InputError(f"edit_max_tries must be a whole number of at least 1, got {max_tries!r}")
         self.batch_size, self.max_tries = batch_size, max_tries
         self._lock = threading.Lock()
-        self._memory: dict[str, bytes] = {}
-        self._store = None if cache_dir is None else KeyValueStore(Path(cache_dir) / "edits.sqlite", {"format": 1})
+        self._store = TryStore(cache_dir)
 
     def make(
         self,
@@ -166,19 +114,47 @@ class CounterfactualPipeline:
         # one caller at a time: editors are not expected to be thread-safe, and two callers must not make the same edit
         with self._lock:
             started = time.perf_counter()
-            made: list[list[Try]] = []
-            for start in range(0, len(records), self.batch_size):
-                made += self._make_batch(records[start : start + self.batch_size], seeds[start : start + self.batch_size], kind, counts)
+            made: list[list[Try]] = [[] for _ in records]
+            rows = [row for row, record in enumerate(records) if record.content is not None]
+            batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+
+            def instruct(batch: list[int]) -> list[Instruction]:
+                return self._instruct([records[row] for row in batch], [seeds[row] for row in batch], kind)
+
+            with ThreadPoolExecutor(1, thread_name_prefix="guardkit-instructor") as ahead:
+                # an instructor may wait for a distant model: it writes for the next batch while this one is edited
+                waiting = ahead.submit(instruct, batches[0]) if batches else None
+                for i, batch in enumerate(batches):
+                    assert waiting is not None
+                    instructions = waiting.result()
+                    waiting = ahead.submit(instruct, batches[i + 1]) if i + 1 < len(batches) else None
+                    chosen = [records[row] for row in batch]
+                    tries = self._make_batch(chosen, [seeds[row] for row in batch], instructions, kind, counts)
+                    for row, of_row in zip(batch, tries, strict=True):
+                        made[row] = of_row
+            for record in records:
+                if record.content is None:
+                    counts.requested += 1
+                    counts.rejected["no image: the source holds embeddings only"] += 1
             counts.seconds += time.perf_counter() - started
             return made
 
-    def _make_batch(self, records: Sequence[Record], seeds: Sequence[int], kind: Kind, counts: EditCounts) -> list[list[Try]]:
+    def _instruct(self, records: Sequence[Record], seeds: Sequence[int], kind: Kind) -> list[Instruction]:
+        if kind == "null":
+            return [Instruction(NULL_INSTRUCTION) for _ in records]
+        return self.instructor.instruct(records, seeds, self.policy)
+
+    def _make_batch(
+        self, records: Sequence[Record], seeds: Sequence[int], instructions: list[Instruction], kind: Kind, counts: EditCounts
+    ) -> list[list[Try]]:
         made: list[list[Try]] = [[] for _ in records]
         found: set[str] = set()
-        open_rows = [row for row, record in enumerate(records) if record.content is not None]
+        open_rows = list(range(len(records)))
         for attempt in range(self.max_tries):
             again = [_seed_of(seeds[row], attempt) for row in open_rows]
-            tries, stored = self._try([records[row] for row in open_rows], again, kind)
+            if attempt:
+                instructions = self._instruct([records[row] for row in open_rows], again, kind)
+            tries, stored = self._try([records[row] for row in open_rows], again, instructions, kind)
             found |= stored
             for row, one in zip(open_rows, tries, strict=True):
                 made[row].append(one)
@@ -188,9 +164,6 @@ class CounterfactualPipeline:
         for tries in made:
             counts.requested += 1
             counts.tries += len(tries)
-            if not tries:
-                counts.rejected["no image: the source holds embeddings only"] += 1
-                continue
             counts.cache_hits += all(one.key in found for one in tries)
             if tries[-1].accepted:
                 counts.accepted += 1
@@ -198,12 +171,10 @@ class CounterfactualPipeline:
                 counts.rejected[str(tries[-1].verdict.reason)] += 1
         return made
 
-    def _try(self, records: Sequence[Record], seeds: Sequence[int], kind: Kind) -> tuple[list[Try], set[str]]:
+    def _try(
+        self, records: Sequence[Record], seeds: Sequence[int], instructions: list[Instruction], kind: Kind
+    ) -> tuple[list[Try], set[str]]:
         """One try per record, and the keys of those that came from the store."""
-        if kind == "null":
-            instructions = [Instruction(NULL_INSTRUCTION) for _ in records]
-        else:
-            instructions = self.instructor.instruct(records, seeds, self.policy)
         keys: list[str] = []
         wanted: dict[str, tuple[Record, EditRequest]] = {}
         tries: dict[str, Try] = {}
@@ -216,12 +187,12 @@ class CounterfactualPipeline:
                 wanted[key] = (record, request)
             else:
                 tries[key] = Try(key, seed, "", Verdict(f"instructor={self.instructor.name}: {instruction.reason}"), None, abstained=True)
-        stored = self._get(list(wanted))
-        tries |= {key: Try.from_bytes(key, wanted[key][1].seed, value) for key, value in stored.items()}
+        stored = self._store.get({key: request.seed for key, (_, request) in wanted.items()})
+        tries |= stored
         missing = {key: what for key, what in wanted.items() if key not in stored}
         if missing:
             made = self._edit(missing)
-            self._put({one.key: one.to_bytes() for one in made})
+            self._store.put(made)
             tries |= {one.key: one for one in made}
         return [tries[key] for key in keys], set(stored)
 
@@ -282,17 +253,6 @@ class CounterfactualPipeline:
         if len(made) != len(asked):
             raise RuntimeError(f"editor {self.editor.name} returned {len(made)} results for {len(asked)} requests")
         return results | dict(zip(asked, made, strict=True))
-
-    def _get(self, keys: list[str]) -> dict[str, bytes]:
-        if self._store is None:
-            return {key: self._memory[key] for key in keys if key in self._memory}
-        return self._store.get(keys)
-
-    def _put(self, items: dict[str, bytes]) -> None:
-        if self._store is None:
-            self._memory.update(items)
-        else:
-            self._store.put(items)
 
 
 def _seed_of(seed: int, attempt: int) -> int:

@@ -34,6 +34,7 @@ from guardkit.scenes.world import RENDERINGS, Scene, ScenePool, draw
 IMAGE_PX = 64
 CONTEXT = 30
 SEED = 7_001  # of the pool that trains the encoder; heads are trained and tested on pools with other seeds
+_LATE = 0.4  # share of the time after which the logit scale is lowered
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
@@ -44,8 +45,10 @@ class Recipe:
     Attributes:
         minutes: of optimisation, after drawing.
         n_scenes: drawn once per rendering; each adds itself and its twin.
-        logit_scale: fixed. Learned, it grows until objects share a handful of dimensions, told apart by text but
-            not by a linear head; a small fixed scale forces them apart.
+        logit_scale: until two fifths of the time are over. Learned, it grows until objects share a handful of
+            dimensions, told apart by text but not by a linear head.
+        late_logit_scale: from then on. The smaller the scale, the wider the angles that the loss asks for between
+            objects, and the more dimensions they fill.
     """
 
     out: str = "checkpoints/scenes_clip"
@@ -54,6 +57,7 @@ class Recipe:
     batch_scenes: int = 192
     learning_rate: float = 1e-3
     logit_scale: float = 10.0
+    late_logit_scale: float = 4.0
     weight_decay: float = 0.05
     workers: int = 2
 
@@ -160,7 +164,7 @@ def train(recipe: Recipe) -> Path:
     _log(f"drew {2 * len(pool)} images in {time.monotonic() - started:.0f} s")
 
     model = open_clip.create_model(f"local-dir:{out}", require_pretrained=False).to(memory_format=torch.channels_last)
-    model.logit_scale.data.fill_(math.log(recipe.logit_scale))
+    model.logit_scale.data.fill_(math.log(recipe.late_logit_scale))
     model.logit_scale.requires_grad_(False)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
     tables = [[twins(i, rendering) for i in range(recipe.n_scenes)] for rendering in RENDERINGS]
@@ -189,10 +193,11 @@ def train(recipe: Recipe) -> Path:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             image = model.encode_image(pixels)
         image = functional.normalize(image.float(), dim=-1)
+        scale = recipe.logit_scale if progress < _LATE else recipe.late_logit_scale
         # whole captions teach the rest of the picture; they are long, so half of the batch has to do
         half = len(said) // 2
-        whole_loss, _ = _contrast(model, tokenizer, image[:half], wholes[:half], recipe.logit_scale)
-        object_loss, right = _contrast(model, tokenizer, image, objects, recipe.logit_scale)
+        whole_loss, _ = _contrast(model, tokenizer, image[:half], wholes[:half], scale)
+        object_loss, right = _contrast(model, tokenizer, image, objects, scale)
         loss = 0.5 * whole_loss + object_loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
