@@ -80,10 +80,7 @@ class TryStore:
 
     def get(self, seeds: Mapping[str, int]) -> dict[str, Try]:
         """Those of the wanted tries that are there; `seeds` gives the seed of each wanted key."""
-        if self._disk is None:
-            found = {key: self._memory[key] for key in seeds if key in self._memory}
-        else:
-            found = self._disk.get(seeds)
+        found = self._disk.get(seeds) if self._disk is not None else {key: self._memory[key] for key in seeds if key in self._memory}
         return {key: Try.from_bytes(key, seeds[key], value) for key, value in found.items()}
 
     def put(self, tries: Sequence[Try]) -> None:
