@@ -38,6 +38,8 @@ class GuardModule(L.LightningModule):
         pair_weight: of the pair loss beside cross-entropy; 0 leaves it out.
         pair_margin: between twins, in logits.
         category_weight: of the category loss.
+        l2: half of it times the squared distance of the weights from where they started is added: from zero for a
+            linear head (ridge), from the policy's texts for a prompt head.
     Raises:
         InputError: an argument out of range.
     """
@@ -51,16 +53,19 @@ class GuardModule(L.LightningModule):
         pair_weight: float = 1.0,
         pair_margin: float = 1.0,
         category_weight: float = 0.5,
+        l2: float = 0.0,
     ) -> None:
         super().__init__()
         if not 0 < prevalence < 1:
             raise InputError(f"loss.prevalence must lie in (0, 1), got {prevalence}")
-        for name, value in (("pair_weight", pair_weight), ("pair_margin", pair_margin), ("category_weight", category_weight)):
+        for name, value in (("pair_weight", pair_weight), ("pair_margin", pair_margin), ("category_weight", category_weight), ("l2", l2)):
             if value < 0:
                 raise InputError(f"loss.{name} must be at least 0, got {value}")
         self.head = head
         self._optimizer = optimizer
         self.prevalence, self.pair_weight, self.pair_margin, self.category_weight = prevalence, pair_weight, pair_margin, category_weight
+        self.l2 = l2
+        self._start = {name: value.detach().clone() for name, value in head.named_parameters() if value.ndim > 1}
         self.curve: list[dict[str, float]] = []
         self._epoch_losses: list[float] = []
         self.best_state: dict[str, Tensor] | None = None
@@ -79,9 +84,16 @@ class GuardModule(L.LightningModule):
             total = total + self.pair_weight * pairs
         return total
 
+    def penalty(self) -> Tensor:
+        """The pull towards the start; it belongs to the training objective and not to what validation compares."""
+        distances = [(value - self._start[name]).square().sum() for name, value in self.head.named_parameters() if name in self._start]
+        return 0.5 * self.l2 * torch.stack(distances).sum()
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:  # noqa: ARG002
         """Lightning's: one batch's loss."""
         loss = self.loss(batch)
+        if self.l2:
+            loss = loss + self.penalty()
         self._epoch_losses.append(float(loss.detach()))
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["labels"]))
         return loss

@@ -17,7 +17,7 @@ LEVELS = {
     "images": 1, "scenes": 1, "encoders": 1, "editors": 1, "heads": 1, "losses": 1, "metrics": 1, "progress": 1,
     "embeddings": 2, "embedding_folder": 2, "counterfactual": 2, "classifier": 2,
     "data": 3, "module": 3,
-    "evaluation": 4,
+    "evaluation": 4, "efficiency": 4,
     "training": 5, "_hydra": 5, "train": 5, "embed": 5, "synthesize": 5,
 }  # fmt: skip
 # rooms of one level that may lean on each other, with the reason
