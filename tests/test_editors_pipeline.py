@@ -10,7 +10,7 @@ from conftest import picture
 
 from guardkit.counterfactual.instructor import Instruction, TemplateInstructor
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
-from guardkit.counterfactual.verifier import NoVerifier
+from guardkit.counterfactual.verifier import NoVerifier, Verdict
 from guardkit.editors.base import EditRequest, EditResult
 from guardkit.editors.inpaint import InpaintEditor
 from guardkit.editors.none import NoEditor
@@ -125,7 +125,7 @@ def test_a_second_run_edits_nothing(scenes_policy, tmp_path):
 
 
 def test_what_changes_an_edit_is_in_its_key(scenes_policy, tmp_path):
-    """Another seed, kind, region, image, editor or policy is another try."""
+    """Another seed, kind, region, image or editor is another edit."""
     base, editor = photograph(), CountingEditor(darker)
     here = pipeline(scenes_policy, editor, tmp_path)
     keys = [here.make([base], [0])[0].key, here.make([base], [1])[0].key, here.make([base], [0], "null")[0].key]
@@ -133,8 +133,38 @@ def test_what_changes_an_edit_is_in_its_key(scenes_policy, tmp_path):
     other = CountingEditor(darker)
     other.config = {"editor": "another"}
     keys.append(pipeline(scenes_policy, other, tmp_path).make([base], [0])[0].key)
-    keys.append(pipeline(replace(scenes_policy, description="changed"), editor, tmp_path).make([base], [0])[0].key)
-    assert len(set(keys)) == 7
+    assert len(set(keys)) == 6
+
+
+def test_another_verifier_or_policy_judges_anew_and_edits_nothing(scenes_policy, tmp_path):
+    class Strict:
+        name = "strict"
+        config: dict = {"verifier": "strict"}
+
+        def __init__(self, **verdict):
+            self.n, self.verdict = 0, Verdict(**verdict)
+
+        def verify(self, candidates):
+            self.n += len(candidates)
+            return [self.verdict for _ in candidates]
+
+    editor, strict = CountingEditor(darker), Strict(reason="never")
+
+    def make(policy, verifier):
+        return CounterfactualPipeline(policy, TemplateInstructor(), editor, verifier, cache_dir=tmp_path).make([photograph()], [0])[0]
+
+    assert make(scenes_policy, NoVerifier()).accepted
+    first = make(scenes_policy, strict)
+    assert make(scenes_policy, strict) == first
+    assert (first.accepted, strict.n) == (False, 1)
+    make(replace(scenes_policy, description="changed"), strict)
+    assert (strict.n, len(editor.asked)) == (2, 1)
+    # what says nothing of the edit is asked again
+    down = Strict(reason="the endpoint is down", transient=True)
+    down.config = {"verifier": "down"}
+    make(scenes_policy, down)
+    make(scenes_policy, down)
+    assert (down.n, len(editor.asked)) == (2, 1)
 
 
 @pytest.mark.parametrize(

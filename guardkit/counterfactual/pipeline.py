@@ -1,8 +1,8 @@
 """From an unsafe image to its verified counterfactual: instructor, editor, verifier, and the store under them.
 
 Every try passes through the store, accepted or rejected, so nothing is made twice: not in a second epoch, not in a
-second run, not by another arm. The key names all that a try depends on: image, policy, instruction, region, editor,
-verifier, seed and kind. What an instructor abstains from is no try and is asked again in the next run.
+second run, not by another arm. An edit's key names all that it depends on: image, instruction, region, editor, seed and
+kind; a verdict's adds policy, category and verifier. What an instructor abstains from is no try and is asked again in the next run.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 
 from guardkit.artifacts import fingerprint
 from guardkit.counterfactual.instructor import NULL_INSTRUCTION, Instruction, Instructor
-from guardkit.counterfactual.store import Try, TryStore
+from guardkit.counterfactual.store import Edit, Try, TryStore
 from guardkit.counterfactual.verifier import Candidate, Verdict, Verifier, sanity
 from guardkit.editors.base import Editor, EditRequest, EditResult
-from guardkit.images import encode_png
+from guardkit.images import decode_png, encode_png
 from guardkit.policy import Policy
 from guardkit.schema import ImageError, InputError, Record
 
@@ -187,14 +187,17 @@ class CounterfactualPipeline:
                 wanted[key] = (record, request)
             else:
                 tries[key] = Try(key, seed, "", Verdict(f"instructor={self.instructor.name}: {instruction.reason}"), None, abstained=True)
-        stored = self._store.get({key: request.seed for key, (_, request) in wanted.items()})
-        tries |= stored
-        missing = {key: what for key, what in wanted.items() if key not in stored}
+        edits = self._store.edits(wanted)
+        stored = set(edits)
+        missing = {key: what for key, what in wanted.items() if key not in edits}
         if missing:
             made = self._edit(missing)
-            self._store.put(made)
-            tries |= {one.key: one for one in made}
-        return [tries[key] for key in keys], set(stored)
+            self._store.put_edits(made)
+            edits |= {one.key: one for one in made}
+        verdicts = self._judge(wanted, edits)
+        for key, (_, request) in wanted.items():
+            tries[key] = Try(key, request.seed, request.instruction, verdicts[key], edits[key].png)
+        return [tries[key] for key in keys], stored
 
     def _key(self, record: Record, request: EditRequest) -> str:
         return "edit:" + fingerprint(
@@ -202,42 +205,46 @@ class CounterfactualPipeline:
                 "image": request.content.key,
                 "twins": [twin.key for twin in record.twins] if request.kind == "counterfactual" else [],
                 "region": record.region,
-                "category": record.category,
-                "policy": self.policy.digest,
                 "instruction": request.instruction,
                 "target": request.target,
                 "editor": self.editor.config,
-                "verifier": self.verifier.config,
                 "seed": request.seed,
                 "kind": request.kind,
                 "label": record.label,
             }
         )
 
-    def _edit(self, wanted: dict[str, tuple[Record, EditRequest]]) -> list[Try]:
-        results = self._results(wanted)
-        verdicts: dict[str, Verdict] = {}
-        candidates: list[Candidate] = []
-        for key, (record, request) in wanted.items():
-            result = results[key]
-            if result.image is None:
-                verdicts[key] = Verdict(result.reason or "editor gave no reason")
+    def _edit(self, wanted: dict[str, tuple[Record, EditRequest]]) -> list[Edit]:
+        edits = []
+        for key, result in self._results(wanted).items():
+            image = result.image
+            if image is None:
+                edits.append(Edit(key, None, result.reason or "editor gave no reason"))
                 continue
-            original = request.content.load()
-            reason = sanity(original, result.image)
-            if reason:
-                verdicts[key] = Verdict(reason)
-            else:
-                candidates.append(Candidate(key, record, request, original, result.image))
-        judged = self.verifier.verify(candidates)
-        verdicts |= {one.key: verdict for one, verdict in zip(candidates, judged, strict=True)}
-        tries = []
-        for key, (_, request) in wanted.items():
-            image = results[key].image
-            storable = image is not None and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
-            png = encode_png(image) if storable else None  # type: ignore[arg-type]
-            tries.append(Try(key, request.seed, request.instruction, verdicts[key], png))
-        return tries
+            reason = sanity(wanted[key][1].content.load(), image)
+            storable = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size > 0
+            edits.append(Edit(key, encode_png(image) if storable else None, reason))
+        return edits
+
+    def _judge(self, wanted: dict[str, tuple[Record, EditRequest]], edits: dict[str, Edit]) -> dict[str, Verdict]:
+        """A verdict for each edit, found or new."""
+        verdicts = {key: Verdict(edits[key].reason) for key in wanted if edits[key].reason is not None}
+        judge = {"policy": self.policy.digest, "verifier": self.verifier.config}
+        names = {
+            key: "verdict:" + fingerprint({"edit": key, "category": record.category, **judge})
+            for key, (record, _) in wanted.items()
+            if key not in verdicts
+        }
+        stored = self._store.verdicts(names.values())
+        verdicts |= {key: stored[name] for key, name in names.items() if name in stored}
+        candidates = []
+        for key, (record, request) in wanted.items():
+            png = edits[key].png
+            if key not in verdicts and png is not None:
+                candidates.append(Candidate(key, record, request, request.content.load(), decode_png(png)))
+        new = dict(zip((one.key for one in candidates), self.verifier.verify(candidates), strict=True)) if candidates else {}
+        self._store.put_verdicts({names[key]: verdict for key, verdict in new.items()})
+        return verdicts | new
 
     def _results(self, wanted: dict[str, tuple[Record, EditRequest]]) -> dict[str, EditResult]:
         """From the source where it brings counterfactuals of its own, else from the editor."""

@@ -1,10 +1,14 @@
-"""Tries, and where they are kept: accepted and rejected alike, so that nothing is made twice. Knows no editor."""
+"""Edits and verdicts, and where they are kept: accepted and rejected alike, so that nothing is made twice. Knows no editor.
+
+An edit does not depend on who judges it: with another verifier, or other limits, stored edits are judged anew and none is
+made again.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +20,27 @@ from guardkit.schema import ImageError
 
 
 @dataclass(frozen=True)
-class Try:
-    """One edit that was tried: a content (of the edited image) that may have been rejected.
+class Edit:
+    """What came of an edit request: an image, or why there is none that could be used.
 
     Attributes:
-        key: of everything the try depends on.
-        seed: of this edit.
+        key: of everything the edit depends on.
+        png: the edited image; None when the editor gave none.
+        reason: why it cannot be used, whoever judges; None when it can be judged.
+    """
+
+    key: str
+    png: bytes | None = field(repr=False)
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Try:
+    """One edit that was tried and judged: a content (of the edited image) that may have been rejected.
+
+    Attributes:
+        key: of the edit.
+        seed: of the edit.
         instruction: what the editor was asked for.
         verdict: accepted when its reason is None.
         png: the edited image; None when there is none.
@@ -46,29 +65,9 @@ class Try:
             raise ImageError(f"no edited image: {self.verdict.reason}")
         return decode_png(self.png)
 
-    def to_bytes(self) -> bytes:
-        """For the store: a line of JSON, then the PNG."""
-        verdict = self.verdict
-        head = {
-            "instruction": self.instruction,
-            "reason": verdict.reason,
-            "flip_score": verdict.flip_score,
-            "preservation_score": verdict.preservation_score,
-            "has_image": self.png is not None,
-        }
-        return json.dumps(head).encode() + b"\n" + (self.png or b"")
-
-    @classmethod
-    def from_bytes(cls, key: str, seed: int, value: bytes) -> Try:
-        """The inverse of `to_bytes`."""
-        line, _, png = value.partition(b"\n")
-        head = json.loads(line)
-        verdict = Verdict(head["reason"], head["flip_score"], head["preservation_score"])
-        return cls(key, seed, head["instruction"], verdict, png if head["has_image"] else None)
-
 
 class TryStore:
-    """Tries by their key, on disk or in memory.
+    """Edits and verdicts by their keys, on disk or in memory.
 
     Args:
         cache_dir: where they are kept; None keeps them in memory.
@@ -76,16 +75,38 @@ class TryStore:
 
     def __init__(self, cache_dir: Path | None) -> None:
         self._memory: dict[str, bytes] = {}
-        self._disk = None if cache_dir is None else KeyValueStore(Path(cache_dir) / "edits.sqlite", {"format": 1})
+        self._disk = None if cache_dir is None else KeyValueStore(Path(cache_dir) / "edits.sqlite", {"format": 2})
 
-    def get(self, seeds: Mapping[str, int]) -> dict[str, Try]:
-        """Those of the wanted tries that are there; `seeds` gives the seed of each wanted key."""
-        found = self._disk.get(seeds) if self._disk is not None else {key: self._memory[key] for key in seeds if key in self._memory}
-        return {key: Try.from_bytes(key, seeds[key], value) for key, value in found.items()}
+    def edits(self, keys: Iterable[str]) -> dict[str, Edit]:
+        """Those of the wanted edits that are there."""
+        found = {}
+        for key, value in self._get(keys).items():
+            line, _, png = value.partition(b"\n")
+            head = json.loads(line)
+            found[key] = Edit(key, png if head["has_image"] else None, head["reason"])
+        return found
 
-    def put(self, tries: Sequence[Try]) -> None:
-        """Keeps tries, all or none of them."""
-        items = {one.key: one.to_bytes() for one in tries}
+    def put_edits(self, edits: Iterable[Edit]) -> None:
+        """Keeps edits, all or none of them: a line of JSON, then the PNG."""
+        self._put(
+            {
+                one.key: json.dumps({"reason": one.reason, "has_image": one.png is not None}).encode() + b"\n" + (one.png or b"")
+                for one in edits
+            }
+        )
+
+    def verdicts(self, keys: Iterable[str]) -> dict[str, Verdict]:
+        """Those of the wanted verdicts that are there."""
+        return {key: Verdict(**json.loads(value)) for key, value in self._get(keys).items()}
+
+    def put_verdicts(self, verdicts: Mapping[str, Verdict]) -> None:
+        """Keeps verdicts, transient ones left out: asking again may give another."""
+        self._put({key: json.dumps(asdict(verdict)).encode() for key, verdict in verdicts.items() if not verdict.transient})
+
+    def _get(self, keys: Iterable[str]) -> dict[str, bytes]:
+        return self._disk.get(keys) if self._disk is not None else {key: self._memory[key] for key in keys if key in self._memory}
+
+    def _put(self, items: Mapping[str, bytes]) -> None:
         if self._disk is None:
             self._memory.update(items)
         else:

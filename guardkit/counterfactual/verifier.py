@@ -46,11 +46,13 @@ class Verdict:
         reason: why it is rejected; None when it is accepted.
         flip_score: how surely the label flipped, in [0, 1]; None when not judged.
         preservation_score: how well the rest was kept, in [0, 1]; None when not judged.
+        transient: it says nothing of the edit (an endpoint was down, say), and judging again may help.
     """
 
     reason: str | None = None
     flip_score: float | None = None
     preservation_score: float | None = None
+    transient: bool = False
 
 
 class Verifier(Protocol):
