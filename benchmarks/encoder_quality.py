@@ -40,7 +40,7 @@ def main(n_unsafe: int = 8000, n_test: int = 1000) -> None:
     train = [ScenePool("train", seed=101).scene(1, i) for i in range(n_unsafe)]
     unsafe, twins = embed(train), embed([scene.counterfactual() for scene in train])
     x = np.concatenate([unsafe, twins]) * encoder.dim**0.5
-    head = LogisticRegression(C=0.1, max_iter=2000).fit(x, np.repeat([1, 0], n_unsafe))
+    head = LogisticRegression(C=1.0, max_iter=3000).fit(x, np.repeat([1, 0], n_unsafe))
     names = features(1) | features(0)
     texts = encoder.encode_texts([article(name.replace("{c} ", "").replace(" {c}", "")) for name in names])
     order = list(names)

@@ -36,7 +36,7 @@ class CountingEditor:
     name = "counting"
 
     def __init__(self, answer):
-        self.config, self.answer, self.asked = {"editor": "counting"}, answer, []
+        self.config, self.answer, self.asked = {"editor": "counting", "answer": answer.__name__}, answer, []
 
     def edit(self, requests):
         self.asked += [request.seed for request in requests]

@@ -50,7 +50,8 @@ class ScoreVerifier:
         max_score: an edit to the safe side must score less than this, in (0, 1).
         min_drop: and its score must have fallen by at least this, in [0, 1).
         min_preservation: least similarity of what should have stayed (see `preservation`), in [0, 1].
-        min_cosine: least cosine between the embeddings of original and edit, in [-1, 1].
+        min_cosine: least cosine between the embeddings of original and edit, in [-1, 1]. What to ask for depends on the
+            encoder: one that tells objects well apart moves a twin far away. -1 asks for nothing.
     An edit to the unsafe side is judged by the complement of the score, a null edit by preservation alone.
     Raises:
         InputError: an argument out of range.
@@ -89,7 +90,7 @@ class ScoreVerifier:
         max_score: float = 0.5,
         min_drop: float = 0.2,
         min_preservation: float = 0.8,
-        min_cosine: float = 0.3,
+        min_cosine: float = -1.0,
     ) -> ScoreVerifier:
         """Scores by the policy's texts: zero-shot classification with the training's own encoder.
 
@@ -123,7 +124,7 @@ class ScoreVerifier:
         max_score: float = 0.5,
         min_drop: float = 0.2,
         min_preservation: float = 0.8,
-        min_cosine: float = 0.3,
+        min_cosine: float = -1.0,
     ) -> ScoreVerifier:
         """Scores by a saved guard, with the guard's own encoder.
 

@@ -1,11 +1,11 @@
 """The recipe of `checkpoints/scenes_clip`: a small CLIP trained on drawn scenes and their captions.
 
-    python -m guardkit.scenes.train_clip out=stage1 minutes=45
-    python -m guardkit.scenes.train_clip out=checkpoints/scenes_clip start=stage1 minutes=16 n_scenes=24000 learning_rate=0.0007 logit_scale=10
+    python -m guardkit.scenes.train_clip out=checkpoints/scenes_clip
 
-Every batch holds scenes beside their twins, so that each image's hardest negative caption is in the same batch.
-Captions name objects, actors, places and colours; the words safe and unsafe never occur. Training pools never show
-the test-only drawing variants. The result is a folder that `open_clip.create_model_and_transforms("local-dir:...")`
+Every batch holds scenes beside their twins, so that each image's hardest negative caption is in the same batch, and every
+image has two texts: its whole caption, and the bare name of its object. Captions name objects, actors, places and colours;
+the words safe and unsafe never occur. The proportions and leans of test-only drawing variants never occur either. The
+result is a folder that `open_clip.create_model_and_transforms("local-dir:...")`
 loads, with half-precision weights.
 """
 

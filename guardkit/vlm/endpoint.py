@@ -1,0 +1,256 @@
+"""Asking a model behind an endpoint that speaks OpenAI's chat completions, through the official client."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import math
+import os
+import random
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from guardkit.images import encode_png
+from guardkit.schema import InputError
+from guardkit.vlm.base import CUT_OFF, REFUSED, VERSION, Answer, Question, check_model, check_number, one_line, reply, shrink
+
+if TYPE_CHECKING:
+    import openai
+
+log = logging.getLogger(__name__)
+
+_BACKOFF_S, _MAX_BACKOFF_S, _MAX_RETRY_AFTER_S = 1.0, 30.0, 120.0
+_NO_COMPLETION = Answer(None, "endpoint sent no chat completion", transient=True)
+
+
+class OpenAIVLM:
+    """A model behind an endpoint that speaks OpenAI's chat completions, such as vLLM, Ollama or a commercial one.
+
+    Key and client are looked for when the first question is asked, so that stored answers need neither.
+
+    Args:
+        model: the endpoint's name for it.
+        base_url: of the endpoint, up to and including its version.
+        api_key_env: the environment variable that holds the key; None for an endpoint without keys.
+        temperature: of sampling, at least 0; None for models that take none.
+        max_tokens: of a reply, at least 1; None for models that take it under another name (see `options`).
+        max_image_px: the longer side of an image in pixels; larger ones are scaled down. Images travel as PNG.
+        structured: passes the schema of a question on to the endpoint; switch off where it knows no JSON schemas.
+        options: further fields of the request, such as {"max_completion_tokens": 1024, "reasoning_effort": "low"}.
+        timeout_s: the longest silence of the endpoint during a call, in seconds.
+        max_retries: further calls for a question that met a timeout, a broken connection, a rate limit or a failing server.
+            The pause before the n-th is 2^(n-1) s, half of it random (Brooker 2015, "Exponential backoff and jitter"), and
+            no shorter than the endpoint's Retry-After; one above 120 s ends the attempts.
+        requests_per_minute: calls start at least 60 / this many seconds apart, over all threads; None for no limit.
+        max_calls: the budget of this object, repetitions included; None for no limit.
+        concurrency: calls under way at once.
+    Raises:
+        InputError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str = "https://api.openai.com/v1",
+        api_key_env: str | None = "OPENAI_API_KEY",
+        temperature: float | None = 0.0,
+        max_tokens: int | None = 1024,
+        max_image_px: int = 1024,
+        structured: bool = True,
+        options: Mapping[str, Any] | None = None,
+        timeout_s: float = 60.0,
+        max_retries: int = 3,
+        requests_per_minute: float | None = None,
+        max_calls: int | None = None,
+        concurrency: int = 4,
+    ) -> None:
+        check_model(model)
+        url = urlsplit(base_url)
+        # the address becomes part of stored keys and manifests, so nothing secret may be in it
+        if url.scheme not in ("http", "https") or not url.hostname or url.query or "@" in url.netloc:
+            raise InputError(
+                "vlm.base_url must be http(s)://HOST/PATH without user, password or query, for instance http://localhost:8000/v1; "
+                "keys go into the environment variable that vlm.api_key_env names"
+            )
+        check_number("temperature", temperature, 0, whole=False, optional=True)
+        check_number("max_tokens", max_tokens, 1, optional=True)
+        check_number("max_image_px", max_image_px, 1)
+        check_number("timeout_s", timeout_s, 0.01, whole=False)
+        check_number("max_retries", max_retries, 0)
+        check_number("requests_per_minute", requests_per_minute, 0.01, whole=False, optional=True)
+        check_number("max_calls", max_calls, 0, optional=True)
+        check_number("concurrency", concurrency, 1)
+        self.name, self.base_url, self.api_key_env = model, base_url, api_key_env
+        self.temperature, self.max_tokens, self.max_image_px = temperature, max_tokens, max_image_px
+        self.structured, self.options = structured, dict(options or {})
+        self.timeout_s, self.max_retries, self.concurrency = timeout_s, max_retries, concurrency
+        self.requests_per_minute, self.max_calls, self.n_calls = requests_per_minute, max_calls, 0
+        self._lock = threading.Lock()
+        self._free_at = 0.0  # when the next call may start
+        self._jitter = random.Random()  # its own, because the global one belongs to seeded runs
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything the answers depend on."""
+        names = ("base_url", "temperature", "max_tokens", "max_image_px", "structured", "options")
+        return {"vlm": "openai", "version": VERSION, "model": self.name} | {name: getattr(self, name) for name in names}
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        """One answer per question, in order.
+
+        Raises:
+            InputError: no client, no key, a key or a model that the endpoint does not accept.
+        """
+        if not questions:
+            return []
+        stop = threading.Event()
+        # a client per call, because one that is kept would be carried over into forked worker processes
+        with self._client() as client, ThreadPoolExecutor(self.concurrency, thread_name_prefix="guardkit-vlm") as executor:
+            try:
+                return list(executor.map(lambda question: self._answer(client, question, stop), questions))
+            except BaseException:
+                stop.set()  # what is under way ends with its present call
+                raise
+
+    def _client(self) -> openai.OpenAI:
+        try:
+            import openai
+        except ImportError as error:
+            raise InputError('asking a model endpoint needs the openai client; install it with: pip install "guardkit[vlm]"') from error
+        key = "none" if self.api_key_env is None else os.environ.get(self.api_key_env, "").strip()
+        if not key or not key.isascii() or not key.isprintable():
+            raise InputError(
+                f"the environment variable {self.api_key_env} holds no key for {self.base_url}; set it, name another in vlm.api_key_env, "
+                "or give null for an endpoint without keys"
+            )
+        return openai.OpenAI(api_key=key, base_url=self.base_url, timeout=self.timeout_s, max_retries=0)
+
+    def _answer(self, client: openai.OpenAI, question: Question, stop: threading.Event) -> Answer:
+        import openai
+
+        request = self._request(question)
+        failure = Answer(None)
+        for attempt in range(1 + self.max_retries):
+            if not self._take_turn(stop):
+                return Answer(None, f"budget of {self.max_calls} calls is spent", failure.reason or "", transient=True, n_calls=attempt)
+            try:
+                return replace(_read(client.chat.completions.create(**request)), n_calls=attempt + 1)
+            except (openai.AuthenticationError, openai.NotFoundError) as error:
+                stop.set()  # here, because answers are collected in order, and an earlier question may be in a long pause
+                what = "the key" if isinstance(error, openai.AuthenticationError) else f"the address or the model {self.name!r}"
+                raise InputError(
+                    f"{self.base_url} does not accept {what} ({self._said(error, client)}); check vlm.model, vlm.base_url and the "
+                    f"environment variable {self.api_key_env}"
+                ) from error
+            except openai.APIError as error:
+                failure = replace(self._failure(error), detail=self._said(error, client), n_calls=attempt + 1)
+                pause = self._pause(error, attempt) if _is_worth_repeating(error) else None
+            except (ValueError, RecursionError) as error:  # a body that says it is JSON and is not
+                failure, pause = replace(_NO_COMPLETION, detail=one_line(str(error)), n_calls=attempt + 1), None
+            if pause is None or attempt == self.max_retries:
+                break
+            stop.wait(pause)
+        log.warning("%s: %s (%s)", self.name, failure.reason, failure.detail)
+        return failure
+
+    def _request(self, question: Question) -> dict[str, Any]:
+        shown = [base64.b64encode(encode_png(shrink(image, self.max_image_px))).decode() for image in question.images]
+        content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}} for data in shown]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": [*content, {"type": "text", "text": question.prompt}]}]
+        if question.system:
+            messages.insert(0, {"role": "system", "content": question.system})
+        request: dict[str, Any] = {"model": self.name, "messages": messages, "extra_body": self.options}
+        wanted = {"temperature": self.temperature, "max_tokens": self.max_tokens, "seed": question.seed}
+        request |= {name: value for name, value in wanted.items() if value is not None}
+        if question.schema is not None and self.structured:
+            # not strict, because strict endpoints refuse length limits and optional keys; what comes back is checked anyway
+            form = {"name": "reply", "strict": False, "schema": dict(question.schema)}
+            request["response_format"] = {"type": "json_schema", "json_schema": form}
+        return request
+
+    def _take_turn(self, stop: threading.Event) -> bool:
+        """Waits until a call may start and counts it; False when the budget is spent, or on a stop."""
+        while not stop.is_set():
+            with self._lock:
+                if self.max_calls is not None and self.n_calls >= self.max_calls:
+                    return False
+                now = time.monotonic()
+                if now >= self._free_at:
+                    self._free_at = now + (60 / self.requests_per_minute if self.requests_per_minute else 0.0)
+                    self.n_calls += 1
+                    return True
+                wait = self._free_at - now
+            stop.wait(wait)
+        return False
+
+    def _pause(self, error: openai.APIError, attempt: int) -> float | None:
+        """Seconds before the next attempt; None when the endpoint wants to be left alone for too long."""
+        pause = self._jitter.uniform(0.5, 1.0) * min(_MAX_BACKOFF_S, _BACKOFF_S * 2**attempt)
+        response = getattr(error, "response", None)
+        wanted = _retry_after(response.headers.get("retry-after")) if response is not None else None
+        if wanted is not None and wanted > _MAX_RETRY_AFTER_S:
+            return None
+        pause = max(pause, wanted or 0.0)
+        if getattr(error, "status_code", None) == 429:
+            with self._lock:  # what one thread is told holds for all
+                self._free_at = max(self._free_at, time.monotonic() + pause)
+        return pause
+
+    def _failure(self, error: openai.APIError) -> Answer:
+        import openai
+
+        if isinstance(error, openai.APITimeoutError):
+            return Answer(None, f"timeout: the endpoint was silent for {self.timeout_s:g} s", transient=True)
+        if not isinstance(error, openai.APIStatusError):
+            return Answer(None, "endpoint cannot be reached", transient=True)
+        if error.status_code == 429:
+            return Answer(None, "rate limit or quota of the endpoint (HTTP 429)", transient=True)
+        if error.status_code == 400 and error.code in ("content_filter", "content_policy_violation"):
+            return REFUSED
+        what = "rejected the request" if error.status_code < 500 else "failed"
+        return Answer(None, f"endpoint {what} (HTTP {error.status_code})", transient=True)
+
+    def _said(self, error: openai.APIError, client: openai.OpenAI) -> str:
+        return one_line(error.message.replace(client.api_key, "***") if self.api_key_env else error.message)
+
+
+def _read(completion: Any) -> Answer:
+    """What a chat completion says. The client checks no types, and passes on as text what is no JSON, such as HTML."""
+    try:
+        choice = completion.choices[0]
+        message, finish = choice.message, choice.finish_reason
+        text, refusal = message.content, getattr(message, "refusal", None)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        said = completion if isinstance(completion, str) else getattr(completion, "error", "")
+        return replace(_NO_COMPLETION, detail=one_line(str(said or "")))
+    if refusal or finish == "content_filter":
+        return replace(REFUSED, detail=one_line(str(refusal or "")))
+    if finish == "length":
+        return CUT_OFF
+    if not isinstance(text, str | None):
+        return _NO_COMPLETION
+    return reply(text or "")
+
+
+def _is_worth_repeating(error: openai.APIError) -> bool:
+    status = getattr(error, "status_code", None)  # none without a response
+    return error.code != "insufficient_quota" and (status is None or status in (408, 409, 429) or status >= 500)
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds, from a Retry-After header in either of its forms (RFC 9110, section 10.2.3)."""
+    try:
+        seconds = float(value or "nan")
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value or "").timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return None
+    return None if math.isnan(seconds) else max(0.0, seconds)
