@@ -12,6 +12,7 @@ from guardkit.counterfactual.instructor import Instruction, TemplateInstructor
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.counterfactual.verifier import NoVerifier, Verdict
 from guardkit.editors.base import EditRequest, EditResult
+from guardkit.editors.imperfect import ImperfectEditor
 from guardkit.editors.inpaint import InpaintEditor
 from guardkit.editors.none import NoEditor
 from guardkit.editors.scenes import ScenesEditor
@@ -108,6 +109,22 @@ def test_scenes_editor_edits_scenes_only():
     np.testing.assert_array_equal(exact.image, SceneContent(scene.content.scene.counterfactual(0)).load())
     np.testing.assert_array_equal(null.image, SceneContent(scene.content.scene.null_edit(0)).load())
     assert "not a drawn scene" in foreign.reason
+
+
+def test_an_imperfect_editor_fails_at_its_rate_and_where_a_worse_one_failed_not_less():
+    requests = [EditRequest(unsafe_scene(i).content, "", None, 0) for i in range(120)]
+    exact, null = (ScenesEditor().edit([replace(one, kind=kind) for one in requests]) for kind in ("counterfactual", "null"))
+    done = {}
+    for rate in (0.0, 0.3, 0.8, 1.0):
+        results = ImperfectEditor(ScenesEditor(), rate).edit(requests)
+        done[rate] = np.array([np.array_equal(one.image, right.image) for one, right in zip(results, exact, strict=True)])
+        failed = [np.array_equal(one.image, wrong.image) for one, wrong in zip(results, null, strict=True)]
+        np.testing.assert_array_equal(~done[rate], failed)
+    assert (done[0.0].sum(), done[1.0].sum()) == (0, 120)
+    assert 0.18 < done[0.3].mean() < 0.42
+    assert (done[0.8] | ~done[0.3]).all()
+    with pytest.raises(InputError, match=r"editor.success_rate must lie in \[0, 1\], got 23"):
+        ImperfectEditor(ScenesEditor(), 23)
 
 
 def test_a_second_run_edits_nothing(scenes_policy, tmp_path):

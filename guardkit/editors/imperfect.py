@@ -1,0 +1,45 @@
+"""An editor that fails on purpose, at a stated rate: to measure what an imperfect editor costs a guard.
+
+A failure is the commonest one of instruction editors: the violation stays, and something else changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from guardkit.artifacts import fingerprint
+from guardkit.editors.base import Editor, EditRequest, EditResult
+from guardkit.schema import InputError
+
+
+class ImperfectEditor:
+    """Does what another editor does, or an irrelevant edit in its place.
+
+    Args:
+        editor: the other one.
+        success_rate: share of edits that are done as asked, in [0, 1]; which ones follows from image and seed.
+    Raises:
+        InputError: a rate out of range.
+    """
+
+    name = "imperfect"
+
+    def __init__(self, editor: Editor, success_rate: float) -> None:
+        if not isinstance(success_rate, (int, float)) or not 0 <= success_rate <= 1:
+            raise InputError(f"editor.success_rate must lie in [0, 1], got {success_rate!r}")
+        self.editor, self.success_rate = editor, float(success_rate)
+
+    @property
+    def config(self) -> dict:
+        """The other editor's, and the rate."""
+        return {"editor": self.name, "success_rate": self.success_rate, "of": self.editor.config}
+
+    def edit(self, requests: Sequence[EditRequest]) -> list[EditResult]:
+        """One result per request, in order."""
+        return self.editor.edit([one if self._succeeds(one) else replace(one, kind="null") for one in requests])
+
+    def _succeeds(self, request: EditRequest) -> bool:
+        # the same draw at every rate, so that a better editor does well what a worse one did
+        draw = int(fingerprint([request.content.key, request.seed])[:12], 16) / 16**12
+        return request.kind == "null" or draw < self.success_rate
