@@ -37,9 +37,9 @@ def wrong_feature(scene: Scene) -> Scene:
 
 
 EDITS = {
-    "right: exact counterfactual": lambda scene, other: scene.counterfactual(),
-    "wrong: irrelevant change": lambda scene, other: scene.null_edit(),
-    "wrong: another unsafe feature": lambda scene, other: wrong_feature(scene),
+    "right: exact counterfactual": lambda scene, _: scene.counterfactual(),
+    "wrong: irrelevant change": lambda scene, _: scene.null_edit(),
+    "wrong: another unsafe feature": lambda scene, _: wrong_feature(scene),
     "wrong: another picture": lambda scene, other: replace(other.counterfactual(), rendering=scene.rendering),
 }
 
