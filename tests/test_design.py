@@ -77,7 +77,8 @@ def test_heavy_libraries_have_one_place():
         "lightning": {"module.py", "data/datamodule.py", "training.py"},
         "matplotlib": {"evaluation/plots.py"},
         "openai": {"vlm/endpoint.py"},
-        "open_clip": {"encoders/open_clip.py", "scenes/train_clip.py"},
+        "diffusers": {"editors/diffusers.py", "editors/diffusers_pipelines.py", "scenes/train_edit.py"},
+        "open_clip": {"encoders/open_clip.py", "scenes/train_clip.py", "scenes/train_edit.py"},
     }
     for path in modules():
         tree = ast.parse(path.read_text())

@@ -11,7 +11,6 @@ from guardkit.artifacts import fingerprint
 from guardkit.policy import Category, Policy
 from guardkit.schema import Record
 
-NULL_INSTRUCTION = "Change nothing that matters to the policy."
 _ARTICLE = re.compile(r"^(an?|the)\s+", re.IGNORECASE)
 
 

@@ -19,10 +19,10 @@ from typing import Literal
 import numpy as np
 
 from guardkit.artifacts import fingerprint
-from guardkit.counterfactual.instructor import NULL_INSTRUCTION, Instruction, Instructor
+from guardkit.counterfactual.instructor import Instruction, Instructor
 from guardkit.counterfactual.store import Edit, Try, TryStore
 from guardkit.counterfactual.verifier import Candidate, Verdict, Verifier, sanity
-from guardkit.editors.base import Editor, EditRequest, EditResult
+from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult
 from guardkit.images import decode_png, encode_png
 from guardkit.policy import Policy
 from guardkit.schema import ImageError, InputError, Record

@@ -10,6 +10,8 @@ import numpy as np
 
 from guardkit.schema import Content, Region
 
+NULL_INSTRUCTION = "Change nothing that matters to the policy."
+
 
 @dataclass(frozen=True)
 class EditRequest:
@@ -53,7 +55,9 @@ class Editor(Protocol):
     """
 
     name: str
-    config: dict
+
+    @property
+    def config(self) -> dict: ...
 
     def edit(self, requests: Sequence[EditRequest]) -> list[EditResult]:
         """One result per request, in order. (h, w, 3) uint8 RGB of the same size as the original."""

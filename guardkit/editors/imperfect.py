@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from guardkit.artifacts import fingerprint
-from guardkit.editors.base import Editor, EditRequest, EditResult
+from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult
 from guardkit.schema import InputError
 
 
@@ -37,7 +37,9 @@ class ImperfectEditor:
 
     def edit(self, requests: Sequence[EditRequest]) -> list[EditResult]:
         """One result per request, in order."""
-        return self.editor.edit([one if self._succeeds(one) else replace(one, kind="null") for one in requests])
+        return self.editor.edit(
+            [one if self._succeeds(one) else replace(one, kind="null", instruction=NULL_INSTRUCTION, target="") for one in requests]
+        )
 
     def _succeeds(self, request: EditRequest) -> bool:
         # the same draw at every rate, so that a better editor does well what a worse one did
