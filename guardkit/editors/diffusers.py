@@ -23,7 +23,7 @@ from PIL import Image
 
 from guardkit.editors.base import EditRequest, EditResult
 from guardkit.editors.diffusers_pipelines import KINDS, PipelineWeights, is_out_of_memory, load_pipeline, one_line
-from guardkit.editors.inpaint import _elsewhere
+from guardkit.editors.inpaint import elsewhere
 from guardkit.editors.registration import global_shift, largest_change, moved, pasted
 from guardkit.schema import ImageError, InputError
 
@@ -250,7 +250,7 @@ class DiffusersEditor:
         if is_null and not self.paste_outside and not self._kind.masked:
             region = None  # the whole image passes through the editor
         elif is_null and (region is not None or request.label == 0):
-            region = _elsewhere(region, np.random.default_rng([request.seed, *original.shape]))
+            region = elsewhere(region, np.random.default_rng([request.seed, *original.shape]))
             if region is None:
                 return "no room for a null edit beside the region"
         height, width = original.shape[:2]

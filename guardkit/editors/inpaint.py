@@ -69,7 +69,7 @@ class InpaintEditor:
         except ImageError as error:
             return EditResult(None, f"unreadable image: {error}")
         if request.kind == "null":
-            region = _elsewhere(region, np.random.default_rng([request.seed, *image.shape]))
+            region = elsewhere(region, np.random.default_rng([request.seed, *image.shape]))
         if region is None:
             return EditResult(None, "no room for a null edit beside the region")
         mask = self._mask(image.shape[:2], region)
@@ -102,7 +102,7 @@ class InpaintEditor:
         return np.round(alpha * painted + (1 - alpha) * image).astype(np.uint8)
 
 
-def _elsewhere(region: Region | None, rng: np.random.Generator) -> Region | None:
+def elsewhere(region: Region | None, rng: np.random.Generator) -> Region | None:
     """A box of the same shape beside the region, shrunk to a quarter of its area at most, or None. Without a region,
     a box anywhere whose sides are 20 to 60 % of the image's."""
     if region is None:
