@@ -37,8 +37,11 @@ def pairs(shown: list[PicturedPair], threshold: float, path: Path) -> None:
         return
     columns = 2 if len(shown) > 1 else 1
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(6.4 * columns, 2.45 * rows), layout="constrained")
-    axes = figure.subplots(rows, 3 * columns, squeeze=False)
+    height = 2.45 * rows + 0.25
+    figure = Figure(figsize=(6.4 * columns, height))
+    # set by hand, as the places of the titles below: matplotlib's own layout takes as long as everything else here
+    margins = {"left": 0.004, "right": 0.996, "bottom": 0.02 / rows, "top": 1 - 0.55 / height, "wspace": 0.04, "hspace": 0.16}
+    axes = figure.subplots(rows, 3 * columns, squeeze=False, gridspec_kw=margins)
     for axis in axes.flat:
         axis.axis("off")
     for i, pair in enumerate(shown):
@@ -50,10 +53,15 @@ def pairs(shown: list[PicturedPair], threshold: float, path: Path) -> None:
         trio[1].imshow(twin)
         trio[2].imshow(difference, cmap="magma", vmin=0, vmax=255)
         unsafe, safe = pair.scores
-        trio[0].set_title(f"unsafe: {unsafe:.2f} {'flagged' if unsafe >= threshold else 'MISSED'}", fontsize=9, color=_UNSAFE)
-        trio[1].set_title(f"twin: {safe:.2f} {'WRONGLY FLAGGED' if safe >= threshold else 'passed'}", fontsize=9, color=_SAFE)
-        trio[2].set_title(pair.title, fontsize=8, color=_GREY)
-    figure.suptitle(f"Test pairs: unsafe image, counterfactual, difference. Flagged when score >= {threshold:.2f}", fontsize=10)
+        trio[0].set_title(f"unsafe: {unsafe:.2f} {'flagged' if unsafe >= threshold else 'MISSED'}", fontsize=9, color=_UNSAFE, y=1.01)
+        trio[1].set_title(f"twin: {safe:.2f} {'WRONGLY FLAGGED' if safe >= threshold else 'passed'}", fontsize=9, color=_SAFE, y=1.01)
+        trio[2].set_title(pair.title, fontsize=8, color=_GREY, y=1.01)
+    figure.suptitle(
+        f"Test pairs: unsafe image, counterfactual, difference. Flagged when score >= {threshold:.2f}",
+        fontsize=10,
+        y=1 - 0.08 / height,
+        va="top",
+    )
     figure.savefig(path, dpi=85)
 
 
