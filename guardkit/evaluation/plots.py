@@ -62,7 +62,8 @@ def pairs(shown: list[PicturedPair], threshold: float, path: Path) -> None:
         y=1 - 0.08 / height,
         va="top",
     )
-    figure.savefig(path, dpi=85)
+    # noise hardly compresses, and the default level spends a fifth of a second on it
+    figure.savefig(path, dpi=85, pil_kwargs={"compress_level": 1})
 
 
 def learning(curve: list[dict[str, Any]], best_epoch: int, path: Path) -> None:
