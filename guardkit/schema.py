@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 UNSAFE, SAFE = 1, 0
 
@@ -89,3 +92,47 @@ class Decision:
     threshold: float
     categories: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """What a classifier that looks at images itself says of one.
+
+    Attributes:
+        score: probability of unsafe in [0, 1]; NaN when it abstains.
+        reason: why it abstains; None when it does not.
+    """
+
+    score: float
+    reason: str | None = None
+
+
+class Guard(Protocol):
+    """Any classifier that evaluation measures: ours and other people's alike.
+
+    One with an `encoder` scores embeddings, so that one embedding of an image serves all guards on that encoder; one
+    without (`encoder` is None) looks at images itself. Only the methods of its kind are called.
+
+    Attributes:
+        name: for tables.
+        fingerprint: a hash of everything its scores depend on, 64 hex digits.
+        covers: the policy's categories it was made to find; None: all.
+        threshold: flag when score >= threshold.
+        encoder: the `Encoder` whose embeddings it takes, or None.
+        is_normalized: whether it takes unit vectors, or embeddings as the model gave them, norm included.
+    """
+
+    name: str
+    fingerprint: str
+    covers: frozenset[str] | None
+    threshold: float
+    encoder: Any
+    is_normalized: bool
+
+    def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """(n, d) float -> (n,) unbounded; the score is their sigmoid. Differentiable. Only with an encoder."""
+        ...
+
+    def judge(self, images: Sequence[np.ndarray]) -> list[Judgment]:
+        """(h, w, 3) uint8 RGB images -> one judgment each. Never raises because of an image. Only without an encoder."""
+        ...

@@ -17,8 +17,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +48,8 @@ class Recipe:
     Attributes:
         autoencoder_minutes: of optimisation, after drawing.
         unet_minutes: likewise.
-        n_scenes: drawn once per rendering; each gives itself and its counterfactual.
+        n_scenes: drawn once per rendering, with their counterfactuals; each pair is learned in both directions.
+        start: a folder that this recipe wrote earlier, whose autoencoder is kept and whose U-Net is trained on; or empty.
         text: the encoder whose text tower is taken, an open_clip folder.
         device: "cpu" or "cuda".
     """
@@ -54,12 +57,13 @@ class Recipe:
     out: str = "scenes_edit"
     autoencoder_minutes: float = 30.0
     unet_minutes: float = 90.0
-    n_scenes: int = 12_000
-    batch_size: int = 64
+    n_scenes: int = 10_000
+    batch_size: int = 32
     learning_rate: float = 1e-3
     text: str = "checkpoints/scenes_clip"
     device: str = "cpu"
     workers: int = 2
+    start: str = ""
 
 
 def square_around(region: Region, size: int, side: int = CROP_PX) -> tuple[int, int]:
@@ -69,38 +73,38 @@ def square_around(region: Region, size: int, side: int = CROP_PX) -> tuple[int, 
     return int(np.clip(round(left), 0, size - side)), int(np.clip(round(top), 0, size - side))
 
 
-def pairs(index: int, rendering: str) -> tuple[Scene, Scene]:
+def pair(index: int, rendering: str) -> tuple[Scene, Scene]:
     """A scene with a feature of either label, in any colour, and its counterfactual."""
     pool = ScenePool("train", seed=SEED, rendering=rendering, scene_shift=0.0)
     scene = pool.scene(1, index)
     rng = np.random.default_rng([SEED, index])
     scene = replace(scene, colour=list(COLOURS)[int(rng.integers(len(COLOURS)))])
-    twin = scene.counterfactual(int(rng.integers(1 << 30)))
-    return (scene, twin) if rng.random() < 0.5 else (twin, scene)
+    return scene, scene.counterfactual(int(rng.integers(1 << 30)))
 
 
 def _draw_block(block: tuple[int, int, str]) -> tuple[np.ndarray, np.ndarray]:
     start, stop, rendering = block
     crops, boxes = [], []
     for index in range(start, stop):
-        drawn = [draw(scene) for scene in pairs(index, rendering)]
-        size = drawn[0].image.shape[0]
-        left, top = square_around(drawn[0].region, size)
-        crops.append([one.image[top : top + CROP_PX, left : left + CROP_PX] for one in drawn])
-        grow = MARGIN * size
-        x_min, y_min, x_max, y_max = (value * size for value in drawn[0].region)
-        boxes.append([x_min - left - grow, y_min - top - grow, x_max - left + grow, y_max - top + grow])
+        drawn = [draw(scene) for scene in pair(index, rendering)]
+        for before, after in (drawn, drawn[::-1]):
+            size = before.image.shape[0]
+            left, top = square_around(before.region, size)
+            crops.append([one.image[top : top + CROP_PX, left : left + CROP_PX] for one in (before, after)])
+            grow = MARGIN * size
+            x_min, y_min, x_max, y_max = (value * size for value in before.region)
+            boxes.append([x_min - left - grow, y_min - top - grow, x_max - left + grow, y_max - top + grow])
     return np.array(crops, np.uint8), np.clip(np.array(boxes), 0, CROP_PX).astype(np.float32)
 
 
-def draw_pool(n_scenes: int, workers: int) -> tuple[np.ndarray, np.ndarray, list[tuple[Scene, Scene]]]:
-    """(2 n, 2, 64, 64, 3) uint8 crops of originals and counterfactuals, (2 n, 4) covered boxes in pixels, the scenes."""
+def draw_pool(n_scenes: int, workers: int) -> tuple[np.ndarray, np.ndarray, list[Scene]]:
+    """(4 n, 2, 64, 64, 3) uint8 crops before and after, (4 n, 4) covered boxes in pixels, the scenes to be drawn."""
     edges = [*range(0, n_scenes, 500), n_scenes]
     blocks = [(a, b, rendering) for rendering in RENDERINGS for a, b in itertools.pairwise(edges)]
     with ProcessPoolExecutor(workers) as executor:
         made = list(executor.map(_draw_block, blocks))
-    scenes = [pairs(i, rendering) for rendering in RENDERINGS for i in range(n_scenes)]
-    return np.concatenate([one[0] for one in made]), np.concatenate([one[1] for one in made]), scenes
+    wanted = [scene for rendering in RENDERINGS for i in range(n_scenes) for scene in pair(i, rendering)[::-1]]
+    return np.concatenate([one[0] for one in made]), np.concatenate([one[1] for one in made]), wanted
 
 
 def words(scene: Scene, rng: np.random.Generator) -> str:
@@ -258,7 +262,9 @@ def encode_latents(model: Any, crops: np.ndarray, device: str) -> torch.Tensor:
     parts = []
     with torch.inference_mode():
         for start in range(0, len(crops), 256):
-            parts.append(model.encode(_pixels(crops[start : start + 256], device)).latent_dist.mean.half().cpu())
+            with torch.autocast(device, dtype=torch.bfloat16):
+                posterior = model.encode(_pixels(crops[start : start + 256], device)).latent_dist
+            parts.append(posterior.mean.half().cpu())
     return torch.cat(parts)
 
 
@@ -268,11 +274,15 @@ def train_unet(
     text: Any,
     tokenizer: Any,
     scheduler: Any,
-    pool: tuple[np.ndarray, np.ndarray, list[tuple[Scene, Scene]]],
+    pool: tuple[np.ndarray, np.ndarray, list[Scene]],
     recipe: Recipe,
     rng: np.random.Generator,
-) -> Any:
-    """Denoises the counterfactual, given the covered original and the words. Returns a moving average of the weights."""
+    save: Callable[[], None],
+) -> None:
+    """Denoises the counterfactual, given the covered original and the words; keeps a moving average of the weights.
+
+    `save` is called every ten minutes and at the end, with the averaged weights in `unet`.
+    """
     from diffusers.training_utils import EMAModel
 
     crops, boxes, scenes = pool
@@ -283,10 +293,17 @@ def train_unet(
     optimizer = torch.optim.AdamW(unet.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
     average = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True)
     clock = _Clock("unet", recipe.unet_minutes, recipe.learning_rate)
+    saved = time.monotonic()
     while clock.tick(optimizer):
+        if time.monotonic() - saved > 600:
+            average.store(unet.parameters())
+            average.copy_to(unet.parameters())
+            save()
+            average.restore(unet.parameters())
+            saved = time.monotonic()
         rows = rng.integers(len(scenes), size=recipe.batch_size)
         # one in ten without words, for classifier-free guidance
-        said = ["" if rng.random() < 0.1 else words(scenes[row][1], rng) for row in rows]
+        said = ["" if rng.random() < 0.1 else words(scenes[row], rng) for row in rows]
         with torch.inference_mode():
             tokens = tokenizer(said, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
             states = text(tokens.input_ids.to(device))[0].clone()
@@ -306,7 +323,7 @@ def train_unet(
         average.step(unet.parameters())
         clock.log(len(rows), loss=loss.item())
     average.copy_to(unet.parameters())
-    return unet.eval()
+    save()
 
 
 def _mask(box: np.ndarray) -> np.ndarray:
@@ -325,7 +342,7 @@ def _cover(crop: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 def train(recipe: Recipe) -> Path:
     """Runs the recipe and returns the folder it wrote; logs a line every 100 steps."""
-    from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
 
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
@@ -333,27 +350,41 @@ def train(recipe: Recipe) -> Path:
     pool = draw_pool(recipe.n_scenes, recipe.workers)
     print(f"drew {2 * len(pool[0])} images in {time.monotonic() - started:.0f} s", flush=True)
     text, tokenizer = text_tower(recipe.text)
-    autoencoder: Any = new_autoencoder().to(recipe.device)
-    train_autoencoder(autoencoder, pool[0], recipe, rng)
-    sample = encode_latents(autoencoder, pool[0][:2000, 1], recipe.device).float()
-    autoencoder.register_to_config(scaling_factor=1 / sample.std().item())
+    autoencoder: Any
+    unet: Any
+    if recipe.start:
+        autoencoder = AutoencoderKL.from_pretrained(recipe.start, subfolder="vae").requires_grad_(False).to(recipe.device)
+        unet = UNet2DConditionModel.from_pretrained(recipe.start, subfolder="unet").to(recipe.device)
+    else:
+        autoencoder = new_autoencoder().to(recipe.device)
+        unet = new_unet(text.config.hidden_size).to(recipe.device)
+        train_autoencoder(autoencoder, pool[0], recipe, rng)
+        sample = encode_latents(autoencoder, pool[0][:2000, 1], recipe.device).float()
+        autoencoder.register_to_config(scaling_factor=1 / sample.std().item())
     scheduler = DDIMScheduler(
         prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing", rescale_betas_zero_snr=True, steps_offset=1
     )
-    unet = new_unet(text.config.hidden_size).to(recipe.device)
-    unet = train_unet(unet, autoencoder, text.to(recipe.device), tokenizer, scheduler, pool, recipe, rng)
     pipeline: Any = StableDiffusionInpaintPipeline(
-        vae=autoencoder.cpu(),
-        text_encoder=text.cpu(),
+        vae=autoencoder,
+        text_encoder=text.to(recipe.device),
         tokenizer=tokenizer,
-        unet=unet.cpu(),
+        unet=unet,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(recipe.out, safe_serialization=True)
+    train_unet(unet, autoencoder, text, tokenizer, scheduler, pool, recipe, rng, lambda: _save(pipeline, Path(recipe.out)))
     return Path(recipe.out)
+
+
+def _save(pipeline: Any, out: Path) -> None:
+    """Writes the pipeline under a temporary name and puts it in the place of an earlier one."""
+    new = out.with_name(f".{out.name}.new")
+    pipeline.save_pretrained(new, safe_serialization=True)
+    if out.exists():
+        shutil.rmtree(out)
+    new.rename(out)
 
 
 def main(arguments: list[str]) -> None:
