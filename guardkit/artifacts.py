@@ -1,4 +1,4 @@
-"""What every store and every written folder stands on: fingerprints, write-then-rename, and a key-value file.
+"""What every store and every folder stands on: fingerprints, write-then-rename, a key-value file, and what ships.
 
 A stored thing is named by a fingerprint of all its inputs. Files appear under their name only when complete. The
 key-value store is one SQLite file: several processes may use it, and a process killed at any moment leaves it whole.
@@ -18,6 +18,8 @@ from typing import Any
 
 from guardkit.schema import InputError
 
+_PACKAGE = Path(__file__).resolve().parent
+_SHIPPED = "guardkit:"
 _BUSY_TIMEOUT_S = 60.0
 _MAX_SQL_VARIABLES = 500
 
@@ -56,6 +58,23 @@ def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON, complete or not at all. NaN is refused: a figure that cannot be computed is null."""
     with written(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def shipped(weights: str) -> Path | None:
+    """The folder of a model that comes with guardkit, for `weights` like "guardkit:scenes_clip"; None for all others.
+
+    Raises:
+        InputError: guardkit brings none of that name.
+    """
+    if not weights.startswith(_SHIPPED):
+        return None
+    # a wheel carries the models inside the package, a checkout beside it
+    root = next((path for path in (_PACKAGE / "_checkpoints", _PACKAGE.parent / "checkpoints") if path.is_dir()), None)
+    names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root else []
+    name = weights.removeprefix(_SHIPPED)
+    if root is None or name not in names:
+        raise InputError(f"guardkit ships no model {name!r}; it ships {', '.join(names) or 'none'}")
+    return root / name
 
 
 class KeyValueStore:

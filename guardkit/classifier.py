@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from guardkit.encoders.base import Encoder
 from guardkit.heads import HEADS, Head
 from guardkit.images import read_image
 from guardkit.policy import Policy
-from guardkit.schema import Decision, ImageError, InputError
+from guardkit.schema import Decision, ImageError, InputError, Judgment
 
 FORMAT = 1
 ImageLike = str | Path | bytes | Image.Image | np.ndarray
@@ -29,7 +29,7 @@ _CONFIG, _WEIGHTS, _POLICY = "config.json", "model.safetensors", "policy.yaml"
 
 
 class GuardClassifier:
-    """Tells images that a policy forbids from those it allows.
+    """Tells images that a policy forbids from those it allows. Meets the `Guard` protocol.
 
     Args:
         head: trained, (n, d) -> (n, 1 + k) logits.
@@ -39,7 +39,12 @@ class GuardClassifier:
         operating_points: named thresholds and what they gave on validation images.
         training: facts of the training, plain JSON (prevalence, label budget).
         metrics: measured on a test set, plain JSON.
+
+    Attributes:
+        name: for tables: the experiment it was trained in, else the kind of its head.
     """
+
+    is_normalized = True
 
     def __init__(
         self,
@@ -59,6 +64,12 @@ class GuardClassifier:
         self.operating_points = dict(operating_points or {})
         self.training = dict(training or {})
         self.metrics = dict(metrics or {})
+        self.name = str(self.training.get("experiment", head.kind))
+
+    @property
+    def covers(self) -> frozenset[str] | None:
+        """The categories of its policy."""
+        return frozenset(self.policy.category_names)
 
     # --- deciding -----------------------------------------------------------------------------------------------------
 
@@ -89,6 +100,14 @@ class GuardClassifier:
                 decisions += self._decide(batch, limit, max_pixels)
                 batch = []
         return decisions + self._decide(batch, limit, max_pixels)
+
+    def judge(self, images: Sequence[np.ndarray]) -> list[Judgment]:
+        """`predict`, as other people's classifiers answer."""
+        return [Judgment(decision.score, decision.error) for decision in self.predict(images)]
+
+    def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """(n, d) embeddings, on any device -> (n,) float32 logits of unsafe on the CPU, differentiable."""
+        return self.head(embeddings.to("cpu", torch.float32))[:, 0]
 
     @property
     def fingerprint(self) -> str:

@@ -15,6 +15,7 @@ from guardkit.artifacts import KeyValueStore
 from guardkit.encoders.base import Encoder
 from guardkit.schema import Content, ImageError, InputError, Record, Rejected
 
+_NORM = "norm:"  # before a content's key: the length of its vector
 _LOADERS = 2  # threads that read or draw the next chunk while the model encodes the present one
 
 
@@ -28,6 +29,9 @@ class EmbeddingStore:
     Args:
         encoder: makes the embeddings.
         cache_dir: where they are kept, one file per encoder; None keeps them in memory.
+        keep_norms: keep beside each unit vector the length it had, for heads that take embeddings as the model gave
+            them (see `norms`). Vectors stay the same to the last bit; one that was stored without its length by an
+            earlier run is made again.
 
     Attributes:
         n_encoded: images encoded so far.
@@ -35,8 +39,8 @@ class EmbeddingStore:
         seconds: spent in `embed`, reading and drawing included.
     """
 
-    def __init__(self, encoder: Encoder, cache_dir: Path | None) -> None:
-        self.encoder = encoder
+    def __init__(self, encoder: Encoder, cache_dir: Path | None, *, keep_norms: bool = False) -> None:
+        self.encoder, self.keep_norms = encoder, keep_norms
         self.n_encoded, self.n_found, self.seconds = 0, 0, 0.0
         self._cache_dir = cache_dir
         self._memory: dict[str, bytes] = {}
@@ -78,6 +82,18 @@ class EmbeddingStore:
         rejected = [Rejected(records[row].id, str(error)) for row, error in sorted(failed.items())]
         return readable, np.delete(vectors, list(failed), axis=0), rejected
 
+    def norms(self, contents: Sequence[Content]) -> np.ndarray:
+        """(n,) float32 lengths of what was embedded before: a unit vector times its length is what the model gave.
+
+        Raises:
+            ValueError: the store keeps no norms, or a content was not embedded yet.
+        """
+        keys = [_NORM + content.key for content in contents]
+        found = self._get(keys, 1)
+        if not self.keep_norms or not found.keys() >= set(keys):
+            raise ValueError("norms are known of what a store with keep_norms=True has embedded")
+        return np.array([np.frombuffer(found[key], "<f4")[0] for key in keys], np.float32)
+
     def _embed(self, contents: Sequence[Content], *, skip_unreadable: bool = False) -> tuple[np.ndarray, dict[int, ImageError]]:
         """(n, d) vectors, and by row why an image could not be read; such a row is zero. Without `skip_unreadable` it
         stops at the first of them, and the vectors are not to be used."""
@@ -88,7 +104,8 @@ class EmbeddingStore:
             with ThreadPoolExecutor(_LOADERS) as loaders:
                 # a key is a hash over a whole file
                 keys = [_outcome(future) for future in [loaders.submit(_key, content) for content in contents]]
-                found = self._get([key for key in keys if isinstance(key, str)])
+                found = self._get([key for key in keys if isinstance(key, str)], self.encoder.dim)
+                complete = self._complete(list(found))
                 rows: dict[str, list[int]] = {}
                 missing: dict[str, Content] = {}
                 for row, key in enumerate(keys):
@@ -96,7 +113,7 @@ class EmbeddingStore:
                         failed[row] = key
                         continue
                     rows.setdefault(key, []).append(row)
-                    if key in found:
+                    if key in complete:
                         self.n_found += 1
                         vectors[row] = np.frombuffer(found[key], "<f4")
                     else:
@@ -108,8 +125,8 @@ class EmbeddingStore:
                         failed |= dict.fromkeys(rows[key], made)
                         if not skip_unreadable:
                             break
-                    else:
-                        vectors[rows[key]] = made
+                    else:  # a vector that only lacked its norm stays what it was, to the last bit
+                        vectors[rows[key]] = np.frombuffer(found[key], "<f4") if key in found else made
         finally:
             self.seconds += time.perf_counter() - started
         return vectors, failed
@@ -126,12 +143,25 @@ class EmbeddingStore:
             ahead = [loaders.submit(self._read, content) for _, content in chunks[i + 1]] if i + 1 < len(chunks) else []
             images = {key: image for (key, _), image in zip(chunk, outcomes, strict=True) if not isinstance(image, ImageError)}
             if images:
-                vectors = self.encoder.encode_preprocessed(list(images.values()), fixed_batch=True)
+                vectors, norms = self._unit_vectors(list(images.values()))
                 self._check(vectors)
-                self._put({key: vector.astype("<f4").tobytes() for key, vector in zip(images, vectors, strict=True)})
+                items = {key: vector.astype("<f4").tobytes() for key, vector in zip(images, vectors, strict=True)}
+                items |= {_NORM + key: norm.astype("<f4").tobytes() for key, norm in zip(images, norms, strict=False)}
+                self._put(items)
                 self.n_encoded += len(images)
                 yield from zip(images, vectors, strict=True)
             yield from ((key, error) for (key, _), error in zip(chunk, outcomes, strict=True) if isinstance(error, ImageError))
+
+    def _unit_vectors(self, images: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """(n, d) unit vectors of preprocessed images, and their (n,) lengths before, or (0,) when nobody asks for them."""
+        if not self.keep_norms:
+            return self.encoder.encode_preprocessed(images, fixed_batch=True), np.zeros(0, np.float32)
+        import torch
+        from torch.nn.functional import normalize
+
+        raw = torch.from_numpy(self.encoder.encode_preprocessed(images, fixed_batch=True, normalize=False))
+        # by the function that encoders use, so that the vector is the same to the last bit as without norms
+        return normalize(raw, dim=-1).numpy(), raw.norm(dim=-1).numpy()
 
     def _read(self, content: Content) -> Any:
         # preprocessed at once: a batch of photographs at full size would take gigabytes
@@ -143,11 +173,16 @@ class EmbeddingStore:
                 f"encoder {self.encoder.name} returned embeddings that are not finite unit vectors; check its weights and dtype"
             )
 
-    def _get(self, keys: list[str]) -> dict[str, bytes]:
+    def _complete(self, keys: list[str]) -> set[str]:
+        """Of keys whose vectors are stored, those that have a norm too, where norms are kept."""
+        if not self.keep_norms:
+            return set(keys)
+        return {key.removeprefix(_NORM) for key in self._get([_NORM + key for key in keys], 1)}
+
+    def _get(self, keys: list[str], width: int) -> dict[str, bytes]:
         if self._cache_dir is None:
             return {key: self._memory[key] for key in keys if key in self._memory}
-        width = 4 * self.encoder.dim
-        return {key: value for key, value in self._open(self._cache_dir).get(keys).items() if len(value) == width}
+        return {key: value for key, value in self._open(self._cache_dir).get(keys).items() if len(value) == 4 * width}
 
     def _put(self, items: dict[str, bytes]) -> None:
         if self._cache_dir is None:

@@ -63,10 +63,37 @@ class LinearHead(Head):
         """A new head for this encoder and policy."""
         return cls(encoder.dim, len(policy.categories))
 
+    @classmethod
+    def from_texts(cls, encoder: EncodesTexts, policy: Policy, *, scale: float = 30.0) -> LinearHead:
+        """A head that starts as a zero-shot classifier: from safe to unsafe, in the direction of the policy's texts.
+
+        With `loss.l2` above 0 it is pulled towards that start rather than towards zero.
+
+        Args:
+            encoder: encodes the texts.
+            policy: has them.
+            scale: of the cosine with the difference between the mean texts of both sides, in logits.
+        """
+        if scale <= 0:
+            raise InputError(f"head=linear_texts needs scale > 0, got {scale}")
+        head = cls.build(encoder, policy)
+        safe = [*policy.safe_texts, *(text for category in policy.categories for text in category.safe_texts)]
+        unsafe = [category.unsafe_texts for category in policy.categories]
+        vectors = encoder.encode_texts([*safe, *(text for texts in unsafe for text in texts)])
+        ends = len(safe) + np.cumsum([0, *(len(texts) for texts in unsafe)])
+        means = np.stack([vectors[len(safe) :].mean(axis=0), *(vectors[a:b].mean(axis=0) for a, b in zip(ends[:-1], ends[1:], strict=True))])
+        with torch.no_grad():
+            head.linear.weight.copy_(torch.from_numpy(scale / head.scale * (means - vectors[: len(safe)].mean(axis=0))))
+        return head
+
     def forward(self, embeddings: Tensor) -> Tensor:
         """(n, d) -> (n, 1 + k) logits."""
-        # unit vectors have coordinates of size d ** -0.5: brought to size 1, the learning rate suits any width
-        return self.linear(embeddings * embeddings.shape[1] ** 0.5)
+        return self.linear(embeddings * self.scale)
+
+    @property
+    def scale(self) -> float:
+        """Unit vectors have coordinates of size d ** -0.5: brought to size 1, the learning rate suits any width."""
+        return self.linear.in_features**0.5
 
 
 class MLPHead(Head):

@@ -210,6 +210,11 @@ def _cmyk_to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def bytes_key(data: bytes) -> str:
+    """The key of encoded bytes as a content, the same as that of a file that holds them."""
+    return f"file-{_READER}:{hashlib.sha256(data).hexdigest()}"
+
+
 @dataclass(frozen=True)
 class FileContent:
     """An image file, read when somebody asks."""

@@ -6,7 +6,8 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -36,3 +37,18 @@ def progress(items: Iterable[T], *, total: int | None, what: str) -> Iterator[T]
             rate = n / (now - started)
             left = f", {(total - n) / rate:.0f} s left" if total else ""
             log.info("%s: %d%s, %.1f/s%s", what, n, f" of {total}" if total else "", rate, left)
+
+
+@contextmanager
+def bars_on_terminals_only(*logs: Any) -> Iterator[None]:
+    """Keeps other libraries' progress bars out of log files.
+
+    Args:
+        logs: the `utils.logging` modules of diffusers or transformers.
+    """
+    with ExitStack() as stack:
+        for one in logs:
+            if not sys.stderr.isatty() and one.is_progress_bar_enabled():
+                one.disable_progress_bar()
+                stack.callback(one.enable_progress_bar)
+        yield

@@ -101,10 +101,13 @@ class Judgment:
     Attributes:
         score: probability of unsafe in [0, 1]; NaN when it abstains.
         reason: why it abstains; None when it does not.
+        transient: something outside the classifier stood in its way (no connection, a spent budget), and asking again may
+            give another judgment: not to be stored.
     """
 
     score: float
     reason: str | None = None
+    transient: bool = False
 
 
 class Guard(Protocol):
@@ -123,11 +126,19 @@ class Guard(Protocol):
     """
 
     name: str
-    fingerprint: str
-    covers: frozenset[str] | None
     threshold: float
-    encoder: Any
-    is_normalized: bool
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def covers(self) -> frozenset[str] | None: ...
+
+    @property
+    def encoder(self) -> Any: ...
+
+    @property
+    def is_normalized(self) -> bool: ...
 
     def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(n, d) float -> (n,) unbounded; the score is their sigmoid. Differentiable. Only with an encoder."""

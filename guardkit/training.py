@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from guardkit.embedding_folder import write_embedding_folder
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.evaluation.training_report import measure, summary_table, write_pictures, write_predictions
-from guardkit.module import EpochProgress, GuardModule, fit, quiet_lightning
+from guardkit.heads import Head
+from guardkit.module import DEFAULT_THRESHOLD, EpochProgress, Fitted, GuardModule, fit, quiet_lightning
 from guardkit.policy import Policy
 from guardkit.schema import InputError
 
@@ -79,24 +81,18 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> Report:
     parts = build(cfg)
     try:
         parts.data.setup("fit")
-        head = _make(cfg.head, encoder=parts.encoder, policy=parts.policy)
-        module = GuardModule(head, instantiate(cfg.optimizer), **_plain(cfg.loss))
+        head = build_head(cfg, parts)
         logger = _make(cfg.logger, save_dir=str(folder))
-        callbacks: list[L.Callback] = [
-            EpochProgress(),
-            L.pytorch.callbacks.EarlyStopping("validation_loss", patience=cfg.early_stopping_patience),
-            L.pytorch.callbacks.ModelCheckpoint(
-                dirpath=folder / "checkpoints", monitor="validation_loss", save_last=False, filename="best"
-            ),
-        ]
-        with quiet_lightning():
-            trainer: L.Trainer = _make(cfg.trainer, logger=logger, callbacks=callbacks)
-        fitted = fit(module, parts.data, trainer, encoder=parts.encoder, policy=parts.policy, threshold=cfg.threshold)
+        checkpoint = L.pytorch.callbacks.ModelCheckpoint(
+            dirpath=folder / "checkpoints", monitor="validation_loss", save_last=False, filename="best"
+        )
+        module, fitted = fit_guard(cfg, parts, head, logger=logger, callbacks=[EpochProgress(), checkpoint], threshold=cfg.threshold)
         metrics, measured = measure(fitted, parts.data, experiment=cfg.experiment_name, seed=cfg.seed)
         fitted.guard.training = {
             "prevalence": module.prevalence,
             "experiment": cfg.experiment_name,
             "seed": cfg.seed,
+            "sources": sorted({record.source for record in parts.data.unsafe_train}),
             **{key: metrics[key] for key in ("n_unsafe", "n_safe", "n_counterfactuals")},
         }
         fitted.guard.metrics = {key: metrics[key] for key in ("test", "pairs", "always_unsafe")}
@@ -116,6 +112,50 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> Report:
     finally:
         parts.data.close()
     return Report(folder, metrics, summary_table(metrics))
+
+
+def build_head(cfg: DictConfig, parts: Parts) -> Head:
+    """A new head; its first weights follow from the seed."""
+    torch.manual_seed(cfg.seed)
+    head: Head = _make(cfg.head, encoder=parts.encoder, policy=parts.policy)
+    return head
+
+
+def rebuild_data(parts: Parts, cfg: DictConfig) -> Parts:
+    """The same parts with another arm, label budget or seed."""
+    data: GuardDataModule = _make(
+        cfg.data, source=parts.data.source, policy=parts.policy, store=parts.store, pipeline=parts.pipeline, seed=cfg.seed
+    )
+    return replace(parts, data=data)
+
+
+def fit_guard(
+    cfg: DictConfig,
+    parts: Parts,
+    head: Head,
+    *,
+    logger: Any = False,
+    callbacks: Sequence[L.Callback] = (),
+    threshold: float | str = DEFAULT_THRESHOLD,
+) -> tuple[GuardModule, Fitted]:
+    """Trains a head on the images of the data module, as the configuration says.
+
+    Args:
+        cfg: composed from conf/train.yaml, or a cell of a sweep.
+        parts: what it is trained on.
+        head: it.
+        logger: Lightning's; False: none.
+        callbacks: beside early stopping.
+        threshold: a number in [0, 1], or the name of an operating point.
+    Returns:
+        The module that was trained, and what came of it.
+    """
+    module = GuardModule(head, instantiate(cfg.optimizer), **_plain(cfg.loss))
+    every = [*callbacks, L.pytorch.callbacks.EarlyStopping("validation_loss", patience=cfg.early_stopping_patience)]
+    with quiet_lightning():
+        keep = any(isinstance(one, L.pytorch.callbacks.ModelCheckpoint) for one in every)
+        trainer: L.Trainer = _make(cfg.trainer, logger=logger, callbacks=every, enable_checkpointing=keep)
+    return module, fit(module, parts.data, trainer, encoder=parts.encoder, policy=parts.policy, threshold=threshold)
 
 
 def embed_source(cfg: DictConfig, folder: Path) -> dict[str, int]:

@@ -106,10 +106,10 @@ def test_missing_pieces_are_named(folder, tmp_path):
 
 
 def test_another_encoder_is_refused_and_both_are_named(folder, scenes_encoder, tmp_path):
-    from guardkit.encoders.open_clip import shipped
+    from guardkit.artifacts import shipped
 
     other = tmp_path / "other_clip"
-    shutil.copytree(shipped("scenes_clip"), other)
+    shutil.copytree(shipped("guardkit:scenes_clip"), other)
     config = json.loads((other / "open_clip_config.json").read_text())
     config["preprocess_cfg"]["mean"] = [0.4, 0.4, 0.4]
     (other / "open_clip_config.json").write_text(json.dumps(config))

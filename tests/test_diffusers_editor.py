@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, picture
+from PIL import Image
 
 from guardkit.counterfactual.instructor import TemplateInstructor
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
@@ -337,6 +338,32 @@ def test_an_edit_does_not_depend_on_its_batch(editor, name):
         for single, batched in zip(alone, editor(name, **options).edit(asked), strict=True):
             assert single.shape == batched.image.shape
             assert np.abs(single.astype(int) - batched.image).max() <= 1
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_round_trip_is_that_of_the_autoencoder(editor, name):
+    """No words, no noise: whatever the seed, the autoencoder alone; and only where an edit would redraw."""
+    import torch
+
+    here = editor(name)
+    one, other = here.edit([replace(request(), kind="round_trip", instruction="", seed=seed) for seed in (0, 7)])
+    assert one.reason is None
+    np.testing.assert_array_equal(one.image, other.image)
+    original = request().content.load()
+    assert change(one, request()).any()
+    if name in MASKED:
+        assert not change(one, request())[~box(original.shape, margin=8)].any()
+        whole = here.edit([request(kind="round_trip", region=None)])[0]  # a safe image has no box
+        assert change(whole, request()).mean() > change(one, request()).mean()
+    elif name == "instruct_pix2pix":
+        size = here._working_size(original.shape[1], original.shape[0])
+        pixels = torch.from_numpy(np.array(Image.fromarray(original).resize(size, Image.Resampling.LANCZOS))).permute(2, 0, 1)[None] / 127.5 - 1
+        vae = here._pipeline.vae
+        with torch.inference_mode():
+            made = vae.decode(vae.encode(pixels).latent_dist.mode()).sample[0].permute(1, 2, 0)
+        small = (made.clamp(-1, 1) * 127.5 + 127.5).round().numpy().astype(np.uint8)
+        expected = np.array(Image.fromarray(small).resize(original.shape[1::-1], Image.Resampling.LANCZOS))
+        assert np.abs(expected.astype(int) - one.image).mean() < 2
 
 
 @pytest.mark.parametrize("name", MASKED)

@@ -40,7 +40,7 @@ class CountingEncoder:
     def preprocess(self, image):
         return image
 
-    def encode_preprocessed(self, images, *, fixed_batch=False):
+    def encode_preprocessed(self, images, *, fixed_batch=False, normalize=True):
         time.sleep(self.pause)
         self.n += len(images)
         vectors = np.stack(
@@ -51,7 +51,7 @@ class CountingEncoder:
                 for image in images
             ]
         )
-        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if normalize else vectors).astype(np.float32)
 
 
 CONTENTS = [ArrayContent(np.asarray(picture(seed))) for seed in range(11)]
@@ -77,6 +77,39 @@ def test_cold_warm_and_partly_warm_agree_to_the_bit(scenes_encoder, tmp_path, co
     if cold:
         store.embed([CONTENTS[i] for i in cold])
     np.testing.assert_array_equal(store.embed(CONTENTS), EmbeddingStore(scenes_encoder, None).embed(CONTENTS))
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_norms_are_kept_beside_vectors_that_stay_the_same_to_the_bit(scenes_encoder, tmp_path, where):
+    cache = tmp_path if where == "disk" else None
+    store = EmbeddingStore(scenes_encoder, cache, keep_norms=True)
+    vectors, norms = store.embed(CONTENTS), store.norms(CONTENTS[::-1])[::-1]
+    assert store.n_encoded == len(CONTENTS)
+    np.testing.assert_array_equal(vectors, EmbeddingStore(scenes_encoder, None).embed(CONTENTS))
+    images = [content.load() for content in CONTENTS]
+    raw = scenes_encoder.encode_images(images, fixed_batch=True, normalize=False)
+    np.testing.assert_allclose(vectors * norms[:, None], raw, rtol=1e-5, atol=1e-6)
+    assert np.abs(norms - 1).min() > 0.1
+
+
+def test_vectors_of_earlier_runs_serve_all_who_need_no_norms(tmp_path):
+    EmbeddingStore(CountingEncoder(), tmp_path).embed(CONTENTS[:6])
+    wants = EmbeddingStore(CountingEncoder(), tmp_path, keep_norms=True)
+    vectors = wants.embed(CONTENTS)
+    assert (wants.n_encoded, wants.n_found) == (11, 0)
+    wants.norms(CONTENTS)
+    for keep_norms in (True, False):  # now there is one of everything, and nobody encodes again
+        again = EmbeddingStore(CountingEncoder(), tmp_path, keep_norms=keep_norms)
+        np.testing.assert_array_equal(again.embed(CONTENTS), vectors)
+        assert (again.n_encoded, again.n_found) == (0, 11)
+
+
+def test_norms_that_nobody_kept_are_not_made_up(tmp_path):
+    store = EmbeddingStore(CountingEncoder(), None)
+    store.embed(CONTENTS)
+    for one in (store, EmbeddingStore(CountingEncoder(), None, keep_norms=True)):
+        with pytest.raises(ValueError, match="a store with keep_norms=True has embedded"):
+            one.norms(CONTENTS)
 
 
 def _embed_all(folder):

@@ -15,7 +15,8 @@ from conftest import picture
 from PIL import Image
 from safetensors.torch import save_file
 
-from guardkit.encoders.open_clip import OpenClipEncoder, shipped
+from guardkit.artifacts import shipped
+from guardkit.encoders.open_clip import OpenClipEncoder
 from guardkit.schema import InputError
 
 IMAGES = [np.asarray(picture(seed, size)) for seed, size in enumerate([(90, 70), (64, 128), (300, 200)])]
@@ -85,11 +86,11 @@ def test_real_architectures_load_from_hub_layouts_and_agree_with_open_clip(tmp_p
 def test_the_shipped_encoder_agrees_with_open_clip(scenes_encoder):
     import open_clip
 
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{shipped('scenes_clip')}")
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{shipped('guardkit:scenes_clip')}")
     np.testing.assert_allclose(scenes_encoder.encode_images(IMAGES), by_hand(model.eval(), transform, IMAGES), atol=1e-6)
     texts = ["a pistol", "a hair dryer"]
     with torch.inference_mode():
-        expected = model.encode_text(open_clip.get_tokenizer(f"local-dir:{shipped('scenes_clip')}")(texts), normalize=True).numpy()
+        expected = model.encode_text(open_clip.get_tokenizer(f"local-dir:{shipped('guardkit:scenes_clip')}")(texts), normalize=True).numpy()
     np.testing.assert_allclose(scenes_encoder.encode_texts(texts), expected, atol=1e-6)
     assert scenes_encoder.dim == 256
 
@@ -121,6 +122,18 @@ def test_pixels_are_differentiable_and_agree_with_images(scenes_encoder):
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in scenes_encoder.model.parameters())
 
 
+def test_vectors_come_as_the_model_gives_them_on_request(scenes_encoder):
+    raw = scenes_encoder.encode_images(IMAGES, normalize=False)
+    lengths = np.linalg.norm(raw, axis=1, keepdims=True)
+    assert np.abs(lengths - 1).min() > 0.1
+    np.testing.assert_allclose(raw / lengths, scenes_encoder.encode_images(IMAGES), atol=1e-6)
+    with torch.inference_mode():
+        pixels = torch.rand(2, 3, 64, 64)
+        unit, whole = scenes_encoder.encode_pixels(pixels), scenes_encoder.encode_pixels(pixels, normalize=False)
+    torch.testing.assert_close(whole / whole.norm(dim=1, keepdim=True), unit)
+    assert (whole.norm(dim=1) - 1).abs().min() > 0.1
+
+
 def test_a_vector_does_not_depend_on_its_neighbours(scenes_encoder):
     images = [np.asarray(picture(seed)) for seed in range(20)]
     alone = [scenes_encoder.encode_images([image], fixed_batch=True)[0] for image in images]
@@ -132,7 +145,7 @@ def test_preprocessing_is_part_of_the_fingerprint(scenes_encoder, tmp_path):
     import shutil
 
     other = tmp_path / "other"
-    shutil.copytree(shipped("scenes_clip"), other)
+    shutil.copytree(shipped("guardkit:scenes_clip"), other)
     same = OpenClipEncoder(None, f"local-dir:{other}")
     assert same.fingerprint == scenes_encoder.fingerprint
     config = json.loads((other / "open_clip_config.json").read_text())
@@ -185,7 +198,7 @@ def test_a_bare_file_needs_its_preprocessing(tmp_path):
 
 
 def test_a_folder_without_weights_is_never_random(tmp_path):
-    (tmp_path / "open_clip_config.json").write_text((shipped("scenes_clip") / "open_clip_config.json").read_text())
+    (tmp_path / "open_clip_config.json").write_text((shipped("guardkit:scenes_clip") / "open_clip_config.json").read_text())
     with pytest.raises(InputError, match="holds no weights"):
         OpenClipEncoder(None, f"local-dir:{tmp_path}")
 

@@ -300,7 +300,7 @@ def test_own_photographs_with_boxes(compose, photographs, tmp_path):
         assert metrics["pairs"]["made_by"] == "editor=inpaint"
         assert metrics["inputs"] == {"given": 30, "rejected": []}
         assert metrics["edited_vs_original_auroc"] is None
-        assert "needs 10 null edits" in metrics["edited_vs_original_auroc_reason"]
+        assert "needs 10 images that came through" in metrics["edited_vs_original_auroc_reason"]
 
 
 def test_training_from_an_embedding_folder(compose, tmp_path):

@@ -15,11 +15,12 @@ from guardkit.counterfactual.pipeline import CounterfactualPipeline
 from guardkit.counterfactual.preservation import preservation
 from guardkit.counterfactual.score_verifier import ScoreVerifier
 from guardkit.editors.base import EditResult
+from guardkit.editors.inpaint import InpaintEditor
 from guardkit.editors.scenes import ScenesEditor
 from guardkit.embeddings import EmbeddingStore
 from guardkit.heads import LinearHead
 from guardkit.scenes.content import SceneContent
-from guardkit.scenes.world import ScenePool
+from guardkit.scenes.world import ScenePool, find_region
 from guardkit.schema import InputError, Record
 
 
@@ -75,6 +76,21 @@ def test_texts_accept_exact_counterfactuals_and_reject_what_still_violates(scene
     assert any("the label did not flip" in one.verdict.reason for one in wrong if not one.accepted)
 
 
+def test_wiping_the_violation_away_is_not_what_was_asked_for(scenes_policy, store):
+    """A blob flips the label, and a guard would learn blobs."""
+    records = [replace(record, region=find_region(record.content.scene)) for record in map(unsafe_scene, range(40))]
+    texts = ScoreVerifier.from_texts(store, scenes_policy)
+    painted = judged(scenes_policy, texts, records, InpaintEditor())
+    assert np.mean([one.accepted for one in painted]) < 0.1
+    assert any(one.verdict.reason == "verifier=encoder: what was asked for is not there (arrival below 0.5)" for one in painted)
+    lenient = judged(scenes_policy, ScoreVerifier.from_texts(store, scenes_policy, min_arrival=0.0), records, InpaintEditor())
+    assert np.mean([one.accepted for one in lenient]) > 0.5
+    # nobody can ask for it where nobody knows the words
+    wordless = [replace(record, caption="") for record in records]
+    kept = judged(scenes_policy, texts, wordless, InpaintEditor())
+    assert not any("arrival" in str(one.verdict.reason) for one in kept)
+
+
 def test_null_edits_need_not_flip(scenes_policy, store):
     made = judged(
         scenes_policy, ScoreVerifier.from_texts(store, scenes_policy), [unsafe_scene(i) for i in range(8)], ScenesEditor(), "null"
@@ -126,7 +142,7 @@ def _with_name(guard, name):
     return guard
 
 
-@pytest.mark.parametrize("wrong", [{"max_score": 1.0}, {"min_drop": -0.1}, {"min_preservation": 2}, {"min_cosine": -2}])
+@pytest.mark.parametrize("wrong", [{"max_score": 1.0}, {"min_drop": -0.1}, {"min_preservation": 2}, {"min_cosine": -2}, {"min_arrival": 1.5}])
 def test_wrong_limits_are_named(scenes_policy, store, wrong):
     with pytest.raises(InputError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
         ScoreVerifier.from_texts(store, scenes_policy, **wrong)

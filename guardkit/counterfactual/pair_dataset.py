@@ -4,6 +4,7 @@
     images/<pair_id>_edited.png         each edit that gave an image
     metadata.parquet                    one row a try, rejected ones included
     gallery.html                        the same for people
+    reviews.jsonl                       what people said of them, see review.py; the table's column `review` follows it
     manifest.json                       written last: its presence means that the dataset is complete
 
 The folder reads as a Hugging Face image folder. A stopped run goes on where it was, because every try lies in the
@@ -27,6 +28,7 @@ from filelock import FileLock, Timeout
 from guardkit import __version__
 from guardkit.artifacts import fingerprint, write_json, written
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
+from guardkit.counterfactual.review import REVIEWS, VERDICTS, ReviewLog, combined, current_reviews
 from guardkit.counterfactual.store import Try
 from guardkit.images import encode_png
 from guardkit.progress import progress
@@ -34,6 +36,7 @@ from guardkit.schema import ImageError, InputError, Record, Rejected
 
 METADATA, MANIFEST, UNFINISHED, GALLERY = "metadata.parquet", "manifest.json", "manifest.unfinished.json", "gallery.html"
 REJECTED_INPUTS = "rejected.parquet"
+_LOCK, _LOCK_TIMEOUT_S = ".lock", 10.0
 PUBLISHED_YIELD = 0.23  # of tries, after a look at every one by hand: SafetyPairs (2025)
 _SCHEMA = pa.schema(
     [
@@ -96,6 +99,7 @@ def write_pair_dataset(
         "records": fingerprint([record.id for record in records]),
     }
     with _claimed(folder, settings):
+        ReviewLog(folder).read()  # a damaged file of reviews is said before the work, not after it
         rows: list[dict[str, Any]] = []
         unreadable = list(rejected)
         counts = EditCounts()
@@ -117,6 +121,7 @@ def write_pair_dataset(
                     edited_records += 1
                     accepted_records += any(row["status"] == "accepted" for row in new)
                 block = []
+        _fill_reviews(folder, rows, _written_reviews(folder))
         table = pa.Table.from_pylist(rows, schema=_SCHEMA)
         with written(folder / METADATA) as temporary:
             pq.write_table(table, temporary)
@@ -145,17 +150,71 @@ def write_pair_dataset(
 
 
 def read_pair_dataset(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows of a finished pair dataset and its manifest.
+    """The rows of a finished pair dataset and its manifest. The column `review` says what people have said up to now.
 
     Raises:
-        InputError: there is none, it is not finished, or a column is missing.
+        InputError: there is none, it is not finished, a column is missing, or a review cannot be understood.
+    """
+    table, manifest = _read_table(Path(folder))
+    return _reviewed(Path(folder), table), manifest
+
+
+def write_reviews(folder: Path) -> bool:
+    """Brings the table's column `review` up to date with what people said.
+
+    Returns:
+        Whether it is; not while another process writes the dataset, which will do it itself.
+    Raises:
+        InputError: as `read_pair_dataset`.
     """
     folder = Path(folder)
+    try:
+        with FileLock(folder / _LOCK, timeout=_LOCK_TIMEOUT_S):
+            table, _ = _read_table(folder)
+            reviews = [row["review"] for row in _reviewed(folder, table)]
+            if reviews != table["review"].to_pylist():
+                place = table.column_names.index("review")
+                with written(folder / METADATA) as temporary:
+                    pq.write_table(table.set_column(place, _SCHEMA.field("review"), pa.array(reviews, pa.string())), temporary)
+    except Timeout:
+        return False
+    return True
+
+
+def _reviewed(folder: Path, table: pa.Table) -> list[dict[str, Any]]:
+    rows = table.to_pylist()
+    for row in rows:
+        if row["review"] is not None and row["review"] not in VERDICTS:
+            found = f"review {row['review']!r} of pair {row['pair_id']}"
+            raise InputError(f"{folder / METADATA} holds {found}; allowed are {', '.join(VERDICTS)}, or nothing")
+    _fill_reviews(folder, rows, {row["pair_id"]: row["review"] for row in rows})
+    return rows
+
+
+def _fill_reviews(folder: Path, rows: list[dict[str, Any]], otherwise: dict[str, str | None]) -> None:
+    """Sets `review` to what the file of reviews says of the pair; where there is no such file, to what was known before."""
+    is_known = not (folder / REVIEWS).exists()
+    current = current_reviews(folder, rows)
+    for row in rows:
+        said = current.get(row["pair_id"], {})
+        row["review"] = otherwise.get(row["pair_id"]) if is_known else combined(review.verdict for review in said.values())
+
+
+def _written_reviews(folder: Path) -> dict[str, str | None]:
+    """The column `review` as an earlier run, or somebody's own program, left it."""
+    try:
+        table = pq.read_table(folder / METADATA, columns=["pair_id", "review"])
+    except (OSError, pa.ArrowException):
+        return {}  # there is none yet, or none that can be read: it is written anew
+    return dict(zip(table["pair_id"].to_pylist(), table["review"].to_pylist(), strict=True))
+
+
+def _read_table(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
     if not (folder / MANIFEST).is_file():
         state = (
             "is not complete; run the same synthesize again"
             if (folder / UNFINISHED).is_file()
-            else f"is no pair dataset: {MANIFEST} is missing"
+            else f"is no pair dataset: {MANIFEST} is missing; give a folder that python -m guardkit.synthesize wrote"
         )
         raise InputError(f"{folder} {state}")
     manifest = _json(folder / MANIFEST)
@@ -166,7 +225,7 @@ def read_pair_dataset(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any
     missing = sorted(set(_SCHEMA.names) - set(table.column_names))
     if missing:
         raise InputError(f"{folder / METADATA} lacks the columns {', '.join(missing)}; make the dataset anew with this version")
-    return table.to_pylist(), manifest
+    return table, manifest
 
 
 def _edit(block: list[Record], pipeline: CounterfactualPipeline, variants: int, counts: EditCounts) -> Iterator[tuple[Record, list[Try]]]:
@@ -228,7 +287,7 @@ def _file_name(record: Record, used: Counter[str]) -> str:
 def _claimed(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
     """Holds the folder for one process, and marks it as being written with these settings."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / _LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

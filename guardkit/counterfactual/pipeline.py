@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -22,12 +21,11 @@ from guardkit.artifacts import fingerprint
 from guardkit.counterfactual.instructor import Instruction, Instructor
 from guardkit.counterfactual.store import Edit, Try, TryStore
 from guardkit.counterfactual.verifier import Candidate, Verdict, Verifier, sanity
-from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult
+from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult, Kind
 from guardkit.images import decode_png, encode_png
 from guardkit.policy import Policy
 from guardkit.schema import ImageError, InputError, Record
 
-Kind = Literal["counterfactual", "null"]
 
 
 @dataclass
@@ -97,7 +95,7 @@ class CounterfactualPipeline:
         Args:
             records: what to edit.
             seeds: one per record; the same record and seed give the same edit.
-            kind: "counterfactual", or "null" for an irrelevant change.
+            kind: of all requests; see `EditRequest`.
             counts: what happened is added here.
         """
         return [tries[-1] if tries else None for tries in self.make_all(records, seeds, kind, counts)]
@@ -140,7 +138,7 @@ class CounterfactualPipeline:
             return made
 
     def _instruct(self, records: Sequence[Record], seeds: Sequence[int], kind: Kind) -> list[Instruction]:
-        if kind == "null":
+        if kind != "counterfactual":
             return [Instruction(NULL_INSTRUCTION) for _ in records]
         return self.instructor.instruct(records, seeds, self.policy)
 

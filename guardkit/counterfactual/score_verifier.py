@@ -21,7 +21,9 @@ from guardkit.policy import Policy
 from guardkit.schema import InputError
 
 _DECIMALS = 6
+_LEAST_WAY = 1e-3
 Probabilities = Callable[[np.ndarray], np.ndarray]
+Arrival = Callable[[Sequence[Candidate], np.ndarray, np.ndarray], np.ndarray]
 
 
 class ScoringGuard(Protocol):
@@ -52,6 +54,10 @@ class ScoreVerifier:
         min_preservation: least similarity of what should have stayed (see `preservation`), in [0, 1].
         min_cosine: least cosine between the embeddings of original and edit, in [-1, 1]. What to ask for depends on the
             encoder: one that tells objects well apart moves a twin far away. -1 asks for nothing.
+        arrival: (candidates, embeddings of originals, of edits) -> (n,) how far each edit has come from the words that
+            describe its original to those that were asked for; 1 when they describe it as well as the first did the
+            original, NaN when nobody knows the words. None: not asked.
+        min_arrival: least of it, in [0, 1]; 0 asks for nothing. An edit that only wipes the violation away does not arrive.
     An edit to the unsafe side is judged by the complement of the score, a null edit by preservation alone.
     Raises:
         InputError: an argument out of range.
@@ -69,14 +75,18 @@ class ScoreVerifier:
         min_drop: float,
         min_preservation: float,
         min_cosine: float,
+        arrival: Arrival | None = None,
+        min_arrival: float = 0.0,
     ) -> None:
-        if not (0 < max_score < 1 and 0 <= min_drop < 1 and 0 <= min_preservation <= 1 and -1 <= min_cosine <= 1):
+        if not (0 < max_score < 1 and 0 <= min_drop < 1 and 0 <= min_preservation <= 1 and -1 <= min_cosine <= 1 and 0 <= min_arrival <= 1):
             raise InputError(
-                f"verifier={name} needs max_score in (0, 1), min_drop in [0, 1), min_preservation in [0, 1] and min_cosine in [-1, 1], got "
-                f"max_score={max_score}, min_drop={min_drop}, min_preservation={min_preservation}, min_cosine={min_cosine}"
+                f"verifier={name} needs max_score in (0, 1), min_drop in [0, 1), min_preservation in [0, 1], min_cosine in [-1, 1] and "
+                f"min_arrival in [0, 1], got max_score={max_score}, min_drop={min_drop}, min_preservation={min_preservation}, "
+                f"min_cosine={min_cosine}, min_arrival={min_arrival}"
             )
         self.name = name
         self._policy, self._embed, self._probabilities, self._made_by = policy, embed, probabilities, made_by
+        self._arrival, self.min_arrival = arrival, min_arrival
         self.max_score, self.min_drop = max_score, min_drop
         self.min_preservation, self.min_cosine = min_preservation, min_cosine
 
@@ -91,6 +101,7 @@ class ScoreVerifier:
         min_drop: float = 0.2,
         min_preservation: float = 0.8,
         min_cosine: float = -1.0,
+        min_arrival: float = 0.5,
     ) -> ScoreVerifier:
         """Scores by the policy's texts: zero-shot classification with the training's own encoder.
 
@@ -99,6 +110,9 @@ class ScoreVerifier:
             policy: whose texts are compared with the images.
             scale: of the cosine before the softmax.
             max_score: see the class, like the rest.
+            min_arrival: compared with the captions of the original and of what was asked for, where both are known. The
+                idea is InstructPix2Pix's filter (Brooks et al., 2023, section 3.1.2), which asks for a direction in
+                embedding space; a share of the way needs no threshold that depends on the encoder.
         """
         head: list[PromptHead] = []
 
@@ -109,10 +123,30 @@ class ScoreVerifier:
                 return torch.sigmoid(head[0](torch.from_numpy(embeddings)).double()).numpy()
 
         def made_by() -> dict[str, Any]:
-            return {"scale": scale, "encoder": store.encoder.fingerprint}
+            return {"scale": scale, "encoder": store.encoder.fingerprint, "min_arrival": min_arrival}
 
-        limits = {"max_score": max_score, "min_drop": min_drop, "min_preservation": min_preservation, "min_cosine": min_cosine}
-        return cls("encoder", policy, store.embed, probabilities, made_by, **limits)
+        words: dict[str, np.ndarray] = {}
+
+        def described(texts: Sequence[str]) -> np.ndarray:
+            new = [text for text in dict.fromkeys(texts) if text not in words]
+            words.update(zip(new, store.encoder.encode_texts(new), strict=True) if new else ())
+            return np.array([words[text] for text in texts])
+
+        def arrival(candidates: Sequence[Candidate], before: np.ndarray, after: np.ndarray) -> np.ndarray:
+            came = np.full(len(candidates), np.nan)
+            known = [i for i, one in enumerate(candidates) if one.record.caption and one.request.target]
+            if known:
+                caption = described([candidates[i].record.caption for i in known])
+                target = described([candidates[i].request.target for i in known])
+                start = (before[known] * target).sum(axis=1)
+                way = (before[known] * caption).sum(axis=1) - start
+                # where the encoder does not see that the caption fits the original better, it cannot judge
+                seen = np.where(way > _LEAST_WAY, way, np.nan)
+                came[known] = ((after[known] * target).sum(axis=1) - start) / seen
+            return came
+
+        limits: dict[str, Any] = {"max_score": max_score, "min_drop": min_drop, "min_preservation": min_preservation, "min_cosine": min_cosine}
+        return cls("encoder", policy, store.embed, probabilities, made_by, **limits, arrival=arrival, min_arrival=min_arrival)
 
     @classmethod
     def from_guard(
@@ -149,14 +183,14 @@ class ScoreVerifier:
         def made_by() -> dict[str, Any]:
             return {"guard": guard.fingerprint}
 
-        limits = {"max_score": max_score, "min_drop": min_drop, "min_preservation": min_preservation, "min_cosine": min_cosine}
+        limits: dict[str, Any] = {"max_score": max_score, "min_drop": min_drop, "min_preservation": min_preservation, "min_cosine": min_cosine}
         return cls("guard", policy, embed, guard.probabilities, made_by, **limits)
 
     @property
     def config(self) -> dict[str, Any]:
         """Everything the verdicts depend on."""
         limits = {name: getattr(self, name) for name in ("max_score", "min_drop", "min_preservation", "min_cosine")}
-        return {"verifier": self.name, "version": 1, **limits, **self._made_by()}
+        return {"verifier": self.name, "version": 2, **limits, **self._made_by()}
 
     def verify(self, candidates: Sequence[Candidate]) -> list[Verdict]:
         """One verdict per candidate: flip_score is the probability of the wanted side after the edit."""
@@ -167,17 +201,16 @@ class ScoreVerifier:
         scores = self._probabilities(vectors).round(_DECIMALS)
         n = len(candidates)
         cosine = (vectors[:n] * vectors[n:]).sum(axis=1).round(_DECIMALS)
-        return [
-            self._judge(one, scores[i], scores[n + i], float(cosine[i]), preservation(one.original, one.edited, one.request.region))
-            for i, one in enumerate(candidates)
-        ]
+        came = np.full(n, np.nan) if self._arrival is None else self._arrival(candidates, vectors[:n], vectors[n:]).round(_DECIMALS)
+        return [self._judge(one, scores[i], scores[n + i], float(cosine[i]), float(came[i])) for i, one in enumerate(candidates)]
 
-    def _judge(self, one: Candidate, before: np.ndarray, after: np.ndarray, cosine: float, kept: float) -> Verdict:
+    def _judge(self, one: Candidate, before: np.ndarray, after: np.ndarray, cosine: float, came: float) -> Verdict:
+        kept = preservation(one.original, one.edited, one.request.region)
         names = self._policy.category_names
         column = 1 + names.index(one.record.category) if one.record.category in names else 0
         # of the side that the edit should lead away from
         start, end = (float(values[column]) if one.record.label else 1 - float(values[column]) for values in (before, after))
-        is_null = one.request.kind == "null"
+        is_null = one.request.kind != "counterfactual"
         reason = None
         if cosine < self.min_cosine:
             reason = f"verifier={self.name}: the edit is another picture (cosine of embeddings below {self.min_cosine})"
@@ -187,4 +220,6 @@ class ScoreVerifier:
             reason = f"verifier={self.name}: the label did not flip (score not below {self.max_score})"
         elif not is_null and start - end < self.min_drop:
             reason = f"verifier={self.name}: the score hardly moved (by less than {self.min_drop})"
+        elif not is_null and self.min_arrival > 0 and came < self.min_arrival:  # NaN, when nobody knows the words, passes
+            reason = f"verifier={self.name}: what was asked for is not there (arrival below {self.min_arrival})"
         return Verdict(reason, None if is_null else round(1 - end, _DECIMALS), round(kept, _DECIMALS))

@@ -83,13 +83,13 @@ class VLMVerifier:
                 return Verdict(f"verifier=vlm: {reply}")
             before, after = (reply[original], reply[edited]) if one.record.label else (not reply[original], not reply[edited])
             # an irrelevant change must leave the label where it was
-            flipped = before == after if one.request.kind == "null" else before and not after
+            flipped = before == after if one.request.kind != "counterfactual" else before and not after
             votes.append((flipped, reply["rest_is_the_same"]))
         flip, kept = (sum(vote[i] for vote in votes) / 2 for i in (0, 1))
         reason = None
         if flip < 1:
-            what = "the label moved" if one.request.kind == "null" else "the label did not flip"
+            what = "the label moved" if one.request.kind != "counterfactual" else "the label did not flip"
             reason = f"verifier=vlm: {what if flip == 0 else 'the two orders disagree on the label'}"
         elif kept < 1:
             reason = f"verifier=vlm: {'the rest was not kept' if kept == 0 else 'the two orders disagree on the rest'}"
-        return Verdict(reason, None if one.request.kind == "null" else flip, kept)
+        return Verdict(reason, None if one.request.kind != "counterfactual" else flip, kept)

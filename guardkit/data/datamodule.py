@@ -20,8 +20,10 @@ import numpy as np
 import torch
 
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
+from guardkit.data.arms import NEGATIVES, TRANSFORMS, Batch, Orders, assemble, category_numbers, choose, every_turn
+from guardkit.data.controls import Control, make_controls
 from guardkit.data.sources.base import Loaded, Source
-from guardkit.data.splits import nested_order, split_test, split_validation
+from guardkit.data.splits import split_test
 from guardkit.data.views import Pool, ViewMaker, Views
 from guardkit.embeddings import EmbeddingStore
 from guardkit.policy import Policy
@@ -29,11 +31,7 @@ from guardkit.schema import Content, InputError, Record
 
 log = logging.getLogger(__name__)
 
-NEGATIVES = ("counterfactual", "natural", "shuffled")
-TRANSFORMS = ("none", "null_edit", "classic")
-PROBE_MAX_IMAGES = 256
-
-Batch = dict[str, torch.Tensor]
+MAX_CONTROLS = 256
 
 
 class GuardDataModule(L.LightningDataModule):
@@ -51,6 +49,7 @@ class GuardDataModule(L.LightningDataModule):
             or "classic" (crops, flips, colour changes).
         variants_per_image: counterfactuals (or classic views) of each image.
         batch_size: unsafe images in a batch.
+        all_views: every view in every epoch, rather than one after the other.
         test_share: of a source that brings no test set of its own, in (0, 1).
         split_seed: of that test set.
         seed: of the choice of images and of the order of batches.
@@ -70,6 +69,7 @@ class GuardDataModule(L.LightningDataModule):
         transform: Literal["none", "null_edit", "classic"] = "none",
         variants_per_image: int = 1,
         batch_size: int = 64,
+        all_views: bool = False,
         test_share: float = 0.3,
         split_seed: int = 0,
         seed: int = 0,
@@ -94,9 +94,10 @@ class GuardDataModule(L.LightningDataModule):
         self.source, self.policy, self.store, self.pipeline = source, policy, store, pipeline
         self.n_unsafe, self.negatives, self.transform = n_unsafe, tuple(negatives), transform
         self.batch_size, self.test_share, self.split_seed, self.seed = batch_size, test_share, split_seed, seed
+        self.n_views, self.all_views = variants_per_image, all_views
         self.edits = EditCounts()  # of this arm
         self.views = ViewMaker(store, pipeline, transform=transform, n_views=variants_per_image, counts=self.edits)
-        self.other_edits = EditCounts()  # of the probe and of test pairs
+        self.other_edits = EditCounts()  # of the controls and of test pairs
         self.epoch = 0
         self._executor: ThreadPoolExecutor | None = None
 
@@ -106,15 +107,8 @@ class GuardDataModule(L.LightningDataModule):
         """Chooses the images and starts the background work. A second call does nothing."""
         if self._executor is not None:
             return
-        loaded = self.source.load()
-        self.loaded: Loaded = loaded
-        self._check_embeddings(loaded)
-        if loaded.test is None:
-            pool, self.test = split_test(loaded.train, self.test_share, self.split_seed)
-        else:
-            pool, self.test = loaded.train, loaded.test
-        unsafe = nested_order([record for record in pool if record.label == 1], self.seed)
-        safe = nested_order([record for record in pool if record.label == 0], self.seed)
+        orders = Orders.of(self.load(), self.seed)
+        unsafe, safe = orders.unsafe, orders.safe
         where = f"source={self.source.name}"
         if len(unsafe) < 2:
             raise InputError(
@@ -129,22 +123,24 @@ class GuardDataModule(L.LightningDataModule):
         if len(unsafe) < n_needed:
             n = max(2, len(unsafe) * self.n_unsafe // n_needed)
             log.warning("asked for %d unsafe images, %s has %d for training: using %d (set data.n_unsafe)", n_needed, where, len(unsafe), n)
-        self.unsafe_train, self.unsafe_validation = split_validation(unsafe, n)
-        self.safe_train: list[Record] = []
-        self.safe_validation: list[Record] = []
-        if "natural" in self.negatives:
-            if len(safe) < n:
-                log.warning("asked for %d safe images, %s has %d for training: using all of them", n, where, len(safe))
-            self.safe_train, self.safe_validation = split_validation(safe, n)
-        others_train: list[Record] = []
-        others_validation: list[Record] = []
-        if "shuffled" in self.negatives:
-            taken = {record.group for record in unsafe[:n]}
-            others = [record for record in unsafe[n:] if record.group not in taken]
-            if len(others) < 2:
-                raise InputError(f"{where} has no other unsafe images left for experiment=shuffled_pairs; lower data.n_unsafe")
-            others_train, others_validation = split_validation(others, n)
-        self._start(others_train, others_validation)
+        if "natural" in self.negatives and len(safe) < n:
+            log.warning("asked for %d safe images, %s has %d for training: using all of them", n, where, len(safe))
+        choice = choose(orders, n, self.negatives)
+        if "shuffled" in self.negatives and len(choice.others.train) + len(choice.others.validation) < 2:
+            raise InputError(f"{where} has no other unsafe images left for experiment=shuffled_pairs; lower data.n_unsafe")
+        self.unsafe_train, self.unsafe_validation = choice.unsafe.train, choice.unsafe.validation
+        self.safe_train, self.safe_validation = choice.natural.train, choice.natural.validation
+        self._start(choice.others.train, choice.others.validation)
+
+    def load(self) -> list[Record]:
+        """Loads the source, sets the test images aside and returns the pool to train on."""
+        self.loaded: Loaded = self.source.load()
+        self._check_embeddings(self.loaded)
+        if self.loaded.test is None:
+            pool, self.test = split_test(self.loaded.train, self.test_share, self.split_seed)
+            return pool
+        self.test = self.loaded.test
+        return self.loaded.train
 
     def _check_embeddings(self, loaded: Loaded) -> None:
         brought = next((record.embedding for record in loaded.train if record.embedding is not None), None)
@@ -176,8 +172,8 @@ class GuardDataModule(L.LightningDataModule):
                 pool.submit(self._executor, start, start + self.batch_size)
         for pool in self._validation.values():
             pool.submit(self._executor, 0, len(pool.records))
-        self._probe = self._executor.submit(self._make_probe)
-        self._tests = self._executor.submit(self._make_tests)
+        self._controls = self._executor.submit(make_controls, self.views, self.unsafe_train[:MAX_CONTROLS], self.other_edits)
+        self._tests = self._executor.submit(self.make_test_set)
 
     def _pool(self, records: list[Record], make: Callable[[list[Record]], Views], stream: int) -> Pool:
         n_views = self.views.n_views if make == self.views.counterfactuals or self.transform == "classic" else 1
@@ -188,13 +184,8 @@ class GuardDataModule(L.LightningDataModule):
 
     # --- what runs in the background ---------------------------------------------------------------------------------
 
-    def _make_probe(self) -> tuple[np.ndarray, np.ndarray]:
-        records = [record for record in self.unsafe_train[:PROBE_MAX_IMAGES] if record.content is not None]
-        edited = self.views.edited(records, 1, "null", self.other_edits)
-        there = edited.there[:, 0]
-        return self.views.embed(records)[there], edited.vectors[there, 0]
-
-    def _make_tests(self) -> TestSet:
+    def make_test_set(self) -> TestSet:
+        """Embeds the test images and makes the test pairs."""
         started = time.perf_counter()
         pairs = self.loaded.test_pairs
         if pairs is not None:
@@ -225,9 +216,9 @@ class GuardDataModule(L.LightningDataModule):
         """The test images and pairs, embedded."""
         return self._tests.result()
 
-    def probe(self) -> tuple[np.ndarray, np.ndarray]:
-        """(n, d) embeddings of untouched unsafe training images, and of their null edits."""
-        return self._probe.result()
+    def controls(self) -> dict[str, Control]:
+        """Unsafe training images, untouched and after each step that should not matter; see guardkit.data.controls."""
+        return self._controls.result()
 
     def labelled(self) -> tuple[np.ndarray, np.ndarray]:
         """All embeddings that training saw, (n, d), and their labels, (n,): the first view of each."""
@@ -262,44 +253,24 @@ class GuardDataModule(L.LightningDataModule):
             yield self._batch(self._train, order[start : start + self.batch_size], start, epoch, shuffle=True)
 
     def _batch(self, pools: dict[str, Pool], rows: np.ndarray, start: int, epoch: int, *, shuffle: bool) -> Batch:
-        k = len(self.policy.categories)
-        position = {name: i for i, name in enumerate(self.policy.category_names)}
-        vectors, there = pools["unsafe"].views(rows).pick(rows, epoch)
-        parts, labels = [vectors[there]], [np.ones(int(there.sum()))]
-        row_at = np.cumsum(there) - 1  # where an unsafe row stands in the batch
-        targets = np.full((int(there.sum()), k), np.nan)
-        for i, row in enumerate(rows[there]):
-            category = pools["unsafe"].records[row].category
-            if category in position:
-                targets[i] = 0
-                targets[i, position[category]] = 1
-        all_targets = [targets]
-        first, second = np.zeros(0, int), np.zeros(0, int)
+        mine = {"unsafe": rows}
         for name in self.negatives:
-            pool = pools[name]
+            n = len(pools[name].records)
             if name == "counterfactual":
-                mine = rows
-            elif len(pool.records):
-                order = self._order(len(pool.records), 14, epoch) if shuffle else np.arange(len(pool.records))
-                # a smaller pool goes round, so that every batch has negatives
-                mine = order[(start + np.arange(len(rows))) % len(order)] if shuffle else order
-            else:
-                continue
-            vectors, found = pool.views(mine).pick(mine, epoch)
-            if name == "counterfactual":
-                paired = found & there
-                offset = sum(len(part) for part in parts)
-                first, second = row_at[paired], offset + (np.cumsum(found) - 1)[paired]
-            parts.append(vectors[found])
-            labels.append(np.zeros(int(found.sum())))
-            all_targets.append(np.zeros((int(found.sum()), k)))
-        return {
-            "embeddings": torch.from_numpy(np.concatenate(parts)),
-            "labels": torch.from_numpy(np.concatenate(labels)).float(),
-            "targets": torch.from_numpy(np.concatenate(all_targets)).float(),
-            "unsafe_rows": torch.from_numpy(first),
-            "twin_rows": torch.from_numpy(second),
-        }
+                mine[name] = rows
+            elif n and not shuffle:
+                mine[name] = np.arange(n)
+            elif n:
+                order = self._order(n, 14, epoch)
+                # a smaller pool goes round, so that every batch has negatives; a batch that is the whole epoch has all
+                mine[name] = order if len(rows) == len(self.unsafe_train) else order[(start + np.arange(len(rows))) % n]
+        turns: dict[str, np.ndarray] | int = epoch
+        if self.all_views and shuffle:
+            both = {name: every_turn(chosen, self.n_views) for name, chosen in mine.items()}
+            mine, turns = {name: one[0] for name, one in both.items()}, {name: one[1] for name, one in both.items()}
+        views = {name: pools[name].views(chosen) for name, chosen in mine.items()}
+        names = self.policy.category_names
+        return assemble(views, mine, turns, category_numbers(pools["unsafe"].records, names), len(names))
 
     @property
     def n_counterfactuals(self) -> int:
@@ -317,9 +288,14 @@ class GuardDataModule(L.LightningDataModule):
     def teardown(self, stage: str | None = None) -> None:
         """Nothing: the background work may outlive one stage; `close` ends it."""
 
-    def close(self) -> None:
-        """Cancels what is still queued, and stops what is under way after its present batch."""
-        self.store.stop()
+    def close(self, *, stop_store: bool = True) -> None:
+        """Cancels what is still queued, and stops what is under way after its present batch.
+
+        Args:
+            stop_store: end the embedding store's work for good; False where others go on using it.
+        """
+        if stop_store:
+            self.store.stop()
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.data.augment import AugmentedContent
+from guardkit.editors.base import Kind
 from guardkit.embeddings import EmbeddingStore
 from guardkit.schema import Content, InputError, Record
 
@@ -31,9 +32,12 @@ class Views:
     vectors: np.ndarray
     there: np.ndarray
 
-    def pick(self, rows: np.ndarray, turn: int) -> tuple[np.ndarray, np.ndarray]:
+    def pick(self, rows: np.ndarray, turn: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """One view per row, the `turn`-th in a round over those that are there.
 
+        Args:
+            rows: which records.
+            turn: one for all, or one a row.
         Returns:
             (len(rows), d) vectors and (len(rows),) bool, False where a row has no view at all.
         """
@@ -127,7 +131,7 @@ class ViewMaker:
         """`n_views` counterfactuals of each record; rejected ones are not there."""
         return self.edited(records, self.n_views, "counterfactual", self.counts)
 
-    def edited(self, records: Sequence[Record], n_views: int, kind: Literal["counterfactual", "null"], counts: EditCounts) -> Views:
+    def edited(self, records: Sequence[Record], n_views: int, kind: Kind, counts: EditCounts) -> Views:
         """`n_views` edits of each record, embedded."""
         wanted = [(record, seed) for record in records for seed in range(n_views)]
         tries = self.pipeline.make([record for record, _ in wanted], [seed for _, seed in wanted], kind, counts)

@@ -11,6 +11,8 @@ import numpy as np
 from guardkit.schema import Content, Region
 
 NULL_INSTRUCTION = "Change nothing that matters to the policy."
+NO_ROUND_TRIP = "no round trip: this editor has no autoencoder that images pass through"
+Kind = Literal["counterfactual", "null", "round_trip"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class EditRequest:
         region: where, if known.
         seed: of this edit alone, so that an edit does not depend on what else is in its batch.
         kind: "counterfactual" changes what the instruction names; "null" passes the image through the editor
-            with a change of the same size that is irrelevant.
+            with a change of the same size that is irrelevant; "round_trip" passes it through what the editor does to every
+            image (its autoencoder) and changes nothing on purpose.
         label: of the image, 1 = unsafe, 0 = safe: on a safe one no place is off limits to a null edit.
         target: what the result shows, a caption; empty when nobody knows.
     """
@@ -32,7 +35,7 @@ class EditRequest:
     instruction: str
     region: Region | None
     seed: int
-    kind: Literal["counterfactual", "null"] = "counterfactual"
+    kind: Kind = "counterfactual"
     label: int = 1
     target: str = ""
 

@@ -210,7 +210,7 @@ class DiffusersEditor:
 
     def edit(self, requests: Sequence[EditRequest]) -> list[EditResult]:
         """One result per request, in order. A null edit is made beside the region, by a pipeline that follows instructions
-        without `paste_outside` on the whole image.
+        without `paste_outside` on the whole image. A round trip passes through the autoencoder what an edit would redraw.
 
         Rejected: no instruction, no region where one is needed, an image that cannot be read, and results that are not
         finite, blank, of another size, shifted too far, or without a change.
@@ -219,29 +219,30 @@ class DiffusersEditor:
             InputError: the weights cannot be fetched or loaded, or the device cannot be used or has not enough memory.
         """
         results: dict[int, EditResult] = {}
-        jobs: dict[tuple[int, int], list[_Job]] = {}
+        jobs: dict[tuple[tuple[int, int], bool], list[_Job]] = {}
         for row, request in enumerate(requests):
             job = self._prepare(row, request)
             if isinstance(job, _Job):
-                jobs.setdefault(job.size, []).append(job)
+                jobs.setdefault((job.size, request.kind == "round_trip"), []).append(job)
             else:
                 results[row] = EditResult(None, job)
         at_once = self.batch_size if self._kind.batched else 1
-        for same_size in jobs.values():
-            for start in range(0, len(same_size), at_once):
-                batch = same_size[start : start + at_once]
-                results |= {job.row: self._finish(job, made) for job, made in zip(batch, self._run(batch), strict=True)}
+        for (_, is_trip), alike in jobs.items():
+            for start in range(0, len(alike), at_once):
+                batch = alike[start : start + at_once]
+                made = self._round_trip(batch) if is_trip else self._run(batch)
+                results |= {job.row: self._finish(job, one) for job, one in zip(batch, made, strict=True)}
         return [results[row] for row in range(len(requests))]
 
     def _prepare(self, row: int, request: EditRequest) -> _Job | str:
         """What is to be done, or why nothing is."""
-        is_null, region, prompt = request.kind == "null", request.region, request.instruction
+        is_null, is_trip, region, prompt = request.kind == "null", request.kind == "round_trip", request.region, request.instruction
         if self._kind.masked:
             # a null instruction describes no image: without words, the surroundings are continued
             prompt = "" if is_null else request.target or request.instruction
-        if not prompt.strip() and not is_null:
+        if not prompt.strip() and request.kind == "counterfactual":
             return "no instruction"
-        if region is None and self._kind.masked and not (is_null and request.label == 0):
+        if region is None and self._kind.masked and not is_trip and not (is_null and request.label == 0):
             return f"no region: pipeline={self.pipeline} needs a box around the feature"
         try:
             original = request.content.load()
@@ -260,7 +261,7 @@ class DiffusersEditor:
             rows, columns = _stretch(region[1], region[3], height, grow), _stretch(region[0], region[2], width, grow)
             mask = np.zeros((height, width), bool)
             mask[rows, columns] = True
-            if not mask.any() or (self._kind.masked and mask.all()):
+            if not mask.any() or (self._kind.masked and mask.all() and not is_trip):
                 return "the region covers the whole image" if mask.any() else "the region is empty"
             if self.crop_px is not None:
                 longer = max(rows.stop - rows.start, columns.stop - columns.start)
@@ -325,6 +326,27 @@ class DiffusersEditor:
                 f"{self.config['dtype']}; lower editor.batch_size or editor.size, or give editor.offload=model or sequential"
             ) from error
 
+    def _round_trip(self, jobs: Sequence[_Job]) -> np.ndarray:
+        """What the autoencoder makes of the images: (n, h, w, 3) float in [0, 1], at the working size."""
+        import torch
+
+        pipeline, (width, height) = self._pipeline, jobs[0].size
+        vae, processor = pipeline.vae, pipeline.image_processor
+        images = [_scaled(Image.fromarray(job.original[job.view]), (width, height)) for job in jobs]
+        dtype = vae.dtype
+        # half precision overflows in some autoencoders, which say so
+        upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
+        if upcast:
+            vae.to(torch.float32)
+        with torch.inference_mode():
+            pixels = processor.preprocess(images, height=height, width=width).to(self._torch_device, torch.float32 if upcast else dtype)
+            if self._kind.video_autoencoder:
+                pixels = pixels.unsqueeze(2)
+            made = vae.decode(vae.encode(pixels).latent_dist.mode(), return_dict=False)[0]
+        if upcast:
+            vae.to(dtype)
+        return processor.postprocess(made[:, :, 0] if self._kind.video_autoencoder else made, output_type="np")
+
     def _finish(self, job: _Job, made: np.ndarray) -> EditResult:
         """From what the pipeline made to an image like the original, or the reason why there is none."""
         width, height = job.size
@@ -341,7 +363,7 @@ class DiffusersEditor:
         if max(abs(right), abs(down)) > self.max_shift * max(before.shape[:2]):
             return EditResult(None, f"editor shifted the image by more than {self.max_shift:.1%} of its longer side")
         edited = moved(before, edited, -right, -down)
-        if job.request.kind != "null" and largest_change(before, edited, job.mask) < self.min_change:
+        if job.request.kind == "counterfactual" and largest_change(before, edited, job.mask) < self.min_change:
             return EditResult(None, f"editor ignored the instruction (mean change below {self.min_change:g} of 255)")
         if self.paste_outside and job.mask is not None:
             edited = pasted(before, edited, job.mask)

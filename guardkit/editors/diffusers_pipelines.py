@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guardkit.artifacts import fingerprint, hash_file
+from guardkit.artifacts import fingerprint, hash_file, shipped
+from guardkit.progress import bars_on_terminals_only
 from guardkit.schema import InputError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class PipelineKind:
         patch: sides of images are multiples of this many latent pixels.
         sized: takes height and width; else the result has the size of the given image.
         batched: takes several images at once, without one changing the result of another.
+        video_autoencoder: its autoencoder wants a dimension for time.
     """
 
     classes: tuple[str, ...]
@@ -51,6 +53,7 @@ class PipelineKind:
     patch: int = 1
     sized: bool = True
     batched: bool = True
+    video_autoencoder: bool = False
 
 
 _SD_INPAINT = ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -60,7 +63,9 @@ KINDS = {
     "instruct_pix2pix": PipelineKind(("StableDiffusionInstructPix2PixPipeline",), image_guidance=True, sized=False),
     "instruct_pix2pix_xl": PipelineKind(("StableDiffusionXLInstructPix2PixPipeline",), image_guidance=True),
     "flux_kontext": PipelineKind(("FluxKontextPipeline",), negative=False, side=1024, patch=2),
-    "qwen_image_edit": PipelineKind(_QWEN, guidance="true_cfg_scale", default_negative=" ", side=1024, patch=4, batched=False),
+    "qwen_image_edit": PipelineKind(
+        _QWEN, guidance="true_cfg_scale", default_negative=" ", side=1024, patch=4, batched=False, video_autoencoder=True
+    ),
     "inpaint": PipelineKind(_SD_INPAINT, masked=True),
     "flux_fill": PipelineKind(("FluxFillPipeline",), masked=True, negative=False, side=1024, patch=2),
 }
@@ -70,7 +75,7 @@ class PipelineWeights:
     """A saved pipeline in diffusers' layout.
 
     Args:
-        weights: a local folder, or a Hub id "ORG/NAME".
+        weights: a local folder, a Hub id "ORG/NAME", or "guardkit:NAME" for one that ships.
         revision: branch, tag or commit of a Hub id; None for its main branch.
     Raises:
         InputError: no folder and no Hub id, a folder without model_index.json, or a revision of a folder.
@@ -80,7 +85,7 @@ class PipelineWeights:
         if not isinstance(weights, str) or not weights:
             raise InputError(f"editor.weights must be a local folder or a Hub id ORG/NAME, got {weights!r}")
         self.name, self.revision = weights, revision
-        folder = Path(weights).expanduser()
+        folder = shipped(weights) or Path(weights).expanduser()
         self.folder = folder if folder.exists() else None
         if self.folder is None and not _HUB_ID.fullmatch(weights):
             raise InputError(f"editor.weights {weights} does not exist; give a local folder or a Hub id ORG/NAME")
@@ -168,6 +173,7 @@ def load_pipeline(weights: PipelineWeights, name: str, device: torch.device, dty
         InputError: they are of another kind, cannot be fetched, are incomplete, or do not fit into memory.
     """
     import diffusers
+    import transformers
 
     weights.kind(name)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "revision": weights.commit}
@@ -181,7 +187,8 @@ def load_pipeline(weights: PipelineWeights, name: str, device: torch.device, dty
     # the first knows how to paint within a mask by a Stable Diffusion that was not made for it
     loader: Any = diffusers.AutoPipelineForInpainting if name == "inpaint" else diffusers.DiffusionPipeline
     try:
-        loaded = loader.from_pretrained(str(weights.folder or weights.name), **options)
+        with bars_on_terminals_only(diffusers.utils.logging, transformers.utils.logging):
+            loaded = loader.from_pretrained(str(weights.folder or weights.name), **options)
         loaded.set_progress_bar_config(disable=True)
         if offload == "model":
             loaded.enable_model_cpu_offload(device=device)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from guardkit.editors.base import EditRequest, EditResult
+from guardkit.editors.base import NO_ROUND_TRIP, EditRequest, EditResult
 from guardkit.schema import ImageError, InputError, Region
 
 _METHODS = {"telea": cv2.INPAINT_TELEA, "navier_stokes": cv2.INPAINT_NS}
@@ -62,6 +62,8 @@ class InpaintEditor:
 
     def _edit_one(self, request: EditRequest) -> EditResult:
         region = request.region
+        if request.kind == "round_trip":
+            return EditResult(None, NO_ROUND_TRIP)
         if region is None and not (request.kind == "null" and request.label == 0):
             return EditResult(None, "no region: editor=inpaint needs a box around the feature")
         try:

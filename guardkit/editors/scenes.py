@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guardkit.editors.base import EditRequest, EditResult
+from guardkit.editors.base import NO_ROUND_TRIP, EditRequest, EditResult
 from guardkit.scenes.content import SceneContent, drawing_fingerprint
 
 
@@ -24,6 +24,8 @@ class ScenesEditor:
         content = request.content
         if not isinstance(content, SceneContent):
             return EditResult(None, "not a drawn scene: editor=scenes edits source=scenes only; use editor=inpaint")
+        if request.kind == "round_trip":
+            return EditResult(None, NO_ROUND_TRIP)
         if request.kind == "null":
             return EditResult(SceneContent(content.scene.null_edit(request.seed), content.size).load())
         if content.scene.category is None:

@@ -1,8 +1,9 @@
-"""What an encoder is: frozen, images and texts to unit vectors of one space."""
+"""What an encoder is: frozen, images and texts to vectors of one space; and what all encoders do alike."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -10,9 +11,16 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+# At other batch sizes (5, 6, 7, 9, ...; which ones depends on the number of threads) the CPU's matrix product rounds the
+# last rows differently, so that a vector depends on its place in the batch; multiples of 4 were never seen to.
+_FIXED_MULTIPLE = 8
+
 
 class Encoder(Protocol):
     """A frozen image and text encoder.
+
+    Images become unit vectors, or with `normalize=False` vectors as the model gives them: some published heads were
+    trained on these. A unit vector is such a vector divided by its length.
 
     Attributes:
         name: for people, such as "ViT-B-32 (openai)".
@@ -42,24 +50,103 @@ class Encoder(Protocol):
         """(h, w, 3) uint8 RGB -> (3, height, width) float32, resized and normalised as the model expects."""
         ...
 
-    def encode_preprocessed(self, images: Sequence[torch.Tensor], *, fixed_batch: bool = False) -> np.ndarray:
-        """What `preprocess` gave -> (n, d) float32 unit vectors; see `encode_images`."""
+    def encode_preprocessed(self, images: Sequence[torch.Tensor], *, fixed_batch: bool = False, normalize: bool = True) -> np.ndarray:
+        """What `preprocess` gave -> (n, d) float32; see `encode_images`."""
         ...
 
-    def encode_images(self, images: Sequence[np.ndarray], *, fixed_batch: bool = False) -> np.ndarray:
-        """(h, w, 3) uint8 RGB images -> (n, d) float32 unit vectors.
+    def encode_images(self, images: Sequence[np.ndarray], *, fixed_batch: bool = False, normalize: bool = True) -> np.ndarray:
+        """(h, w, 3) uint8 RGB images -> (n, d) float32.
 
         Args:
             images: of any sizes.
             fixed_batch: always run the model on equally many images, so that a vector does not depend, to the last
                 bit, on which and how many others were encoded with it.
+            normalize: whether to unit length.
         """
         ...
 
-    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(n, 3, h, w) float in [0, 1] -> (n, d) unit vectors, differentiable with respect to the pixels."""
+    def encode_pixels(self, pixels: torch.Tensor, *, normalize: bool = True) -> torch.Tensor:
+        """(n, 3, h, w) float in [0, 1] -> (n, d), differentiable with respect to the pixels."""
         ...
 
     def encode_texts(self, texts: list[str]) -> np.ndarray:
         """(n, d) float32 unit vectors."""
         ...
+
+
+def encode_in_batches(
+    encode: Callable[[torch.Tensor], torch.Tensor], images: Sequence[torch.Tensor], *, batch_size: int, dim: int, fixed_batch: bool
+) -> np.ndarray:
+    """Runs a model over preprocessed images, without gradients.
+
+    Args:
+        encode: (b, 3, height, width) -> (b, d).
+        images: (3, height, width) each.
+        batch_size: images encoded at once.
+        dim: d.
+        fixed_batch: fill every batch up to `batch_size` rounded up to a multiple of 8: a vector then is the same to
+            the last bit whatever it was encoded with. It still depends on the device and on the number of threads.
+    Returns:
+        (n, d) float32.
+    """
+    import torch
+
+    parts = []
+    for start in range(0, len(images), batch_size):
+        chunk = list(images[start : start + batch_size])
+        n = len(chunk)
+        if fixed_batch:
+            chunk += [chunk[-1]] * (math.ceil(batch_size / _FIXED_MULTIPLE) * _FIXED_MULTIPLE - n)
+        with torch.inference_mode():
+            vectors = encode(torch.stack(chunk))
+        parts.append(vectors[:n].float().cpu().numpy())
+    return np.concatenate(parts) if parts else np.zeros((0, dim), np.float32)
+
+
+def prepare_pixels(pixels: torch.Tensor, preprocessing: Mapping[str, Any], *, crop_rounds_down: bool = False) -> torch.Tensor:
+    """An encoder's preprocessing, differentiable: resizes, crops or pads to the model's size, and standardises.
+
+    Resizing is torch's with antialiasing; it differs from Pillow's on 8-bit values by rounding.
+
+    Args:
+        pixels: (n, 3, h, w) float in [0, 1].
+        preprocessing: size (height, width), mean, std, interpolation, resize_mode.
+        crop_rounds_down: where an odd number of rows or columns is cropped: transformers leaves out the smaller half at
+            the top and left, torchvision and open_clip round to the nearest even number.
+    Returns:
+        (n, 3, height, width).
+    """
+    import torch
+    from torch.nn import functional
+
+    rows, columns = pixels.shape[2:]
+    (height, width), new = preprocessing["size"], _resized(rows, columns, preprocessing["size"], preprocessing["resize_mode"])
+    if new != (rows, columns):
+        pixels = functional.interpolate(pixels, new, mode=preprocessing["interpolation"], antialias=True).clamp(0, 1)
+    spare_y, spare_x = new[0] - height, new[1] - width
+    if spare_y < 0 or spare_x < 0:
+        left, top = max(0, -spare_x) // 2, max(0, -spare_y) // 2
+        pixels = functional.pad(pixels, (left, max(0, -spare_x) - left, top, max(0, -spare_y) - top))
+    half = math.floor if crop_rounds_down else round
+    top, left = half(max(0, spare_y) / 2), half(max(0, spare_x) / 2)
+    pixels = pixels[:, :, top : top + height, left : left + width]
+    mean = torch.tensor(preprocessing["mean"], device=pixels.device).view(1, 3, 1, 1)
+    std = torch.tensor(preprocessing["std"], device=pixels.device).view(1, 3, 1, 1)
+    return (pixels - mean) / std
+
+
+def _resized(rows: int, columns: int, size: Sequence[int], resize_mode: str) -> tuple[int, int]:
+    """Height and width after open_clip's resizing, before its crop.
+
+    Source: open_clip.transform.image_transform. For a square crop of the shortest side it uses torchvision's Resize,
+    which rounds down, otherwise its own ResizeKeepRatio, which rounds to nearest.
+    """
+    height, width = size
+    if resize_mode == "squash":
+        return height, width
+    if resize_mode == "shortest" and height == width:
+        short, long = height, int(height * max(rows, columns) / min(rows, columns))
+        return (short, long) if rows <= columns else (long, short)
+    pick = min if resize_mode == "shortest" else max
+    ratio = pick(rows / height, columns / width)
+    return max(1, round(rows / ratio)), max(1, round(columns / ratio))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
-import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,34 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from guardkit.artifacts import fingerprint
+from guardkit.artifacts import fingerprint, shipped
+from guardkit.encoders.base import encode_in_batches, prepare_pixels
 from guardkit.schema import InputError
 
 if TYPE_CHECKING:
     import torch
 
-_PACKAGE = Path(__file__).resolve().parents[1]
 _PREPROCESS_FIELDS = ("size", "mean", "std", "interpolation", "resize_mode")
 _INTERPOLATIONS, _RESIZE_MODES = ("bicubic", "bilinear"), ("shortest", "longest", "squash")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")  # what open_clip looks for in a folder
-# At other batch sizes (5, 6, 7, 9, ...; which ones depends on the number of threads) the CPU's matrix product rounds the
-# last rows differently, so that a vector depends on its place in the batch; multiples of 4 were never seen to.
-_FIXED_MULTIPLE = 8
-_HUB, _LOCAL, _SHIPPED = "hf-hub:", "local-dir:", "guardkit:"
-
-
-def shipped(name: str) -> Path:
-    """The folder of a model that comes with guardkit.
-
-    Raises:
-        InputError: there is none of that name.
-    """
-    # a wheel carries the models inside the package, a checkout beside it
-    root = next((path for path in (_PACKAGE / "_checkpoints", _PACKAGE.parent / "checkpoints") if path.is_dir()), None)
-    names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root else []
-    if root is None or name not in names:
-        raise InputError(f"guardkit ships no model {name!r}; it ships {', '.join(names) or 'none'}")
-    return root / name
+_HUB, _LOCAL = "hf-hub:", "local-dir:"
 
 
 class OpenClipEncoder:
@@ -72,7 +54,7 @@ class OpenClipEncoder:
     ) -> None:
         if not isinstance(weights, str) or not weights:
             raise InputError(
-                f"encoder.weights must be a pretrained tag, {_HUB}ORG/NAME, {_LOCAL}FOLDER, {_SHIPPED}NAME or a file, got {weights!r}"
+                f"encoder.weights must be a pretrained tag, {_HUB}ORG/NAME, {_LOCAL}FOLDER, guardkit:NAME or a file, got {weights!r}"
             )
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"encoder.batch_size must be a whole number of at least 1, got {batch_size!r}")
@@ -99,8 +81,8 @@ class OpenClipEncoder:
         self._lock = threading.Lock()
 
     def _find_folder(self) -> Path | None:
-        if self.weights.startswith(_SHIPPED):
-            return shipped(self.weights.removeprefix(_SHIPPED))
+        if (folder := shipped(self.weights)) is not None:
+            return folder
         if not self.weights.startswith(_LOCAL):
             return None
         folder = Path(self.weights.removeprefix(_LOCAL)).expanduser()
@@ -244,62 +226,33 @@ class OpenClipEncoder:
 
         return self._loaded[1](Image.fromarray(image))
 
-    def encode_images(self, images: Sequence[np.ndarray], *, fixed_batch: bool = False) -> np.ndarray:
-        """(h, w, 3) uint8 RGB images -> (n, d) float32 unit vectors.
-
-        Args:
-            images: of any sizes.
-            fixed_batch: always run the model on equally many images, `batch_size` rounded up to a multiple of 8: a vector
-                then is the same to the last bit whatever it was encoded with. It still depends on the device and on
-                the number of threads.
-        """
+    def encode_images(self, images: Sequence[np.ndarray], *, fixed_batch: bool = False, normalize: bool = True) -> np.ndarray:
+        """(h, w, 3) uint8 RGB images -> (n, d) float32; see `Encoder` and `encode_in_batches`."""
         size = self.batch_size
         parts = [
-            self.encode_preprocessed([self.preprocess(image) for image in images[start : start + size]], fixed_batch=fixed_batch)
+            self.encode_preprocessed(
+                [self.preprocess(image) for image in images[start : start + size]], fixed_batch=fixed_batch, normalize=normalize
+            )
             for start in range(0, len(images), size)
         ]
         return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
 
-    def encode_preprocessed(self, images: Sequence[torch.Tensor], *, fixed_batch: bool = False) -> np.ndarray:
-        """(3, height, width) images from `preprocess` -> (n, d) float32 unit vectors; see `encode_images`."""
+    def encode_preprocessed(self, images: Sequence[torch.Tensor], *, fixed_batch: bool = False, normalize: bool = True) -> np.ndarray:
+        """(3, height, width) images from `preprocess` -> (n, d) float32."""
+        model, device = self.model, self._device
+        return encode_in_batches(
+            lambda batch: model.encode_image(batch.to(device), normalize=normalize),
+            images,
+            batch_size=self.batch_size,
+            dim=self.dim,
+            fixed_batch=fixed_batch,
+        )
+
+    def encode_pixels(self, pixels: torch.Tensor, *, normalize: bool = True) -> torch.Tensor:
+        """(n, 3, h, w) float in [0, 1] -> (n, d), differentiable with respect to the pixels; see `prepare_pixels`."""
         import torch
 
-        model = self.model
-        parts = []
-        for start in range(0, len(images), self.batch_size):
-            chunk = list(images[start : start + self.batch_size])
-            n = len(chunk)
-            if fixed_batch:
-                chunk += [chunk[-1]] * (math.ceil(self.batch_size / _FIXED_MULTIPLE) * _FIXED_MULTIPLE - n)
-            with torch.inference_mode():
-                vectors = model.encode_image(torch.stack(chunk).to(self._device), normalize=True)
-            parts.append(vectors[:n].float().cpu().numpy())
-        return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
-
-    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(n, 3, h, w) float in [0, 1] -> (n, d) unit vectors, differentiable with respect to the pixels.
-
-        Resizing is torch's with antialiasing; it differs from that of `encode_images` (Pillow's, on 8-bit values) by
-        rounding.
-        """
-        import torch
-        from torch.nn import functional
-
-        settings = self.preprocessing
-        pixels = pixels.to(self._device, torch.float32)
-        rows, columns = pixels.shape[2:]
-        (height, width), new = settings["size"], _resized(rows, columns, settings["size"], settings["resize_mode"])
-        if new != (rows, columns):
-            pixels = functional.interpolate(pixels, new, mode=settings["interpolation"], antialias=True).clamp(0, 1)
-        spare_y, spare_x = new[0] - height, new[1] - width
-        if spare_y < 0 or spare_x < 0:
-            left, top = max(0, -spare_x) // 2, max(0, -spare_y) // 2
-            pixels = functional.pad(pixels, (left, max(0, -spare_x) - left, top, max(0, -spare_y) - top))
-        top, left = round(max(0, spare_y) / 2), round(max(0, spare_x) / 2)
-        pixels = pixels[:, :, top : top + height, left : left + width]
-        mean = torch.tensor(settings["mean"], device=pixels.device).view(1, 3, 1, 1)
-        std = torch.tensor(settings["std"], device=pixels.device).view(1, 3, 1, 1)
-        return self.model.encode_image((pixels - mean) / std, normalize=True)
+        return self.model.encode_image(prepare_pixels(pixels.to(self._device, torch.float32), self.preprocessing), normalize=normalize)
 
     def encode_texts(self, texts: list[str]) -> np.ndarray:
         """(n, d) float32 unit vectors.
@@ -335,23 +288,6 @@ class OpenClipEncoder:
 
 def _height_width(size: Any) -> tuple[int, int]:
     return (int(size), int(size)) if isinstance(size, (int, float)) else (int(size[0]), int(size[1]))
-
-
-def _resized(rows: int, columns: int, size: Sequence[int], resize_mode: str) -> tuple[int, int]:
-    """Height and width after open_clip's resizing, before its crop.
-
-    Source: open_clip.transform.image_transform. For a square crop of the shortest side it uses torchvision's Resize,
-    which rounds down, otherwise its own ResizeKeepRatio, which rounds to nearest.
-    """
-    height, width = size
-    if resize_mode == "squash":
-        return height, width
-    if resize_mode == "shortest" and height == width:
-        short, long = height, int(height * max(rows, columns) / min(rows, columns))
-        return (short, long) if rows <= columns else (long, short)
-    pick = min if resize_mode == "shortest" else max
-    ratio = pick(rows / height, columns / width)
-    return max(1, round(rows / ratio)), max(1, round(columns / ratio))
 
 
 def _settings(model_config: Mapping[str, Any], vision_defaults: Mapping[str, Any]) -> dict[str, Any]:

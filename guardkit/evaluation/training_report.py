@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 
 from guardkit import __version__
 from guardkit.artifacts import written
+from guardkit.data.controls import Control
 from guardkit.data.datamodule import GuardDataModule, TestSet
 from guardkit.evaluation import plots
 from guardkit.metrics import (
+    PROBE_MIN_IMAGES,
     always_unsafe_f1,
     by_category,
     by_group,
@@ -75,8 +77,7 @@ def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int
     if not paired["n"]:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in data.other_edits.rejected.items())
         pairs["reason"] = f"no counterfactual of a test image was accepted ({reasons or 'no unsafe test image'})"
-    original, edited = data.probe()
-    trace = edited_vs_original_auroc(original, edited)
+    controls = {name: _control(one) for name, one in data.controls().items()}
     metrics: dict[str, Any] = {
         "experiment": experiment,
         "seed": seed,
@@ -89,7 +90,8 @@ def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int
         "pairs": pairs,
         "always_unsafe": {"f1": always_unsafe_f1(labels)},
         "edits": data.edits.as_dict(),
-        "edited_vs_original_auroc": trace,
+        "edited_vs_original_auroc": controls["null_edit"]["auroc"],
+        "controls": controls,
         "best_epoch": fitted.best_epoch,
         "operating_points": guard.operating_points,
         "fingerprints": {
@@ -101,11 +103,20 @@ def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int
             "guardkit": __version__,
         },
     }
-    if trace is None:
-        metrics["edited_vs_original_auroc_reason"] = (
-            f"needs 10 null edits of training images, editor={data.pipeline.editor.name} gave {len(original)}"
-        )
+    if controls["null_edit"]["auroc"] is None:
+        metrics["edited_vs_original_auroc_reason"] = controls["null_edit"]["reason"]
     return metrics, Measured(test, scores, twins, guard.policy.category_names)
+
+
+def _control(control: Control) -> dict[str, Any]:
+    """How well a probe tells altered images from untouched ones, and how far the embeddings moved."""
+    auroc, n = edited_vs_original_auroc(control.original, control.altered), len(control.original)
+    cosine = float((control.original * control.altered).sum(axis=1).mean()) if n else None
+    figures: dict[str, Any] = {"auroc": auroc, "mean_cosine": cosine, "n": n}
+    if auroc is None:
+        missing = f" ({control.reason})" if control.reason else ""
+        figures["reason"] = f"needs {PROBE_MIN_IMAGES} images that came through, there are {n}{missing}"
+    return figures
 
 
 def write_predictions(path: Path, measured: Measured) -> None:
@@ -157,6 +168,7 @@ def summary_table(metrics: dict[str, Any]) -> str:
         ("test F1", test["f1"]),
         ("F1 of flagging everything", metrics["always_unsafe"]["f1"]),
         ("edited-versus-original AUROC", metrics["edited_vs_original_auroc"]),
+        *((f"{name}-versus-original AUROC", metrics["controls"][name]["auroc"]) for name in ("autoencoder", "jpeg")),
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{metrics['experiment']}, seed {metrics['seed']}"]

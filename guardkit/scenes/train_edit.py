@@ -73,20 +73,20 @@ def square_around(region: Region, size: int, side: int = CROP_PX) -> tuple[int, 
     return int(np.clip(round(left), 0, size - side)), int(np.clip(round(top), 0, size - side))
 
 
-def pair(index: int, rendering: str) -> tuple[Scene, Scene]:
+def pair(index: int, rendering: str, seed: int = SEED) -> tuple[Scene, Scene]:
     """A scene with a feature of either label, in any colour, and its counterfactual."""
-    pool = ScenePool("train", seed=SEED, rendering=rendering, scene_shift=0.0)
+    pool = ScenePool("train", seed=seed, rendering=rendering, scene_shift=0.0)
     scene = pool.scene(1, index)
-    rng = np.random.default_rng([SEED, index])
+    rng = np.random.default_rng([seed, index])
     scene = replace(scene, colour=list(COLOURS)[int(rng.integers(len(COLOURS)))])
     return scene, scene.counterfactual(int(rng.integers(1 << 30)))
 
 
-def _draw_block(block: tuple[int, int, str]) -> tuple[np.ndarray, np.ndarray]:
-    start, stop, rendering = block
+def _draw_block(block: tuple[int, int, str, int]) -> tuple[np.ndarray, np.ndarray]:
+    start, stop, rendering, seed = block
     crops, boxes = [], []
     for index in range(start, stop):
-        drawn = [draw(scene) for scene in pair(index, rendering)]
+        drawn = [draw(scene) for scene in pair(index, rendering, seed)]
         for before, after in (drawn, drawn[::-1]):
             size = before.image.shape[0]
             left, top = square_around(before.region, size)
@@ -97,13 +97,13 @@ def _draw_block(block: tuple[int, int, str]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(crops, np.uint8), np.clip(np.array(boxes), 0, CROP_PX).astype(np.float32)
 
 
-def draw_pool(n_scenes: int, workers: int) -> tuple[np.ndarray, np.ndarray, list[Scene]]:
+def draw_pool(n_scenes: int, workers: int, seed: int = SEED) -> tuple[np.ndarray, np.ndarray, list[Scene]]:
     """(4 n, 2, 64, 64, 3) uint8 crops before and after, (4 n, 4) covered boxes in pixels, the scenes to be drawn."""
     edges = [*range(0, n_scenes, 500), n_scenes]
-    blocks = [(a, b, rendering) for rendering in RENDERINGS for a, b in itertools.pairwise(edges)]
+    blocks = [(a, b, rendering, seed) for rendering in RENDERINGS for a, b in itertools.pairwise(edges)]
     with ProcessPoolExecutor(workers) as executor:
         made = list(executor.map(_draw_block, blocks))
-    wanted = [scene for rendering in RENDERINGS for i in range(n_scenes) for scene in pair(i, rendering)[::-1]]
+    wanted = [scene for rendering in RENDERINGS for i in range(n_scenes) for scene in pair(i, rendering, seed)[::-1]]
     return np.concatenate([one[0] for one in made]), np.concatenate([one[1] for one in made]), wanted
 
 

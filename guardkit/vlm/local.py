@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from guardkit.artifacts import fingerprint, hash_file
+from guardkit.progress import bars_on_terminals_only
 from guardkit.schema import InputError
 from guardkit.vlm.base import CUT_OFF, VERSION, Answer, Question, check_model, check_number, one_line, reply, shrink
 
@@ -141,15 +142,17 @@ class TransformersVLM:
     def _loaded(self) -> tuple[Any, Any]:
         """The processor and the model."""
         import torch
+        import transformers
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         folder = self._folder
         try:
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=self.dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-            )
+            with bars_on_terminals_only(transformers.utils.logging):
+                loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                    folder, dtype=self.dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+                )
             model, report = loaded
             model.to(device).eval().requires_grad_(False)
         except Exception as error:

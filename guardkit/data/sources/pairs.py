@@ -1,5 +1,9 @@
 """Pair datasets as a source: unsafe images that bring their counterfactuals along.
 
+What people said of a pair counts for more than what the verifier said: one that a reviewer rejected is left out, one
+that was accepted is used even if the verifier rejected it, and of one that nobody was sure of the verifier's word
+stands. Of several reviewers the most cautious one counts.
+
 Two layouts: what `python -m guardkit.synthesize` writes, and a plain folder in which `x_edited.jpg` is the counterfactual
 of the unsafe `x.jpg` (SafeEditBench's convention; any image type).
 """
@@ -11,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from guardkit.counterfactual.pair_dataset import MANIFEST, UNFINISHED, read_pair_dataset
+from guardkit.counterfactual.review import ACCEPT, REJECT, UNSURE, Review, current_reviews, image_file
 from guardkit.data.sources.base import Loaded
 from guardkit.images import MAX_PIXELS, SUFFIXES, FileContent, read_image
 from guardkit.policy import Policy
@@ -27,22 +32,47 @@ class PairsSource:
         root: the folder.
         category: of a plain folder's images, which does not say; None leaves it open.
         max_pixels: larger images are rejected.
+        keep_unsure: whether pairs are used that a reviewer was unsure of, and none rejected.
+        reviewed_only: whether pairs are left out that nobody reviewed.
     Raises:
-        InputError: no such folder, no pair in it, or a dataset made under a policy with other categories.
+        InputError: no such folder, no pair in it, reviews asked of a plain folder, or a dataset made under a policy with other categories.
     """
 
     name = "pairs"
 
-    def __init__(self, policy: Policy, root: str, *, category: str | None = None, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        root: str,
+        *,
+        category: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+        keep_unsure: bool = True,
+        reviewed_only: bool = False,
+    ) -> None:
         self.policy, self.root = policy, Path(root).expanduser()
         if not self.root.is_dir():
             raise InputError(f"source.root {root} is not a folder; give a pair dataset, or a folder of x.jpg beside x_edited.jpg")
         if category is not None:
             policy.check_category(category, "source.category")
+        for name, value in (("keep_unsure", keep_unsure), ("reviewed_only", reviewed_only)):
+            if not isinstance(value, bool):
+                raise InputError(f"source.{name} must be true or false, got {value!r}")
         self.category, self.max_pixels = category, max_pixels
+        self.keep_unsure, self.reviewed_only = keep_unsure, reviewed_only
         self._is_dataset = (self.root / MANIFEST).is_file() or (self.root / UNFINISHED).is_file()
         self._rows, manifest = read_pair_dataset(self.root) if self._is_dataset else ([], {})
-        self.fingerprint: dict[str, Any] = {"source": self.name, "root": self.root.name, "category": category, "manifest": manifest}
+        if reviewed_only and not self._is_dataset:
+            raise InputError(f"source.reviewed_only needs a pair dataset with reviews; {root} is a plain folder")
+        self.fingerprint: dict[str, Any] = {
+            "source": self.name,
+            "root": self.root.name,
+            "category": category,
+            "manifest": manifest,
+            "reviews": {row["pair_id"]: row["review"] for row in self._rows if row["review"]},
+            "keep_unsure": keep_unsure,
+            "reviewed_only": reviewed_only,
+        }
 
     def load(self) -> Loaded:
         """Lists the pairs and reads every image once."""
@@ -57,9 +87,11 @@ class PairsSource:
     def _dataset_records(self, rejected: list[Rejected]) -> Iterable[Record]:
         """One record per unsafe image; pairs that were made towards the unsafe side change places."""
         grouped: dict[str, list[Mapping[str, Any]]] = {}
+        reviews = current_reviews(self.root, self._rows)
         for row in self._rows:
-            if row["status"] != "accepted":
-                rejected.append(Rejected(row["pair_id"], f"rejected when it was made: {row['reason']}"))
+            reason = self._left_out(row, reviews.get(row["pair_id"], {}))
+            if reason is not None:
+                rejected.append(Rejected(row["pair_id"], reason))
                 continue
             # an unsafe original may have several counterfactuals; a safe one becomes the twin of each unsafe edit
             grouped.setdefault(row["file_name"] if row["label"] else row["edited_file_name"], []).append(row)
@@ -73,6 +105,17 @@ class PairsSource:
             record = self._record(unsafe, safe, first["category"], first["source"], first["file_name"], region, rejected)
             if record is not None:
                 yield record
+
+    def _left_out(self, row: Mapping[str, Any], said: Mapping[str, Review]) -> str | None:
+        """Why a try is not used; None when it is."""
+        review = row["review"]
+        if review == REJECT or (review == UNSURE and not self.keep_unsure):
+            # the words without their authors, because this list goes where the guard goes
+            words = "; ".join(one.reason for one in said.values() if one.verdict == review and one.reason)
+            return f"{'rejected' if review == REJECT else 'unsure'} in review: {words or 'no reason given'}"
+        if row["status"] != "accepted" and (review != ACCEPT or row["edited_file_name"] is None):
+            return f"rejected when it was made: {row['reason']}"
+        return "nobody reviewed it" if review is None and self.reviewed_only else None
 
     def _folder_records(self, rejected: list[Rejected]) -> Iterable[Record]:
         files = sorted(path for path in self.root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
@@ -95,11 +138,8 @@ class PairsSource:
     ) -> Record | None:
         contents = {}
         for name in [unsafe, *safe]:
-            path = (self.root / name).resolve()
-            if not path.is_relative_to(self.root.resolve()):
-                rejected.append(Rejected(name, "path outside the folder"))
-                continue
             try:
+                path = image_file(self.root, name)
                 read_image(path, max_pixels=self.max_pixels)
                 contents[name] = FileContent(path, self.max_pixels)
             except ImageError as error:

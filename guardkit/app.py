@@ -1,0 +1,49 @@
+"""A local web page on which people judge the pairs of a dataset: python -m guardkit.app pairs=DIR"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from guardkit._hydra import main, output_dir
+
+
+@main("app")
+def app(cfg: DictConfig) -> None:
+    """Shows the page until Ctrl-C, then prints what was said and how far people agree."""
+    from guardkit.artifacts import write_json
+    from guardkit.counterfactual.review import REVIEWS
+    from guardkit.moderation.review_page import review_pairs
+
+    folder = Path(str(cfg.pairs)).expanduser()
+    summary = review_pairs(
+        folder,
+        show=cfg.show,
+        reviewer=cfg.reviewer,
+        host=str(cfg.host),
+        port=cfg.port,
+        announce=lambda address: print(f"review {folder} at {address} (Ctrl-C ends it)", flush=True),
+    )
+    write_json(output_dir() / "agreement.json", summary)
+    print(_table(summary))
+    print(f"  verdicts are kept in {folder / REVIEWS}")
+    print(output_dir())
+
+
+def _table(summary: dict[str, Any]) -> str:
+    lines = [f"  reviewed  {summary['reviewed']} of {summary['pairs']} pairs: {_counts(summary['combined'])}"]
+    lines += [f"  {name}  {_counts(counts)}" for name, counts in summary["reviewers"].items()]
+    for one in summary["agreement"]:
+        kappa = "undefined" if one["kappa"] is None else f"{one['kappa']:.2f}"
+        lines.append(f"  {' and '.join(one['reviewers'])}  n={one['n']}  agreement {one['share']:.2f}  kappa {kappa}")
+    return "\n".join(lines)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,42 @@
+"""Zero-shot classification by the policy's texts (CLIP, Radford et al., 2021, section 3.1): no label is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from guardkit.baselines.base import EmbeddingGuard, covered
+from guardkit.encoders.base import Encoder
+from guardkit.heads import Head, PromptHead
+from guardkit.policy import Policy
+
+
+class _Decision(nn.Module):
+    """The first logit of a head: the decision, without the categories."""
+
+    def __init__(self, head: Head) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return self.head(embeddings)[:, 0]
+
+
+def zero_shot(
+    policy: Policy, encoder: Encoder, *, covers: Sequence[str] | None, scale: float = 30.0, threshold: float = 0.5
+) -> EmbeddingGuard:
+    """Compares the image with the policy's unsafe and safe texts by cosine; `PromptHead`, untrained.
+
+    The threshold is not chosen on labels here, unlike in `experiment=zero_shot`; how often 0.5 flags depends on the
+    encoder and the texts.
+
+    Args:
+        policy: whose texts it reads.
+        encoder: encodes images and texts.
+        covers: category names, None for all.
+        scale: of the cosine before the softmax; CLIP's own is 100.
+        threshold: flag when score >= threshold.
+    """
+    head = _Decision(PromptHead.build(encoder, policy, scale=scale))
+    return EmbeddingGuard("zero_shot", head, encoder, dim=encoder.dim, covers=covered("zero_shot", covers, policy), threshold=threshold)

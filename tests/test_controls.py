@@ -1,0 +1,61 @@
+"""Controls of a training report: what handling leaves in images that nobody meant to change."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_editors_pipeline import CountingEditor, unsafe_scene
+
+from guardkit.counterfactual.instructor import TemplateInstructor
+from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
+from guardkit.counterfactual.verifier import NoVerifier
+from guardkit.data.controls import JpegContent, make_controls
+from guardkit.data.views import ViewMaker
+from guardkit.editors.base import EditResult
+from guardkit.editors.scenes import ScenesEditor
+from guardkit.embeddings import EmbeddingStore
+from guardkit.metrics import edited_vs_original_auroc
+
+
+@pytest.fixture(scope="module")
+def store(scenes_encoder):
+    return EmbeddingStore(scenes_encoder, None)
+
+
+def controls(store, policy, editor, n=40):
+    pipeline = CounterfactualPipeline(policy, TemplateInstructor(), editor, NoVerifier(), cache_dir=None)
+    counts = EditCounts()
+    views = ViewMaker(store, pipeline, transform="none", n_views=1, counts=EditCounts())
+    return make_controls(views, [unsafe_scene(i) for i in range(n)], counts), counts
+
+
+def signing(request):
+    """Leaves the same trace in everything: a ghost of another picture. (The encoder is blind to blur, grey and black bars.)"""
+    ghost = unsafe_scene(999).content.load().astype(float)
+    return EditResult((0.3 * request.content.load() + 0.7 * ghost).astype(np.uint8))
+
+
+def test_the_exact_editor_leaves_no_trace_and_has_no_autoencoder(store, scenes_policy):
+    found, counts = controls(store, scenes_policy, ScenesEditor())
+    assert list(found) == ["null_edit", "autoencoder", "jpeg"]
+    assert edited_vs_original_auroc(found["null_edit"].original, found["null_edit"].altered) < 0.7
+    assert not len(found["autoencoder"].original)
+    assert found["autoencoder"].reason.startswith("40 x no round trip")
+    assert len(found["jpeg"].original) == 40
+    assert counts.seconds > 0
+
+
+def test_an_editor_that_leaves_a_trace_is_found_out(store, scenes_policy):
+    found, _ = controls(store, scenes_policy, CountingEditor(signing))
+    trip = found["autoencoder"]
+    assert trip.reason is None
+    assert edited_vs_original_auroc(trip.original, trip.altered) > 0.8
+
+
+def test_jpeg_changes_little_and_says_so_in_its_key():
+    content = unsafe_scene(0).content
+    one = JpegContent(content)
+    difference = np.abs(one.load().astype(int) - content.load())
+    assert 0 < difference.mean() < 6
+    assert len({content.key, one.key, JpegContent(content, 30).key}) == 3
+    assert np.abs(JpegContent(content, 5).load().astype(int) - content.load()).mean() > difference.mean()
