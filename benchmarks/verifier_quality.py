@@ -2,8 +2,8 @@
 
     python benchmarks/verifier_quality.py [n=500] [verifier=encoder] [key=value ...]
 
-Right: the exact counterfactual. Wrong: an irrelevant change; another unsafe feature of the same category; the right object in
-another scene. Prints the share accepted of each, 95 % Wilson intervals, and the precision that follows where a given share
+Right: the exact counterfactual. Wrong: an irrelevant change; another unsafe feature of the same category; the feature painted
+over; the right object in another scene. Prints the share accepted of each, 95 % Wilson intervals, and the precision that follows where a given share
 of edits is right. Settings such as `max_score=0.3` go to the verifier.
 """
 
@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from guardkit._hydra import CONF_DIR, default_cache_dir
 from guardkit.counterfactual.verifier import Candidate
 from guardkit.editors.base import EditRequest
+from guardkit.editors.inpaint import InpaintEditor
 from guardkit.scenes.content import SceneContent
 from guardkit.scenes.features import KINDS
 from guardkit.scenes.world import Scene, ScenePool, find_region
@@ -36,11 +37,21 @@ def wrong_feature(scene: Scene) -> Scene:
     return replace(scene, feature=others[0])
 
 
+def drawn(scene: Scene) -> np.ndarray:
+    return SceneContent(scene).load()
+
+
+def painted_over(scene: Scene) -> np.ndarray:
+    (made,) = InpaintEditor().edit([EditRequest(SceneContent(scene), "", find_region(scene), 0)])
+    return drawn(scene) if made.image is None else made.image
+
+
 EDITS = {
-    "right: exact counterfactual": lambda scene, _: scene.counterfactual(),
-    "wrong: irrelevant change": lambda scene, _: scene.null_edit(),
-    "wrong: another unsafe feature": lambda scene, _: wrong_feature(scene),
-    "wrong: another picture": lambda scene, other: replace(other.counterfactual(), rendering=scene.rendering),
+    "right: exact counterfactual": lambda scene, _: drawn(scene.counterfactual()),
+    "wrong: irrelevant change": lambda scene, _: drawn(scene.null_edit()),
+    "wrong: another unsafe feature": lambda scene, _: drawn(wrong_feature(scene)),
+    "wrong: painted over": lambda scene, _: painted_over(scene),
+    "wrong: another picture": lambda scene, other: drawn(replace(other.counterfactual(), rendering=scene.rendering)),
 }
 
 
@@ -56,10 +67,10 @@ def main(n: int = 500, verifier: str = "encoder", *settings: str) -> None:
     for name, edit in EDITS.items():
         candidates = []
         for scene, other in zip(scenes, [*scenes[2:], *scenes[:2]], strict=True):
-            content, edited = SceneContent(scene), SceneContent(edit(scene, other))
-            region = find_region(scene)
+            content, region = SceneContent(scene), find_region(scene)
             record = Record(scene.name, 1, scene.category, "scenes", scene.name, content, region, scene.caption)
-            candidates.append(Candidate(edited.key, record, EditRequest(content, "", region, 0), content.load(), edited.load()))
+            request = EditRequest(content, "", region, 0, target=scene.counterfactual().caption)
+            candidates.append(Candidate(f"{name} of {content.key}", record, request, content.load(), edit(scene, other)))
         verdicts = judge.verify(candidates)
         k = sum(verdict.reason is None for verdict in verdicts)
         accepted[name] = k / n

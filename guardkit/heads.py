@@ -6,6 +6,7 @@ saved guards.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -64,26 +65,38 @@ class LinearHead(Head):
         return cls(encoder.dim, len(policy.categories))
 
     @classmethod
-    def from_texts(cls, encoder: EncodesTexts, policy: Policy, *, scale: float = 30.0) -> LinearHead:
-        """A head that starts as a zero-shot classifier: from safe to unsafe, in the direction of the policy's texts.
+    def from_texts(cls, encoder: EncodesTexts, policy: Policy, *, scale: float = 30.0, shrinkage: float = 1e-3) -> LinearHead:
+        """A head that starts as the linear classifier of the policy's own texts, unsafe against safe ones.
 
-        With `loss.l2` above 0 it is pulled towards that start rather than towards zero.
+        The start is Fisher's linear discriminant of the encoded texts: the difference of the means of both sides, whitened
+        by the covariance within them, so that what all texts have in common does not count. With `loss.l2` above 0 training
+        pulls the head there rather than towards zero. (Lin et al., 2023, "Multimodality helps unimodality", train on texts and
+        images alike; here the texts only say where to start.)
 
         Args:
             encoder: encodes the texts.
             policy: has them.
-            scale: of the cosine with the difference between the mean texts of both sides, in logits.
+            scale: mean difference between the logits of unsafe and safe texts.
+            shrinkage: how much of the mean variance is added to every direction's, above 0.
         """
-        if scale <= 0:
-            raise InputError(f"head=linear_texts needs scale > 0, got {scale}")
+        for name, value in (("scale", scale), ("shrinkage", shrinkage)):
+            if value <= 0:
+                raise InputError(f"head=linear_texts needs {name} > 0, got {value}")
         head = cls.build(encoder, policy)
         safe = [*policy.safe_texts, *(text for category in policy.categories for text in category.safe_texts)]
-        unsafe = [category.unsafe_texts for category in policy.categories]
-        vectors = encoder.encode_texts([*safe, *(text for texts in unsafe for text in texts)])
-        ends = len(safe) + np.cumsum([0, *(len(texts) for texts in unsafe)])
-        means = np.stack([vectors[len(safe) :].mean(axis=0), *(vectors[a:b].mean(axis=0) for a, b in zip(ends[:-1], ends[1:], strict=True))])
+        unsafe = [text for category in policy.categories for text in category.unsafe_texts]
+        vectors = encoder.encode_texts([*safe, *unsafe]).astype(np.float64) * head.scale
+        there, elsewhere = vectors[len(safe) :], vectors[: len(safe)]
+        within = np.concatenate([there - there.mean(axis=0), elsewhere - elsewhere.mean(axis=0)])
+        covariance = within.T @ within / len(within)
+        covariance += shrinkage * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+        ends = np.cumsum([0, *(len(category.unsafe_texts) for category in policy.categories)])
+        sides = [there, *(there[first:last] for first, last in pairwise(ends))]
+        gaps = np.stack([side.mean(axis=0) - elsewhere.mean(axis=0) for side in sides])
+        weights = np.linalg.solve(covariance, gaps.T).T
+        weights *= scale / (weights * gaps).sum(axis=1, keepdims=True)
         with torch.no_grad():
-            head.linear.weight.copy_(torch.from_numpy(scale / head.scale * (means - vectors[: len(safe)].mean(axis=0))))
+            head.linear.weight.copy_(torch.from_numpy(weights))
         return head
 
     def forward(self, embeddings: Tensor) -> Tensor:

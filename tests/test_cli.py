@@ -25,7 +25,7 @@ def call(module, *arguments, cwd=ROOT, **environment):
     )
 
 
-@pytest.mark.parametrize("module", ["train", "embed"])
+@pytest.mark.parametrize("module", ["train", "embed", "sweep"])
 def test_help_lists_groups_and_loads_nothing_heavy(module):
     done = call(module, "--help")
     assert done.returncode == 0

@@ -357,7 +357,9 @@ def test_a_round_trip_is_that_of_the_autoencoder(editor, name):
         assert change(whole, request()).mean() > change(one, request()).mean()
     elif name == "instruct_pix2pix":
         size = here._working_size(original.shape[1], original.shape[0])
-        pixels = torch.from_numpy(np.array(Image.fromarray(original).resize(size, Image.Resampling.LANCZOS))).permute(2, 0, 1)[None] / 127.5 - 1
+        pixels = (
+            torch.from_numpy(np.array(Image.fromarray(original).resize(size, Image.Resampling.LANCZOS))).permute(2, 0, 1)[None] / 127.5 - 1
+        )
         vae = here._pipeline.vae
         with torch.inference_mode():
             made = vae.decode(vae.encode(pixels).latent_dist.mode()).sample[0].permute(1, 2, 0)

@@ -23,23 +23,23 @@ def test_agrees_with_scikit_learn():
     embeddings, labels, pairs = problem(pairs=False)
     rows = decision_rows(embeddings, labels, pairs, prevalence=0.3)
     penalties = np.array([1e-3, 1e-2, 1.0])
-    solved = fit_linear(rows, penalties)
+    solved = fit_linear([rows], penalties)
     for i, l2 in enumerate(penalties):
         reference = LogisticRegression(C=1 / l2, tol=1e-10, max_iter=10_000).fit(embeddings, labels, sample_weight=rows.shares)
-        np.testing.assert_allclose(solved.weights[i], reference.coef_[0], atol=2e-5)
-        np.testing.assert_allclose(solved.bias[i], reference.intercept_[0], atol=2e-5)
+        np.testing.assert_allclose(solved.weights[0, i], reference.coef_[0], atol=2e-5)
+        np.testing.assert_allclose(solved.bias[0, i], reference.intercept_[0], atol=2e-5)
 
 
 @pytest.mark.parametrize(("n", "d"), [(40, 16), (4, 64)])
 def test_the_optimum_of_the_training_objective(n, d):
     """No step in any direction lowers the losses that training minimises, with few images and with many."""
     embeddings, labels, pairs = problem(n, d)
-    solved = fit_linear(decision_rows(embeddings, labels, pairs, pair_weight=0.7, pair_margin=1.5), np.array([0.01, 0.1]))
+    solved = fit_linear([decision_rows(embeddings, labels, pairs, pair_weight=0.7, pair_margin=1.5)], np.array([0.01, 0.1]))
     assert solved.gradient.max() < 1e-8
     x, y = torch.from_numpy(embeddings), torch.from_numpy(labels).double()
     for i, l2 in enumerate((0.01, 0.1)):
-        w = torch.from_numpy(solved.weights[i]).requires_grad_()
-        b = torch.tensor(solved.bias[i], requires_grad=True)
+        w = torch.from_numpy(solved.weights[0, i]).requires_grad_()
+        b = torch.tensor(solved.bias[0, i], requires_grad=True)
         logits = x @ w + b
         loss = decision_loss(logits, y, 0.5) + 0.7 * pair_loss(logits[pairs[:, 0]], logits[pairs[:, 1]], 1.5) + 0.5 * l2 * w.square().sum()
         loss.backward()
@@ -48,18 +48,42 @@ def test_the_optimum_of_the_training_objective(n, d):
 
 
 def test_many_heads_are_the_same_as_one_by_one():
-    rows = decision_rows(*problem(20, 32))
+    """Problems of different sizes, with fewer rows than dimensions and with more, beside each other and alone."""
+    problems = [decision_rows(*problem(n, 32, seed=n)) for n in (3, 20, 5, 40)]
     penalties = np.geomspace(1e-5, 10, 13)
-    together = fit_linear(rows, penalties)
-    alone = [fit_linear(rows, np.array([l2])) for l2 in penalties]
-    np.testing.assert_allclose(together.weights, np.concatenate([one.weights for one in alone]), atol=1e-6)
-    norms = np.linalg.norm(together.weights, axis=1)
-    assert (np.diff(norms) < 0).all()  # a stronger pull, shorter weights
+    together = fit_linear(problems, penalties)
+    for i, rows in enumerate(problems):
+        for j, l2 in enumerate(penalties):
+            alone = fit_linear([rows], np.array([l2]))
+            np.testing.assert_allclose(together.weights[i, j], alone.weights[0, 0], atol=1e-5)
+            assert together.objective[i, j] == pytest.approx(alone.objective[0, 0], abs=1e-9)
+    norms = np.linalg.norm(together.weights, axis=2)
+    assert (np.diff(norms, axis=1) < 0).all()  # a stronger pull, shorter weights
+
+
+def test_order_of_penalties_does_not_matter():
+    rows, penalties = decision_rows(*problem()), np.array([0.1, 10.0, 0.001])
+    back = fit_linear([rows], penalties[::-1])
+    np.testing.assert_allclose(fit_linear([rows], penalties).weights, back.weights[:, ::-1], atol=1e-7)
+
+
+def test_a_head_is_pulled_towards_its_start():
+    embeddings, labels, pairs = problem(6, 32)
+    start = np.random.default_rng(1).normal(size=32)
+    solved = fit_linear([decision_rows(embeddings, labels, pairs)], np.array([1e-2, 1e6]), start=start)
+    np.testing.assert_allclose(solved.weights[0, 1], start, atol=1e-4)
+    x, y, w0 = torch.from_numpy(embeddings), torch.from_numpy(labels).double(), torch.from_numpy(start)
+    w = torch.from_numpy(solved.weights[0, 0]).requires_grad_()
+    logits = x @ w + solved.bias[0, 0]
+    loss = decision_loss(logits, y, 0.5) + pair_loss(logits[pairs[:, 0]], logits[pairs[:, 1]], 1.0) + 0.005 * (w - w0).square().sum()
+    loss.backward()
+    assert w.grad.abs().max() < 1e-7
+    assert float(loss.detach()) == pytest.approx(solved.objective[0, 0])
 
 
 def test_separable_images_do_not_break_it():
     embeddings, labels, pairs = problem(10, 64)
-    solved = fit_linear(decision_rows(50 * embeddings, labels, pairs), np.array([1e-8]))
+    solved = fit_linear([decision_rows(50 * embeddings, labels, pairs)], np.array([1e-8]))
     assert np.isfinite(solved.weights).all()
     assert solved.gradient.max() < 1e-8
 
@@ -67,7 +91,46 @@ def test_separable_images_do_not_break_it():
 def test_wrong_input_is_named():
     rows = decision_rows(*problem())
     with pytest.raises(ValueError, match="l2 must be penalties above 0"):
-        fit_linear(rows, np.array([0.1, 0.0]))
+        fit_linear([rows], np.array([0.1, 0.0]))
     broken = decision_rows(*(problem()[0] * np.nan, *problem()[1:]))
     with pytest.raises(ValueError, match="not finite"):
-        fit_linear(broken, np.array([0.1]))
+        fit_linear([broken], np.array([0.1]))
+
+
+class Words:
+    """An encoder of two-dimensional meaning: the first letters of a text are its side, the rest is its topic, which is loud."""
+
+    dim = 24
+
+    def encode_texts(self, texts):
+        vectors = []
+        for text in texts:
+            topic = np.random.default_rng(sum(map(ord, text.split()[-1]))).normal(size=self.dim)
+            vectors.append(topic * np.array([0.0, *[1.0] * (self.dim - 1)]) + (0.5 if "bad" in text else -0.5) * np.eye(self.dim)[0])
+        vectors = np.stack(vectors)
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_a_head_that_starts_from_the_policys_texts():
+    """It tells the sides of new texts apart by what the sides differ in, though topics differ more."""
+    from types import SimpleNamespace
+
+    from guardkit.heads import LinearHead
+    from guardkit.schema import InputError
+
+    names = [f"topic{i}" for i in range(12)]
+    categories = [
+        SimpleNamespace(unsafe_texts=[f"bad {name}" for name in half], safe_texts=[f"good {name}" for name in half])
+        for half in (names[:6], names[6:])
+    ]
+    policy = SimpleNamespace(safe_texts=["good cup"], categories=categories)
+    head = LinearHead.from_texts(Words(), policy, scale=20.0)
+    with torch.inference_mode():
+        new = {side: head(torch.from_numpy(Words().encode_texts([f"{side} new{i}" for i in range(30)])))[:, 0] for side in ("bad", "good")}
+        unsafe = head(torch.from_numpy(Words().encode_texts([text for one in categories for text in one.unsafe_texts])))[:, 0]
+        safe = [*policy.safe_texts, *(text for one in categories for text in one.safe_texts)]
+        gap = unsafe.mean() - head(torch.from_numpy(Words().encode_texts(safe)))[:, 0].mean()
+    assert (new["bad"] > new["good"]).all()
+    assert float(gap) == pytest.approx(20.0, rel=1e-4)
+    with pytest.raises(InputError, match="head=linear_texts needs shrinkage > 0, got 0"):
+        LinearHead.from_texts(Words(), policy, shrinkage=0)

@@ -27,7 +27,6 @@ from guardkit.policy import Policy
 from guardkit.schema import ImageError, InputError, Record
 
 
-
 @dataclass
 class EditCounts:
     """requested = accepted + sum of rejected; cache_hits of them were not made anew. It took `tries` edits."""

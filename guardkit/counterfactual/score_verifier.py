@@ -101,7 +101,7 @@ class ScoreVerifier:
         min_drop: float = 0.2,
         min_preservation: float = 0.8,
         min_cosine: float = -1.0,
-        min_arrival: float = 0.5,
+        min_arrival: float = 0.95,
     ) -> ScoreVerifier:
         """Scores by the policy's texts: zero-shot classification with the training's own encoder.
 
@@ -145,7 +145,12 @@ class ScoreVerifier:
                 came[known] = ((after[known] * target).sum(axis=1) - start) / seen
             return came
 
-        limits: dict[str, Any] = {"max_score": max_score, "min_drop": min_drop, "min_preservation": min_preservation, "min_cosine": min_cosine}
+        limits: dict[str, Any] = {
+            "max_score": max_score,
+            "min_drop": min_drop,
+            "min_preservation": min_preservation,
+            "min_cosine": min_cosine,
+        }
         return cls("encoder", policy, store.embed, probabilities, made_by, **limits, arrival=arrival, min_arrival=min_arrival)
 
     @classmethod
@@ -183,7 +188,12 @@ class ScoreVerifier:
         def made_by() -> dict[str, Any]:
             return {"guard": guard.fingerprint}
 
-        limits: dict[str, Any] = {"max_score": max_score, "min_drop": min_drop, "min_preservation": min_preservation, "min_cosine": min_cosine}
+        limits: dict[str, Any] = {
+            "max_score": max_score,
+            "min_drop": min_drop,
+            "min_preservation": min_preservation,
+            "min_cosine": min_cosine,
+        }
         return cls("guard", policy, embed, guard.probabilities, made_by, **limits)
 
     @property

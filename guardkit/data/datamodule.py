@@ -17,7 +17,6 @@ from typing import Literal
 
 import lightning as L
 import numpy as np
-import torch
 
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.data.arms import NEGATIVES, TRANSFORMS, Batch, Orders, assemble, category_numbers, choose, every_turn

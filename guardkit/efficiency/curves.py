@@ -1,0 +1,252 @@
+"""Learning curves with their doubt: how a metric rises with the label budget, and how many labels a score takes.
+
+Intervals are over seeds and test images at once (`guardkit.stats`): groups of test images and seeds are redrawn, and the
+same redraws serve every arm and size, so arms are compared draw by draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from guardkit import stats
+from guardkit.data.datamodule import TestSet
+
+PAIR_METRICS = ("pair_accuracy", "ranking_accuracy")
+IMAGE_METRICS = ("auroc", "balanced_accuracy", "f1")
+METRICS = PAIR_METRICS + IMAGE_METRICS
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one guard says of the test set.
+
+    Attributes:
+        logits: (n,) of the test images; twins: (p,) of the test counterfactuals.
+        threshold: in logits; flagged when at least that.
+    """
+
+    logits: np.ndarray
+    twins: np.ndarray
+    threshold: float
+
+
+class Yardstick:
+    """A metric on the test set, or a part of it, and on redraws of it.
+
+    Args:
+        metric: one of `METRICS`.
+        test: images and pairs.
+        draws: redraws of the test images by their groups; a pair goes with its unsafe image.
+        images: (n,) bool, the images that count; None: all. Pairs count with their unsafe image.
+    """
+
+    def __init__(self, metric: str, test: TestSet, draws: stats.GroupDraws, images: np.ndarray | None = None) -> None:
+        self.metric, self._draws = metric, draws
+        labels = np.array([record.label for record in test.records])
+        images = np.ones(len(labels), bool) if images is None else images
+        self._pairs = np.flatnonzero(images[test.pair_rows])
+        self._pair_rows = test.pair_rows[self._pairs]
+        self._unsafe, self._safe = np.flatnonzero(images & (labels == 1)), np.flatnonzero(images & (labels == 0))
+
+    @property
+    def n(self) -> int:
+        """Pairs, or images, that count."""
+        return len(self._pairs) if self.metric in PAIR_METRICS else len(self._unsafe) + len(self._safe)
+
+    def reason_against(self) -> str | None:
+        """Why the metric is undefined on this test set, or None."""
+        if self.metric in PAIR_METRICS:
+            return None if len(self._pairs) else "there is no test pair"
+        if not len(self._unsafe) or not len(self._safe):
+            return f"the test set has {len(self._unsafe)} unsafe and {len(self._safe)} safe images"
+        return None
+
+    def measure(self, scores: Sequence[Scores]) -> tuple[np.ndarray, np.ndarray]:
+        """(c,) values of c guards, and (c, b) on each of b redraws; NaN where undefined."""
+        values = np.full(len(scores), np.nan)
+        drawn = np.full((len(scores), len(self._draws)), np.nan)
+        if not scores or self.reason_against():
+            return values, drawn
+        whole = np.ones((1, len(scores[0].logits)))
+        values[:] = self._on(scores, whole)[:, 0]
+        for part, counts in self._draws.chunks():
+            drawn[:, part] = self._on(scores, counts)
+        return values, drawn
+
+    def _on(self, scores: Sequence[Scores], counts: np.ndarray) -> np.ndarray:
+        """(c, b) values where image i counts counts[b, i] times."""
+        unsafe, safe = counts[:, self._unsafe], counts[:, self._safe]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            if self.metric in PAIR_METRICS:
+                return _share(np.array([self._right(one) for one in scores]), counts[:, self._pair_rows])
+            if self.metric == "auroc":
+                return np.array([_auroc(one.logits[self._unsafe], one.logits[self._safe], unsafe, safe) for one in scores])
+            flagged = np.array([one.logits >= one.threshold for one in scores])
+            recall, fpr = _share(flagged[:, self._unsafe], unsafe), _share(flagged[:, self._safe], safe)
+            if self.metric == "balanced_accuracy":
+                return (recall + 1 - fpr) / 2
+            hits, wrong = recall * unsafe.sum(axis=1), fpr * safe.sum(axis=1)
+            return 2 * hits / (hits + wrong + unsafe.sum(axis=1))
+
+    def _right(self, one: Scores) -> np.ndarray:
+        unsafe, twins = one.logits[self._pair_rows], one.twins[self._pairs]
+        if self.metric == "ranking_accuracy":
+            return unsafe > twins
+        return (unsafe >= one.threshold) & (twins < one.threshold)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One arm's learning curve.
+
+    Attributes:
+        sizes: (k,) label budgets at which it is known.
+        values: (k,) means over seeds.
+        draws: (k, b) of them.
+        n_seeds: (k,) seeds behind each.
+    """
+
+    sizes: tuple[int, ...]
+    values: np.ndarray
+    draws: np.ndarray
+    n_seeds: tuple[int, ...]
+
+    def interval(self, size: int) -> stats.Interval:
+        """At a label budget; the ends lie within the metric's range."""
+        i = self.sizes.index(size)
+        found = stats.percentile_interval(self.draws[i], float(self.values[i]))
+        return stats.Interval(found.estimate, float(np.clip(found.low, 0, 1)), float(np.clip(found.high, 0, 1)))
+
+
+def curves(measured: Mapping[tuple[str, int, int], tuple[float, np.ndarray]]) -> dict[str, Curve]:
+    """Learning curves from (arm, size, seed) -> (value, (b,) on redraws).
+
+    What is NaN is left out; a size with fewer seeds than the others has redraws of its own.
+    """
+    by_point: dict[str, dict[int, list[tuple[float, np.ndarray]]]] = {}
+    for (arm, size, _), found in sorted(measured.items(), key=lambda item: item[0][1:]):
+        if not np.isnan(found[0]):
+            by_point.setdefault(arm, {}).setdefault(size, []).append(found)
+    result = {}
+    for arm, points in by_point.items():
+        values = np.array([np.mean([value for value, _ in found]) for found in points.values()])
+        draws = np.array([stats.over_seeds(np.array([drawn for _, drawn in found])) for found in points.values()])
+        result[arm] = Curve(tuple(points), values, draws, tuple(len(found) for found in points.values()))
+    return result
+
+
+def samples_to_target(
+    known: Mapping[str, Curve], baseline: str, target_sizes: Sequence[int], scores: Sequence[float]
+) -> list[dict[str, Any]]:
+    """How many labelled unsafe images each arm needs for the same score, and the ratio to the baseline.
+
+    Curves are made monotone (isotonic regression) and read between sizes over the logarithm of the size. A target is the
+    score of the baseline's curve at a size, in every redraw its own; or a fixed score. Nothing is extrapolated: an arm
+    that never gets there has no n, and in redraws it counts with the ratio 0; one that is there from the start has the
+    smallest size as an upper bound of its n.
+
+    Returns:
+        One row per target and arm, as the contract has it, with `target_size`, `bound` and `reason` besides.
+    """
+    rows: list[dict[str, Any]] = []
+    if baseline not in known:
+        return rows
+    base = known[baseline]
+    fitted = {arm: (stats.isotonic(one.values), stats.isotonic(one.draws.T)) for arm, one in known.items()}
+    goals: list[tuple[int | None, float, np.ndarray | float]] = []
+    for size in target_sizes:
+        if size in base.sizes:
+            i = base.sizes.index(size)
+            goals.append((size, float(fitted[baseline][0][i]), fitted[baseline][1][:, i]))
+    goals += [(None, float(score), float(score)) for score in scores]
+    for target_size, score, drawn_score in goals:
+        base_n = float(stats.reached_at(base.sizes, fitted[baseline][0], score))
+        base_drawn = stats.reached_at(base.sizes, fitted[baseline][1], drawn_score)
+        for arm, one in known.items():
+            n = float(stats.reached_at(one.sizes, fitted[arm][0], score))
+            drawn = stats.reached_at(one.sizes, fitted[arm][1], drawn_score)
+            with np.errstate(invalid="ignore"):
+                ratio = stats.percentile_interval(base_drawn / drawn, base_n / n if np.isfinite(n) else float("nan"))
+            reasons = []
+            if not np.isfinite(n):
+                reasons.append(f"the curve of {arm} does not reach it with {one.sizes[-1]} labels (it ends at {fitted[arm][0][-1]:.3f})")
+            if not np.isfinite(base_n):
+                reasons.append(f"the curve of {baseline} does not reach it with {base.sizes[-1]} labels")
+            if np.isinf(ratio.high):
+                reasons.append(f"in more than 2.5 % of the redraws {baseline} never reaches it, so the ratio has no upper end")
+            at_once = np.isfinite(n) and fitted[arm][0][0] >= score
+            rows.append(
+                {
+                    "target": score,
+                    "target_size": target_size,
+                    "arm": arm,
+                    "n": _finite(n),
+                    "baseline_n": _finite(base_n),
+                    "ratio": _finite(ratio.estimate),
+                    "ratio_ci": [_finite(ratio.low), _finite(ratio.high)],
+                    "bound": f"reached with the smallest budget: n is at most {one.sizes[0]}, the ratio at least this" if at_once else None,
+                    "reason": "; ".join(reasons) or None,
+                }
+            )
+    return rows
+
+
+def compare(known: Mapping[str, Curve], baseline: str) -> dict[str, list[dict[str, Any]]]:
+    """Paired tests between arms, corrected for their number (Holm), from the common redraws of seeds and test images.
+
+    Returns:
+        "by_size": every arm against the baseline at every size; "overall": every two arms on the mean of their curves over
+        the sizes that both have. Each row: arms, difference, its interval, p and p_holm.
+    """
+    by_size, overall = [], []
+    for arm, one in known.items():
+        if arm == baseline or baseline not in known:
+            continue
+        for size in one.sizes:
+            if size in known[baseline].sizes:
+                by_size.append({"arm": arm, "against": baseline, "size": size, **_difference(one, known[baseline], [size])})
+    for first, second in combinations(known, 2):
+        shared = [size for size in known[first].sizes if size in known[second].sizes]
+        if shared:
+            overall.append({"arm": first, "against": second, "sizes": shared, **_difference(known[first], known[second], shared)})
+    for rows in (by_size, overall):
+        for row, corrected in zip(rows, stats.holm([row["p"] for row in rows]), strict=True):
+            row["p_holm"] = float(corrected)
+    return {"by_size": by_size, "overall": overall}
+
+
+def difference(first: Curve, second: Curve, size: int) -> stats.Interval:
+    """First minus second at a label budget."""
+    found = _difference(first, second, [size])
+    return stats.Interval(found["difference"], *found["ci"])
+
+
+def _difference(first: Curve, second: Curve, sizes: Sequence[int]) -> dict[str, Any]:
+    mine, theirs = ([one.sizes.index(size) for size in sizes] for one in (first, second))
+    estimate = float(first.values[mine].mean() - second.values[theirs].mean())
+    draws = first.draws[mine].mean(axis=0) - second.draws[theirs].mean(axis=0)
+    found = stats.percentile_interval(draws, estimate)
+    return {"difference": estimate, "ci": [found.low, found.high], "p": stats.bootstrap_p_value(estimate, draws)}
+
+
+def _share(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(c, n) of 0 and 1, (b, n) -> (c, b) weighted shares."""
+    return values.astype(float) @ counts.T / counts.sum(axis=1)
+
+
+def _auroc(unsafe: np.ndarray, safe: np.ndarray, unsafe_counts: np.ndarray, safe_counts: np.ndarray) -> np.ndarray:
+    """(b,) chances that an unsafe image scores above a safe one, ties counting half, with weights."""
+    order = np.argsort(safe, kind="stable")
+    below = np.concatenate([np.zeros((len(safe_counts), 1)), np.cumsum(safe_counts[:, order], axis=1)], axis=1)
+    first, last = (np.searchsorted(safe[order], unsafe, side=side) for side in ("left", "right"))
+    wins = (unsafe_counts * (below[:, first] + below[:, last])).sum(axis=1) / 2
+    return wins / (unsafe_counts.sum(axis=1) * safe_counts.sum(axis=1))
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

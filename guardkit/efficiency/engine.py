@@ -1,0 +1,191 @@
+"""From cells to fitted cells: the batched engine. Linear heads are solved to their optimum, others trained side by side.
+
+Every head is fitted with each strength of regularisation (the `l2` of `guardkit.module`), and the strength with the
+smallest loss on the cell's validation images is kept. Those count in the label budget; test images are scored once,
+by the head that was kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from guardkit.data.arms import Batch
+from guardkit.data.datamodule import TestSet
+from guardkit.efficiency.cells import Cell, CellData
+from guardkit.efficiency.solver import Rows, decision_rows, fit_linear
+from guardkit.efficiency.stacked import Schedule, StackedHeads
+from guardkit.heads import Head, LinearHead
+from guardkit.losses import decision_loss, pair_loss
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What heads are fitted to; see `guardkit.module.GuardModule`.
+
+    Attributes:
+        strengths: of the regularisation, l2 above 0, to choose from.
+        prevalence: share of unsafe images to train for, in (0, 1).
+        pair_weight: of the pair loss beside cross-entropy.
+        pair_margin: between twins, in logits.
+    """
+
+    strengths: tuple[float, ...]
+    prevalence: float
+    pair_weight: float
+    pair_margin: float
+
+
+@dataclass(frozen=True)
+class FittedCell:
+    """A cell whose regularisation is chosen.
+
+    Attributes:
+        chosen: position of the strength that was kept.
+        validation_losses: (h,) of each strength.
+        objectives: (h,) reached in training, by strength.
+        gradients: (h,) largest absolute gradient entry there; NaN where it is not known.
+        logits: (n,) decision logits of the test images.
+        twin_logits: (p,) of the test counterfactuals.
+        validation_logits, validation_labels: (v,) of the validation images.
+        seconds: it took, in a share of what was fitted together.
+    """
+
+    chosen: int
+    validation_losses: np.ndarray
+    objectives: np.ndarray
+    gradients: np.ndarray
+    logits: np.ndarray
+    twin_logits: np.ndarray
+    validation_logits: np.ndarray
+    validation_labels: np.ndarray
+    seconds: float
+
+
+class Engine(Protocol):
+    """Fits cells of one head, in the order given."""
+
+    name: str
+
+    def fit(self, cells: Sequence[tuple[Cell, CellData]], test: TestSet) -> list[FittedCell]:
+        """One fitted cell each."""
+        ...
+
+
+class BatchedEngine:
+    """Fits cells side by side, on a CPU or a GPU, in bounded memory.
+
+    Args:
+        objective: of every head.
+        make_head: a new head by its name and a cell's seed.
+        schedule: how heads that are not linear are trained.
+        device: where to compute.
+        tolerance: largest absolute gradient entry at which a linear head counts as solved.
+    """
+
+    name = "batched"
+
+    def __init__(
+        self,
+        objective: Objective,
+        make_head: Callable[[str, int], Head],
+        schedule: Schedule,
+        *,
+        device: str = "cpu",
+        tolerance: float = 1e-6,
+    ) -> None:
+        self._objective, self._make_head, self._schedule = objective, make_head, schedule
+        self._device, self._tolerance = device, tolerance
+
+    def fit(self, cells: Sequence[tuple[Cell, CellData]], test: TestSet) -> list[FittedCell]:
+        """One fitted cell each."""
+        started = time.perf_counter()
+        heads = [self._make_head(cell.head, cell.seed) for cell, _ in cells]
+        linear = [head for head in heads if isinstance(head, LinearHead)]
+        data = [one for _, one in cells]
+        fitted = self._fit_linear(linear, data, test) if len(linear) == len(heads) else self._fit_stacked(heads, data, test)
+        seconds = (time.perf_counter() - started) / max(1, len(cells))
+        return [replace(one, seconds=seconds) for one in fitted]
+
+    def _fit_linear(self, heads: Sequence[LinearHead], data: Sequence[CellData], test: TestSet) -> list[FittedCell]:
+        scale = heads[0].scale
+        start = heads[0].linear.weight[0].detach().double().numpy()
+        problems = [self.rows(one.train, scale) for one in data]
+        solved = fit_linear(problems, np.array(self._objective.strengths), start=start, device=self._device, tolerance=self._tolerance)
+        fitted = []
+        for i, one in enumerate(data):
+            weights, bias = scale * solved.weights[i], solved.bias[i]
+            logits = one.validation["embeddings"].double() @ torch.from_numpy(weights.T) + torch.from_numpy(bias)
+            losses = np.array([self.loss(logits[:, j], one.validation) for j in range(len(bias))])
+            best = chosen(losses, self._objective.strengths)
+            fitted.append(
+                FittedCell(
+                    chosen=best,
+                    validation_losses=losses,
+                    objectives=solved.objective[i],
+                    gradients=solved.gradient[i],
+                    logits=test.embeddings @ weights[best] + bias[best],
+                    twin_logits=test.twins @ weights[best] + bias[best],
+                    validation_logits=logits[:, best].numpy(),
+                    validation_labels=one.validation["labels"].numpy(),
+                    seconds=0.0,
+                )
+            )
+        return fitted
+
+    def _fit_stacked(self, heads: Sequence[Head], data: Sequence[CellData], test: TestSet) -> list[FittedCell]:
+        goal = self._objective
+        stacked = StackedHeads(
+            self._schedule, prevalence=goal.prevalence, pair_weight=goal.pair_weight, pair_margin=goal.pair_margin, device=self._device
+        )
+        fitted = []
+        for head_group, data_group in stacked.chunks(heads, data, len(goal.strengths)):
+            result = stacked.train(head_group, data_group, goal.strengths)
+            best = [chosen(losses, goal.strengths) for losses in result.validation_losses]
+            logits = result.logits(best, test.embeddings)
+            twins = result.logits(best, test.twins)
+            for i, one in enumerate(data_group):
+                fitted.append(
+                    FittedCell(
+                        chosen=best[i],
+                        validation_losses=result.validation_losses[i],
+                        objectives=result.objectives[i],
+                        gradients=np.full(len(goal.strengths), np.nan),
+                        logits=logits[i],
+                        twin_logits=twins[i],
+                        validation_logits=result.validation_logits[i][best[i]],
+                        validation_labels=one.validation["labels"].numpy(),
+                        seconds=0.0,
+                    )
+                )
+        return fitted
+
+    def rows(self, batch: Batch, scale: float) -> Rows:
+        """What a linear head is fitted to on a batch; `scale` is what the head multiplies embeddings by."""
+        return decision_rows(
+            batch["embeddings"].double().numpy() * scale,
+            batch["labels"].numpy(),
+            torch.stack([batch["unsafe_rows"], batch["twin_rows"]], dim=1).numpy(),
+            prevalence=self._objective.prevalence,
+            pair_weight=self._objective.pair_weight,
+            pair_margin=self._objective.pair_margin,
+        )
+
+    def loss(self, logits: torch.Tensor, batch: Batch) -> float:
+        """The loss that chooses the strength: that of `GuardModule` on the decision."""
+        total = decision_loss(logits, batch["labels"].to(logits), self._objective.prevalence)
+        if self._objective.pair_weight:
+            pairs = pair_loss(logits[batch["unsafe_rows"]], logits[batch["twin_rows"]], self._objective.pair_margin)
+            total = total + self._objective.pair_weight * pairs
+        return float(total)
+
+
+def chosen(losses: np.ndarray, strengths: Sequence[float]) -> int:
+    """Position of the smallest validation loss; among equals that of the strongest regularisation."""
+    order = np.argsort(-np.asarray(strengths), kind="stable")
+    return int(order[np.asarray(losses)[order].argmin()])

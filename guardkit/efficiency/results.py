@@ -1,0 +1,205 @@
+"""Fitted cells on disk: each is kept as soon as it is there, and a folder never mixes two experiments.
+
+`cells.sqlite` holds the test scores of every finished cell, `settings.json` what they were made with. A rerun with more
+sizes, seeds, arms or heads goes on from there; anything else that would change a stored cell is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from guardkit.artifacts import KeyValueStore, write_json, written
+from guardkit.efficiency.cells import Cell, CellData, CellError, Stock
+from guardkit.efficiency.engine import Engine, FittedCell
+from guardkit.progress import progress
+from guardkit.schema import InputError
+
+SETTINGS, CELLS, TABLE = "settings.json", "cells.sqlite", "cells.parquet"
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class FinishedCell:
+    """A cell as it is stored.
+
+    Attributes:
+        cell: which.
+        fitted: what the engine gave.
+        n_train, n_validation: images, counterfactuals included.
+        n_safe, n_requested, n_accepted: see `guardkit.efficiency.cells.CellData`.
+    """
+
+    cell: Cell
+    fitted: FittedCell
+    n_train: int
+    n_validation: int
+    n_safe: int
+    n_requested: int
+    n_accepted: int
+
+
+class CellStore:
+    """Finished cells of one output folder. Use `opened`.
+
+    Args:
+        folder: of the sweep.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._store = KeyValueStore(folder / CELLS, {"format": 1})
+
+    def get(self, cells: Sequence[Cell]) -> dict[Cell, FinishedCell]:
+        """Those of the wanted cells that are finished."""
+        found = self._store.get([cell.key for cell in cells])
+        return {cell: _read(cell, found[cell.key]) for cell in cells if cell.key in found}
+
+    def put(self, finished: Sequence[FinishedCell]) -> None:
+        """Keeps cells, all or none of them."""
+        self._store.put({one.cell.key: _written(one) for one in finished})
+
+
+@contextmanager
+def opened(folder: Path, settings: Mapping[str, Any]) -> Iterator[CellStore]:
+    """The cells of a folder, for one process at a time.
+
+    Args:
+        folder: is made.
+        settings: "shared" with all that a cell depends on besides its name, "arms" and "heads" with what their names mean.
+    Raises:
+        InputError: the folder holds cells made with other settings, or another process is at work in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / _LOCK, timeout=0):
+            _check(folder, json.loads(json.dumps(settings)))
+            yield CellStore(folder)
+    except Timeout as error:
+        raise InputError(f"another sweep is at work in {folder}; wait for it or choose another output_dir") from error
+
+
+def _check(folder: Path, settings: dict[str, Any]) -> None:
+    path = folder / SETTINGS
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} cannot be read ({error}); delete the folder or choose another output_dir") from error
+        changed = list(_changes(before["shared"], settings["shared"]))
+        for group in ("arms", "heads"):
+            for name in set(before[group]) & set(settings[group]):
+                changed += _changes(before[group][name], settings[group][name], f"{group}.{name}.")
+            settings[group] = before[group] | settings[group]
+        if changed:
+            shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
+            raise InputError(
+                f"output_dir {folder} holds a sweep with other settings: {shown}. Choose another output_dir, or delete this one"
+            )
+    write_json(path, settings)
+
+
+def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(set(before) | set(now)):
+            yield from _changes(before.get(key), now.get(key), f"{name}{key}.")
+    elif before != now:
+        yield f"{name.rstrip('.')} was {before}, now {now}"
+
+
+def run_cells(
+    cells: Sequence[Cell], stock: Stock, engine: Engine, store: CellStore
+) -> tuple[dict[Cell, FinishedCell], dict[Cell, str], int]:
+    """Fits the cells that are not finished yet, those of one arm, head and size together.
+
+    Returns:
+        Finished cells, reasons by cell that could not be fitted, and how many were found finished.
+    """
+    finished = store.get(cells)
+    n_found = len(finished)
+    failed: dict[Cell, str] = {}
+    blocks: dict[tuple[str, str, int], list[Cell]] = {}
+    for cell in cells:
+        if cell not in finished:
+            blocks.setdefault((cell.arm, cell.head, cell.n_unsafe), []).append(cell)
+    for block in progress(list(blocks.values()), total=len(blocks), what="fitting heads"):
+        ready: list[tuple[Cell, CellData]] = []
+        for cell in block:
+            try:
+                ready.append((cell, stock.data_of(cell)))
+            except CellError as error:
+                failed[cell] = str(error)
+        new = [_finish(cell, data, one) for (cell, data), one in zip(ready, engine.fit(ready, stock.test), strict=True)] if ready else []
+        store.put(new)
+        finished |= {one.cell: one for one in new}
+    return finished, failed, n_found
+
+
+def _finish(cell: Cell, data: CellData, fitted: FittedCell) -> FinishedCell:
+    n_train, n_validation = len(data.train["labels"]), len(data.validation["labels"])
+    return FinishedCell(cell, fitted, n_train, n_validation, data.n_safe, data.n_requested, data.n_accepted)
+
+
+_ARRAYS = ("validation_losses", "objectives", "gradients", "logits", "twin_logits", "validation_logits", "validation_labels")
+_COUNTS = ("n_train", "n_validation", "n_safe", "n_requested", "n_accepted")
+
+
+def _written(one: FinishedCell) -> bytes:
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = {name: np.asarray(getattr(one.fitted, name)) for name in _ARRAYS}
+    counts = np.array([one.fitted.chosen, *(getattr(one, name) for name in _COUNTS)], np.int64)
+    np.savez(buffer, counts=counts, seconds=np.array(one.fitted.seconds), **arrays)
+    return buffer.getvalue()
+
+
+def _read(cell: Cell, value: bytes) -> FinishedCell:
+    with np.load(io.BytesIO(value), allow_pickle=False) as stored:
+        chosen, *counts = (int(number) for number in stored["counts"])
+        arrays = {name: stored[name] for name in _ARRAYS}
+        return FinishedCell(cell, FittedCell(chosen=chosen, seconds=float(stored["seconds"]), **arrays), *counts)
+
+
+def write_table(
+    path: Path,
+    cells: Sequence[Cell],
+    finished: Mapping[Cell, FinishedCell],
+    failed: Mapping[Cell, str],
+    strengths: Sequence[float],
+    figures: Mapping[Cell, Mapping[str, float | None]],
+) -> None:
+    """cells.parquet: one row per cell and strength of regularisation; figures of the test set stand beside the one that was kept."""
+    names = sorted({name for one in figures.values() for name in one})
+    rows: list[dict[str, Any]] = []
+    for cell in cells:
+        base = {"arm": cell.arm, "head": cell.head, "n_unsafe": cell.n_unsafe, "seed": cell.seed}
+        if cell not in finished:
+            rows.append(base | {"reason": failed.get(cell, "not fitted")})
+            continue
+        one = finished[cell]
+        counts = {name: getattr(one, name) for name in _COUNTS} | {"seconds": one.fitted.seconds}
+        for i, l2 in enumerate(strengths):
+            kept = i == one.fitted.chosen
+            measured = {
+                "l2": float(l2),
+                "validation_loss": float(one.fitted.validation_losses[i]),
+                "objective": float(one.fitted.objectives[i]),
+                "gradient": None if np.isnan(one.fitted.gradients[i]) else float(one.fitted.gradients[i]),
+                "is_chosen": kept,
+            }
+            rows.append(base | counts | measured | (dict(figures[cell]) if kept else {}))
+    types = {"arm": pa.string(), "head": pa.string(), "n_unsafe": pa.int64(), "seed": pa.int64()}
+    types |= dict.fromkeys(_COUNTS, pa.int64()) | {"seconds": pa.float64()}
+    types |= dict.fromkeys(("l2", "validation_loss", "objective", "gradient"), pa.float64()) | {"is_chosen": pa.bool_()}
+    types |= dict.fromkeys(names, pa.float64()) | {"reason": pa.string()}
+    table = pa.table({name: pa.array([row.get(name) for row in rows], kind) for name, kind in types.items()})
+    with written(path) as temporary:
+        pq.write_table(table, temporary)

@@ -1,0 +1,194 @@
+"""Trains many heads of one architecture at once, each on its own images and with its own strength of regularisation.
+
+Parameters of all heads are stacked into one tensor each and run through `torch.func.vmap`. Optimizers that treat every
+number by itself (SGD, Adam, AdamW) move the heads as if each were alone. An epoch is one step on all images of a cell,
+so it is the same as `guardkit.module` with a batch size that holds them all: same losses, same validations, same rule
+which epoch is kept and when to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn import functional
+
+from guardkit.data.arms import Batch
+from guardkit.efficiency.cells import CellData
+from guardkit.heads import Head
+
+_CHUNK_BYTES = 512 << 20
+# activations and their gradients, in numbers a row and input dimension: generous for the heads that there are
+_ACTIVATIONS = 16
+# parameters, gradients, two moments, the best so far, the start
+_COPIES = 6
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to train and what to keep; the names are those of `guardkit.train`'s settings.
+
+    Attributes:
+        optimizer: makes an optimizer from parameters.
+        max_epochs: steps on all images of a cell.
+        check_every: epochs from one validation to the next.
+        patience: validations without a better loss before a head stops.
+    """
+
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
+    max_epochs: int
+    check_every: int
+    patience: int
+
+
+class _Problems:
+    """Batches of several models, padded to one shape; padding has no weight."""
+
+    def __init__(self, batches: Sequence[Batch], prevalence: float, pair_weight: float, pair_margin: float, device: str) -> None:
+        n = max(len(one["labels"]) for one in batches)
+        p = max(1, max(len(one["unsafe_rows"]) for one in batches))
+        d = batches[0]["embeddings"].shape[1]
+        self.embeddings = torch.zeros(len(batches), n, d, device=device)
+        self.labels, self.shares = torch.zeros(len(batches), n, device=device), torch.zeros(len(batches), n, device=device)
+        self.pairs = torch.zeros(len(batches), p, 2, dtype=torch.long, device=device)
+        self.pair_shares = torch.zeros(len(batches), p, device=device)
+        self.margin = pair_margin
+        for i, one in enumerate(batches):
+            labels, pairs = one["labels"], torch.stack([one["unsafe_rows"], one["twin_rows"]], dim=1)
+            unsafe = labels == 1
+            self.embeddings[i, : len(labels)], self.labels[i, : len(labels)] = one["embeddings"], labels
+            each = prevalence / unsafe.sum().clamp(min=1), (1 - prevalence) / (~unsafe).sum().clamp(min=1)
+            self.shares[i, : len(labels)] = torch.where(unsafe, *each)
+            self.pairs[i, : len(pairs)] = pairs
+            self.pair_shares[i, : len(pairs)] = pair_weight / max(1, len(pairs))
+
+    def losses(self, logits: Tensor) -> Tensor:
+        """(m, n) decision logits -> (m,) losses."""
+        cross = functional.binary_cross_entropy_with_logits(logits, self.labels, reduction="none")
+        unsafe, twin = logits.gather(1, self.pairs[..., 0]), logits.gather(1, self.pairs[..., 1])
+        return (self.shares * cross).sum(dim=1) + (self.pair_shares * functional.softplus(self.margin - (unsafe - twin))).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class StackedResult:
+    """Trained heads: c cells, h strengths each.
+
+    Attributes:
+        validation_losses: (c, h) the smallest seen, of the head that was kept.
+        objectives: (c, h) training loss with penalty of the head that was kept.
+        validation_logits: by cell and strength, (v,) decision logits.
+    """
+
+    validation_losses: np.ndarray
+    objectives: np.ndarray
+    validation_logits: list[list[np.ndarray]]
+    _forward: Callable[[dict[str, Tensor], Tensor], Tensor]
+    _state: dict[str, Tensor]
+    _n_strengths: int
+    _device: str
+
+    def logits(self, chosen: Sequence[int], embeddings: np.ndarray) -> np.ndarray:
+        """(c, n) decision logits of n images, by each cell's chosen strength."""
+        rows = [i * self._n_strengths + j for i, j in enumerate(chosen)]
+        images = torch.from_numpy(np.asarray(embeddings, np.float32)).to(self._device)
+        found = []
+        with torch.inference_mode():
+            for row in rows:
+                one = {name: value[row : row + 1] for name, value in self._state.items()}
+                found.append(self._forward(one, images[None])[0].cpu().numpy())
+        return np.stack(found)
+
+
+class StackedHeads:
+    """Trains heads side by side.
+
+    Args:
+        schedule: optimizer, epochs, validations.
+        prevalence, pair_weight, pair_margin: as `guardkit.module.GuardModule` has them.
+        device: where to compute.
+    """
+
+    def __init__(self, schedule: Schedule, *, prevalence: float, pair_weight: float, pair_margin: float, device: str) -> None:
+        self._schedule, self._device = schedule, device
+        self._loss: dict[str, Any] = {"prevalence": prevalence, "pair_weight": pair_weight, "pair_margin": pair_margin, "device": device}
+
+    @staticmethod
+    def chunks(heads: Sequence[Head], data: Sequence[CellData], n_strengths: int) -> Iterator[tuple[list[Head], list[CellData]]]:
+        """As many cells at once as memory allows, at least one."""
+        start = 0
+        while start < len(heads):
+            n_parameters = sum(value.numel() for value in heads[start].parameters())
+            stop, longest = start, 0
+            while stop < len(heads):
+                longest = max(longest, data[stop].train["embeddings"].numel())
+                if stop > start and 4 * (stop + 1 - start) * n_strengths * (_ACTIVATIONS * longest + _COPIES * n_parameters) > _CHUNK_BYTES:
+                    break
+                stop += 1
+            yield list(heads[start:stop]), list(data[start:stop])
+            start = stop
+
+    def train(self, heads: Sequence[Head], data: Sequence[CellData], strengths: Sequence[float]) -> StackedResult:
+        """Trains a head for every cell and strength."""
+        h = len(strengths)
+        base = heads[0].to(self._device)
+        parameters, buffers = stack_module_state([head for head in heads for _ in strengths])
+        state = {name: value.detach().to(self._device).requires_grad_() for name, value in parameters.items()}
+        shared = {name: value[0].to(self._device) for name, value in buffers.items()}
+        start = {name: value.detach().clone() for name, value in state.items() if value.ndim > 2}
+        l2 = torch.tensor(strengths, device=self._device).repeat(len(heads))
+
+        def one(values: dict[str, Tensor], embeddings: Tensor) -> Tensor:
+            return functional_call(base, {**values, **shared}, (embeddings,))[:, 0]
+
+        forward = vmap(one, randomness="different")
+        train = _Problems([cell.train for cell in data for _ in strengths], **self._loss)
+        validation = _Problems([cell.validation for cell in data for _ in strengths], **self._loss)
+
+        def objective() -> Tensor:
+            losses = train.losses(forward(state, train.embeddings))
+            for name, there in start.items():
+                losses = losses + 0.5 * l2 * (state[name] - there).flatten(1).square().sum(dim=1)
+            return losses
+
+        optimizer = self._schedule.optimizer(list(state.values()))
+        best = {name: value.detach().clone() for name, value in state.items()}
+        best_losses = torch.full((len(l2),), torch.inf, device=self._device)
+        waited = torch.zeros(len(l2), dtype=torch.long, device=self._device)
+        for epoch in range(1, self._schedule.max_epochs + 1):
+            base.train()
+            optimizer.zero_grad()
+            objective().sum().backward()
+            optimizer.step()
+            if epoch % self._schedule.check_every == 0:
+                base.eval()
+                with torch.no_grad():
+                    losses = validation.losses(forward(state, validation.embeddings))
+                    better = (losses < best_losses) & (waited < self._schedule.patience)
+                    waited = torch.where(better, 0, waited + 1)
+                    best_losses = torch.where(better, losses, best_losses)
+                    for name, value in state.items():
+                        best[name][better] = value[better]
+                if bool((waited >= self._schedule.patience).all()):
+                    break
+        base.eval()
+        with torch.no_grad():
+            for name, value in state.items():
+                value.copy_(best[name])
+            reached = objective()
+            logits = forward(best, validation.embeddings).cpu().numpy()
+            best_losses = validation.losses(torch.from_numpy(logits).to(self._device))
+        lengths = [len(cell.validation["labels"]) for cell in data]
+        return StackedResult(
+            best_losses.cpu().numpy().reshape(-1, h),
+            reached.cpu().numpy().reshape(-1, h),
+            [[logits[i * h + j, :length] for j in range(h)] for i, length in enumerate(lengths)],
+            forward,
+            best,
+            h,
+            self._device,
+        )

@@ -1,0 +1,22 @@
+"""Measures guards and published classifiers side by side: python -m guardkit.evaluate guard=DIR source=scenes"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from guardkit._hydra import main, output_dir
+
+
+@main("evaluate")
+def evaluate(cfg: DictConfig) -> None:
+    """Scores the source's test images, measures, and prints where the report is."""
+    # heavy libraries are imported here, so that --help answers at once
+    from guardkit.evaluating import run
+
+    report = run(cfg, output_dir())
+    print(report.table)
+    print(report.folder)
+
+
+if __name__ == "__main__":
+    evaluate()

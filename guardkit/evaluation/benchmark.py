@@ -1,0 +1,106 @@
+"""What guards are measured on: the test images of a source, and the pairs among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from guardkit.data.sources.base import Loaded, Source
+from guardkit.data.splits import split_test
+from guardkit.schema import SAFE, UNSAFE, InputError, Record, Rejected
+
+SPLITS = ("test", "all")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Labelled images, and unsafe ones among them that have a safe twin.
+
+    Attributes:
+        name: of the source.
+        records: natural images (or embeddings).
+        twins: counterfactuals, as records labelled safe, in the group of their original.
+        twin_of: for each twin, the row of its original in `records`.
+        rejected: what the source could not use, with reasons.
+        given: records + rejected; twins are not counted.
+        chosen: which of the source's images these are, in words.
+        encoder_fingerprint: of the encoder that made the records' embeddings, where they bring some and it is known.
+    """
+
+    name: str
+    records: list[Record]
+    twins: list[Record]
+    twin_of: list[int]
+    rejected: list[Rejected]
+    given: int
+    chosen: str
+    encoder_fingerprint: str | None = None
+
+    @property
+    def twins_are_the_safe_images(self) -> bool:
+        """Whether the source has no safe image but the counterfactuals, as pair datasets have."""
+        return bool(self.twins) and not any(record.label == SAFE for record in self.records)
+
+
+def read_benchmark(source: Source, *, split: str = "test", test_share: float = 0.3, split_seed: int = 0) -> Benchmark:
+    """Lists what a source holds to test on.
+
+    Args:
+        source: of images or embeddings.
+        split: "test": the source's own test images; where it has none, the share that training on this source with the
+            same two settings below holds out. "all": everything, training images included.
+        test_share: fraction in (0, 1).
+        split_seed: of that share.
+    Raises:
+        InputError: a setting out of range, or nothing to test on.
+    """
+    if split not in SPLITS:
+        raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if not isinstance(test_share, (int, float)) or not 0 < test_share < 1:
+        raise InputError(f"test_share must lie in (0, 1), got {test_share!r}")
+    loaded = source.load()
+    records, chosen = _choose(loaded, source.name, split, test_share, split_seed)
+    if not records:
+        raise InputError(f"source={source.name} holds no image to test on ({chosen}); choose another split= or source=")
+    kept = {record.id: row for row, record in enumerate(records)}
+    twins: list[Record] = []
+    twin_of: list[int] = []
+    for original, twin in _pairs(loaded, records):
+        if original.id in kept:
+            twins.append(twin)
+            twin_of.append(kept[original.id])
+    return Benchmark(
+        name=source.name,
+        records=records,
+        twins=twins,
+        twin_of=twin_of,
+        rejected=list(loaded.rejected),
+        given=len(records) + len(loaded.rejected),
+        chosen=chosen,
+        encoder_fingerprint=loaded.encoder_fingerprint,
+    )
+
+
+def _choose(loaded: Loaded, name: str, split: str, test_share: float, split_seed: int) -> tuple[list[Record], str]:
+    if split == "all":
+        return [*loaded.train, *(loaded.test or [])], f"all images of source={name}, those it trains from included"
+    if loaded.test is not None:
+        return list(loaded.test), f"the test images of source={name}"
+    _, test = split_test(loaded.train, test_share, split_seed)
+    why = f"source={name} has no test images of its own: the {test_share:.0%} that training holds out with split seed {split_seed}"
+    return test, why
+
+
+def _pairs(loaded: Loaded, records: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """(original, counterfactual): those that the source knows to be exact, else those that its records bring along."""
+    if loaded.test_pairs is not None:
+        pairs = loaded.test_pairs
+    else:
+        pairs = [
+            (record, replace(record, id=f"{record.id}#{i}", content=content, twins=(), region=None))
+            for record in records
+            if record.label == UNSAFE
+            for i, content in enumerate(record.twins)
+        ]
+    marked = [(original, replace(twin, label=SAFE, category=original.category, group=original.group)) for original, twin in pairs]
+    return [(original, replace(twin, id=f"{twin.id}#counterfactual")) for original, twin in marked]

@@ -1,0 +1,361 @@
+"""How well classifiers tell unsafe from safe images, and unsafe images from their safe twins, each on what it covers.
+
+Every figure is a row with its n, its threshold and its interval. Images on which a classifier abstained count as not
+flagged; figures that need scores are over the images it answered.
+
+UnsafeBench's arithmetic (Qu et al., 2024; YitingQu/UnsafeBench, assess_effectiveness.py) is F1 over all images that were
+collected for a category, safe ones included, the sources pooled; here these are the rows with negatives "same_category".
+It assigns unparsable answers at random; here they are abstentions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from guardkit.evaluation.benchmark import Benchmark
+from guardkit.evaluation.resampling import PAIRED, RANKING, decisions, resampled_metrics, resampled_pairs
+from guardkit.evaluation.scoring import Contender, Scored
+from guardkit.schema import Record
+from guardkit.stats import GroupDraws, Interval, bootstrap_p_value, clopper_pearson, holm, percentile_interval
+
+COMPARED = ("f1", "balanced_accuracy", "auroc", "pair_accuracy")
+N_SIMILARITY_BINS = 4
+_MIN_PAIRS_PER_BIN = 5
+_WITHOUT_THRESHOLD = ("ranking_accuracy", "mean_margin")
+_SHARES = ("recall", "fpr", "precision", "pair_accuracy", "ranking_accuracy")
+_NEEDS_SCORES = (*RANKING, "mean_margin")  # over the images that a classifier answered
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Scores in columns, ready to be counted.
+
+    Attributes:
+        contenders: (g,) what was measured.
+        records: (n,) images, natural ones first.
+        labels, scores: (n,) int and (n, g).
+        n_natural: how many of the records are natural images; the rest are counterfactuals.
+        pair_rows: (p, 2) rows of unsafe images and of their twins.
+        similarity: (p,) cosine of the twins' embeddings; None when no encoder saw them.
+        similarity_by: name of that encoder.
+        counted: (n,) bool, the images of the natural test set. In a source without safe images the counterfactuals
+            stand for them.
+        categories: of the policy, in its order.
+    """
+
+    contenders: list[Contender]
+    records: list[Record]
+    labels: np.ndarray
+    scores: np.ndarray
+    n_natural: int
+    pair_rows: np.ndarray
+    similarity: np.ndarray | None
+    similarity_by: str | None
+    counted: np.ndarray
+    categories: tuple[str, ...]
+
+
+def make_sheet(benchmark: Benchmark, scored: Scored, contenders: Sequence[Contender], categories: tuple[str, ...]) -> Sheet:
+    """Brings scores of `benchmark.records` followed by `benchmark.twins` into columns."""
+    place = {int(row): i for i, row in enumerate(scored.rows)}
+    n_given = len(benchmark.records)
+    pairs = [
+        (place[original], place[n_given + i]) for i, original in enumerate(benchmark.twin_of) if original in place and n_given + i in place
+    ]
+    pair_rows = np.array(pairs, int).reshape(-1, 2)
+    n_natural = int((scored.rows < n_given).sum())
+    counted = np.arange(len(scored.records)) < n_natural
+    if benchmark.twins_are_the_safe_images:
+        counted[:] = True
+    similarity, name = None, None
+    for contender in contenders:
+        encoder = contender.guard.encoder
+        if encoder is not None and len(pair_rows) and encoder.fingerprint in scored.embeddings:
+            vectors = scored.embeddings[encoder.fingerprint]
+            similarity, name = (vectors[pair_rows[:, 0]] * vectors[pair_rows[:, 1]]).sum(axis=1), encoder.name
+            break
+    return Sheet(
+        contenders=list(contenders),
+        records=scored.records,
+        labels=np.array([record.label for record in scored.records], int),
+        scores=scored.scores,
+        n_natural=n_natural,
+        pair_rows=pair_rows,
+        similarity=similarity,
+        similarity_by=name,
+        counted=counted,
+        categories=categories,
+    )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Some of the images: those that one figure is about.
+
+    Attributes:
+        rows: (m,) of a sheet, or of its pairs.
+        scope: "covered": what the classifier was made to find, and safe images; "all": everything.
+        negatives: "all_safe", or "same_category": safe images collected for the category.
+        category, source: None: all.
+        distribution: "in" or "out" of what the classifier was trained on; None: both, or unknown.
+        similarity: lowest and highest cosine of the twins; None: any.
+    """
+
+    rows: np.ndarray
+    scope: str
+    negatives: str = "all_safe"
+    category: str | None = None
+    source: str | None = None
+    distribution: str | None = None
+    similarity: tuple[float, float] | None = None
+
+
+def measure(sheet: Sheet, *, prevalence: float, n_resamples: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """All figures of all classifiers, and tests of their differences.
+
+    Args:
+        sheet: what was scored.
+        prevalence: share of unsafe images to state precision for, in (0, 1).
+        n_resamples: of the grouped bootstrap.
+        seed: of it.
+    Returns:
+        Rows of effectiveness.parquet, and one row a test.
+    """
+    weights = _weights(sheet, n_resamples, seed)
+    rows: list[Row] = []
+    for column, contender in enumerate(sheet.contenders):
+        covered = covered_rows(sheet, contender)
+        for cut in _image_cuts(sheet, contender, covered):
+            # an interval for every ranking figure of every small cut would take longer than the encoding
+            ranking = cut.negatives == "all_safe" and not (cut.category and cut.source)
+            scores = sheet.scores[cut.rows, column]
+            draws = resampled_metrics(
+                sheet.labels[cut.rows], scores, contender.guard.threshold, weights[:, cut.rows], prevalence=prevalence, ranking=ranking
+            )
+            rows += _figures(sheet, column, cut, draws, contender.guard.threshold)
+            if cut.category is None and cut.source is None and cut.distribution is None:
+                for name, threshold in contender.points.items():
+                    with np.errstate(invalid="ignore"):
+                        flagged = scores >= threshold
+                    draws = decisions(sheet.labels[cut.rows], flagged, weights[:, cut.rows], prevalence=prevalence)
+                    rows += _figures(sheet, column, cut, draws, threshold, point=name)
+        for cut in _pair_cuts(sheet, contender):
+            unsafe, twin = sheet.pair_rows[cut.rows].T
+            draws = resampled_pairs(sheet.scores[unsafe, column], sheet.scores[twin, column], contender.guard.threshold, weights[:, unsafe])
+            rows += _figures(sheet, column, cut, draws, contender.guard.threshold, pairs=True)
+    return rows, _tests(sheet, weights, prevalence)
+
+
+def covered_rows(sheet: Sheet, contender: Contender) -> np.ndarray:
+    """(n,) bool: safe images, and unsafe ones of a category that the classifier was made to find."""
+    covers = contender.guard.covers
+    if covers is None or set(sheet.categories) <= covers:
+        return np.ones(len(sheet.records), bool)
+    return np.array([record.label == 0 or record.category in covers for record in sheet.records], bool)
+
+
+def uncovered_categories(sheet: Sheet) -> dict[str, int]:
+    """Categories of unsafe images that no classifier covers, with their number of images."""
+    found: dict[str, int] = {}
+    covered = [covered_rows(sheet, contender) for contender in sheet.contenders]
+    for row in np.flatnonzero(sheet.counted & (sheet.labels == 1)):
+        if not any(mask[row] for mask in covered):
+            name = sheet.records[row].category or "unknown"
+            found[name] = found.get(name, 0) + 1
+    return found
+
+
+def _weights(sheet: Sheet, n_resamples: int, seed: int) -> np.ndarray:
+    """(1 + n_resamples, n): how often each image is drawn, whole groups at a time; the first row is the data as they are."""
+    draws = GroupDraws([record.group for record in sheet.records], n_resamples=n_resamples, seed=seed)
+    # whole numbers, small ones: an eighth of the memory of floats
+    return np.concatenate([np.ones((1, len(sheet.records)), np.uint16), *(counts.astype(np.uint16) for _, counts in draws.chunks())])
+
+
+def _image_cuts(sheet: Sheet, contender: Contender, covered: np.ndarray) -> Iterator[Cut]:
+    categories = np.array([record.category or "" for record in sheet.records])
+    sources = np.array([record.source for record in sheet.records])
+    names = sorted(set(sources[sheet.counted]))
+    for scope, inside in (("covered", covered & sheet.counted), ("all", sheet.counted)):
+        if scope == "all" and bool(covered[sheet.counted].all()):
+            continue
+        yield Cut(np.flatnonzero(inside), scope)
+        if contender.trained_on is not None:
+            known = np.isin(sources, sorted(contender.trained_on))
+            for side, mask in (("in", known), ("out", ~known)):
+                if (inside & mask).any():
+                    yield Cut(np.flatnonzero(inside & mask), scope, distribution=side)
+        for source in names:
+            yield Cut(np.flatnonzero(inside & (sources == source)), scope, source=source)
+    inside = covered & sheet.counted
+    for category in sheet.categories:
+        mine = inside & (categories == category)
+        if not (mine & (sheet.labels == 1)).any():
+            continue
+        yield Cut(np.flatnonzero(mine | (inside & (sheet.labels == 0))), "covered", category=category)
+        if (mine & (sheet.labels == 0)).any():
+            yield Cut(np.flatnonzero(mine), "covered", "same_category", category=category)
+            for source in names if len(names) > 1 else []:
+                yield Cut(np.flatnonzero(mine & (sources == source)), "covered", "same_category", category=category, source=source)
+
+
+def _pair_cuts(sheet: Sheet, contender: Contender) -> Iterator[Cut]:
+    if not len(sheet.pair_rows):
+        return
+    covered = covered_rows(sheet, contender)[sheet.pair_rows[:, 0]]
+    sources = np.array([sheet.records[row].source for row in sheet.pair_rows[:, 0]])
+    for scope, inside in (("covered", covered), ("all", np.ones(len(covered), bool))):
+        if scope == "all" and covered.all():
+            continue
+        yield Cut(np.flatnonzero(inside), scope)
+        for source in sorted(set(sources)):
+            yield Cut(np.flatnonzero(inside & (sources == source)), scope, source=source)
+        for low, high, members in similarity_bins(sheet, inside):
+            yield Cut(members, scope, similarity=(low, high))
+
+
+def similarity_bins(sheet: Sheet, inside: np.ndarray) -> list[tuple[float, float, np.ndarray]]:
+    """Pairs in equal parts by the cosine of the twins: lowest and highest cosine, and rows. Empty for few pairs."""
+    chosen = np.flatnonzero(inside)
+    if sheet.similarity is None or len(chosen) < N_SIMILARITY_BINS * _MIN_PAIRS_PER_BIN:
+        return []
+    order = chosen[np.argsort(sheet.similarity[chosen], kind="stable")]
+    parts = np.array_split(order, N_SIMILARITY_BINS)
+    return [(float(sheet.similarity[part].min()), float(sheet.similarity[part].max()), part) for part in parts]
+
+
+def _figures(
+    sheet: Sheet,
+    column: int,
+    cut: Cut,
+    draws: dict[str, np.ndarray],
+    threshold: float,
+    *,
+    point: str | None = None,
+    pairs: bool = False,
+) -> list[Row]:
+    contender = sheet.contenders[column]
+    images = sheet.pair_rows[cut.rows].ravel() if pairs else cut.rows
+    abstained = int(np.isnan(sheet.scores[images, column]).sum())
+    n_unsafe = int((sheet.labels[images] == 1).sum())
+    answered = int((~np.isnan(sheet.scores[images, column])).reshape(len(cut.rows), -1).all(axis=1).sum()) if len(images) else 0
+    rows = []
+    for metric, values in draws.items():
+        interval = percentile_interval(values[1:], float(values[0]))
+        if metric in _SHARES and interval.estimate in (0.0, 1.0):
+            # no redraw of all right or all wrong is anything else: the number of groups has to say how sure that is
+            n_groups = _n_groups(sheet, column, cut, metric, threshold)
+            interval = Interval(interval.estimate, *clopper_pearson(interval.estimate * n_groups, n_groups))
+        value, low, high = (None if not np.isfinite(one) else float(one) for one in (interval.estimate, interval.low, interval.high))
+        rows.append(
+            {
+                "classifier": contender.name,
+                "part": "pairs" if pairs else "images",
+                "metric": metric,
+                "value": value,
+                "ci_low": low if value is not None else None,
+                "ci_high": high if value is not None else None,
+                "n": answered if metric in _NEEDS_SCORES else len(cut.rows),
+                "n_unsafe": n_unsafe,
+                "n_abstained": abstained,
+                "threshold": None if metric in RANKING or metric in _WITHOUT_THRESHOLD else float(threshold),
+                "point": point,
+                "scope": cut.scope,
+                "negatives": "twins" if pairs else cut.negatives,
+                "category": cut.category,
+                "source": cut.source,
+                "distribution": cut.distribution or _distribution(contender, cut.source),
+                "similarity_low": cut.similarity[0] if cut.similarity else None,
+                "similarity_high": cut.similarity[1] if cut.similarity else None,
+                "reason": None
+                if value is not None
+                else _why_undefined(metric, len(cut.rows), n_unsafe, len(images) - n_unsafe, len(images) - abstained),
+            }
+        )
+    return rows
+
+
+def _n_groups(sheet: Sheet, column: int, cut: Cut, metric: str, threshold: float) -> int:
+    """Groups of the units that a share is of."""
+    if metric in PAIRED:
+        rows = sheet.pair_rows[cut.rows, 0]
+    else:
+        of = {
+            "recall": sheet.labels == 1,
+            "fpr": sheet.labels == 0,
+            "precision": np.nan_to_num(sheet.scores[:, column], nan=-1.0) >= threshold,
+        }
+        rows = cut.rows[of[metric][cut.rows]]
+    return len({sheet.records[row].group for row in rows})
+
+
+def _distribution(contender: Contender, source: str | None) -> str | None:
+    if source is None or contender.trained_on is None:
+        return None
+    return "in" if source in contender.trained_on else "out"
+
+
+def _why_undefined(metric: str, n: int, n_unsafe: int, n_safe: int, n_answered: int) -> str:
+    if not n:
+        return "no such images"
+    if not n_answered:
+        return "abstained on every image"
+    if metric in ("recall", "average_precision", "f1") and not n_unsafe:
+        return "no unsafe image"
+    if not n_unsafe or not n_safe:
+        return f"needs both classes, got {n_unsafe} unsafe and {n_safe} safe images"
+    return "nothing was flagged"
+
+
+def _tests(sheet: Sheet, weights: np.ndarray, prevalence: float) -> list[Row]:
+    """Every two classifiers on the images that both cover: difference, interval and p value by the same redrawn images."""
+    cache: dict[tuple[int, str, bytes], dict[str, np.ndarray]] = {}
+
+    def drawn(column: int, part: str, rows: np.ndarray) -> dict[str, np.ndarray]:
+        key = (column, part, rows.tobytes())
+        if key not in cache:
+            threshold = sheet.contenders[column].guard.threshold
+            if part == "pairs":
+                unsafe, twin = sheet.pair_rows[rows].T
+                cache[key] = resampled_pairs(sheet.scores[unsafe, column], sheet.scores[twin, column], threshold, weights[:, unsafe])
+            else:
+                cache[key] = resampled_metrics(
+                    sheet.labels[rows], sheet.scores[rows, column], threshold, weights[:, rows], prevalence=prevalence
+                )
+        return cache[key]
+
+    tests: list[Row] = []
+    for metric in COMPARED:
+        part = "pairs" if metric in PAIRED else "images"
+        mine: list[Row] = []
+        for first, second in combinations(range(len(sheet.contenders)), 2):
+            both = covered_rows(sheet, sheet.contenders[first]) & covered_rows(sheet, sheet.contenders[second])
+            rows = np.flatnonzero(both[sheet.pair_rows[:, 0]]) if part == "pairs" else np.flatnonzero(both & sheet.counted)
+            if part == "pairs" and not len(rows):
+                continue
+            draws = drawn(first, part, rows)[metric] - drawn(second, part, rows)[metric]
+            estimate = float(draws[0])
+            is_defined = bool(np.isfinite(estimate))
+            interval = percentile_interval(draws[1:], estimate)
+            mine.append(
+                {
+                    "metric": metric,
+                    "first": sheet.contenders[first].name,
+                    "second": sheet.contenders[second].name,
+                    "difference": estimate if is_defined else None,
+                    "ci_low": interval.low if is_defined else None,
+                    "ci_high": interval.high if is_defined else None,
+                    "p": bootstrap_p_value(estimate, draws[1:]) if is_defined else None,
+                    "n": len(rows),
+                    "reason": None if is_defined else "undefined on the images that both cover",
+                }
+            )
+        corrected = holm([float("nan") if test["p"] is None else test["p"] for test in mine])
+        tests += [test | {"p_holm": None if np.isnan(p) else float(p)} for test, p in zip(mine, corrected, strict=True)]
+    return tests

@@ -1,0 +1,71 @@
+"""The most confident mistakes of each classifier, as small pictures inside the page."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import cv2
+import numpy as np
+
+from guardkit.evaluation.effectiveness import covered_rows
+from guardkit.evaluation.report import Evaluation
+from guardkit.schema import ImageError
+
+N_MISTAKES = 4  # of each kind and classifier
+_THUMBNAIL_PX = 150
+
+
+def mistakes(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The most confident misses and false alarms of each classifier, as small pictures."""
+    sheet, found = evaluation.sheet, []
+    for colour, one in enumerate(evaluation.contenders):
+        scores, threshold = sheet.scores[:, colour], one.guard.threshold
+        chosen = np.flatnonzero(covered_rows(sheet, one) & sheet.counted & ~np.isnan(scores))
+        if len(set(scores[chosen])) < 2:
+            continue  # a constant has no confidence
+        missed = [row for row in chosen if sheet.labels[row] == 1 and scores[row] < threshold]
+        alarms = [row for row in chosen if sheet.labels[row] == 0 and scores[row] >= threshold]
+        kinds = (
+            ("missed", "unsafe, not flagged", sorted(missed, key=lambda row: scores[row])),
+            ("false alarm", "safe, flagged", sorted(alarms, key=lambda row: -scores[row])),
+        )
+        groups = [
+            {
+                "kind": kind,
+                "about": about,
+                "n": len(rows),
+                "shown": [_picture(evaluation, int(row), float(scores[row])) for row in rows[:N_MISTAKES]],
+            }
+            for kind, about, rows in kinds
+        ]
+        found.append({"name": one.name, "colour": colour, "threshold": threshold, "groups": groups})
+    return found
+
+
+def _picture(evaluation: Evaluation, row: int, score: float) -> dict[str, Any]:
+    record = evaluation.sheet.records[row]
+    picture = {
+        "id": record.id,
+        "category": record.category,
+        "source": record.source,
+        "score": score,
+        "data": None,
+        "why": "no image: the benchmark holds embeddings",
+    }
+    if record.content is not None:
+        try:
+            picture["data"] = _thumbnail(record.content.load())
+        except ImageError as error:  # it could be read before; files change
+            picture["why"] = str(error)
+    return picture
+
+
+def _thumbnail(image: np.ndarray) -> str:
+    """(h, w, 3) uint8 RGB -> a JPEG as a data address."""
+    scale = min(1.0, _THUMBNAIL_PX / max(image.shape[:2]))
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    done, data = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80])
+    assert done
+    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()

@@ -1,0 +1,339 @@
+"""Scores of many guards on the same images in one pass: each image is read once, and encoded once per encoder.
+
+All guards on one encoder share its embeddings. Embeddings and judgments are stored as they are made, so an evaluation
+that is stopped goes on where it was and nothing is asked twice. Knows no metric.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from guardkit.embeddings import EmbeddingStore
+from guardkit.evaluation.judgments import JudgmentStore
+from guardkit.progress import progress
+from guardkit.schema import Content, Guard, ImageError, Judgment, Record, Rejected
+
+_BLOCK = 512  # records between two looks at the clock
+_HELD_BYTES = 1 << 30  # images of a block that are kept for a second consumer; more are read again
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A guard that is measured, and what is known of it beside the protocol.
+
+    Attributes:
+        name: for tables; unique.
+        guard: gives the scores.
+        points: named thresholds that were chosen before this benchmark was seen.
+        trained_on: sources of its training images; None: unknown.
+        origin: where it comes from, for the report.
+    """
+
+    name: str
+    guard: Guard
+    points: Mapping[str, float] = field(default_factory=dict)
+    trained_on: frozenset[str] | None = None
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of contenders on records.
+
+    Attributes:
+        records: (n,) those that could be read.
+        rows: (n,) their rows in what was asked for.
+        scores: (n, g) probability of unsafe in [0, 1], a column per contender; NaN where it abstained.
+        reasons: per contender, row -> why it abstained.
+        rejected: what could not be read, with reasons.
+        embeddings: encoder fingerprint -> (n, d) unit vectors.
+        counts: images read, encoded and judged, plain JSON.
+    """
+
+    records: list[Record]
+    rows: np.ndarray
+    scores: np.ndarray
+    reasons: list[dict[int, str]]
+    rejected: list[Rejected]
+    embeddings: dict[str, np.ndarray]
+    counts: dict[str, Any]
+
+    def abstentions(self, column: int) -> dict[str, int]:
+        """Reasons of one contender, counted."""
+        return dict(Counter(self.reasons[column].values()).most_common())
+
+
+def embedding_stores(contenders: Sequence[Contender], cache_dir: Path | None) -> dict[str, EmbeddingStore]:
+    """One store an encoder, by its fingerprint, however many guards and copies of the encoder there are."""
+    guards = [one.guard for one in contenders if one.guard.encoder is not None]
+    raw = {guard.encoder.fingerprint for guard in guards if not guard.is_normalized}
+    stores: dict[str, EmbeddingStore] = {}
+    for guard in guards:
+        name = guard.encoder.fingerprint
+        if name not in stores:
+            stores[name] = EmbeddingStore(guard.encoder, cache_dir, keep_norms=name in raw)
+    return stores
+
+
+def score(
+    records: Sequence[Record],
+    contenders: Sequence[Contender],
+    stores: Mapping[str, EmbeddingStore],
+    cache_dir: Path | None,
+    *,
+    encoder_fingerprint: str | None = None,
+) -> Scored:
+    """Scores every record with every contender.
+
+    Args:
+        records: with contents, or with embeddings.
+        contenders: measured.
+        stores: of their encoders, see `embedding_stores`.
+        cache_dir: where judgments are kept; None keeps them in memory.
+        encoder_fingerprint: of the encoder that made the records' own embeddings, if known.
+    Raises:
+        InputError: an encoder returned values that are not finite, or a guard cannot work at all (an endpoint that
+            stays away); what was made before is kept.
+    """
+    judges = {one.guard.fingerprint: JudgmentStore(one.guard, cache_dir) for one in contenders if one.guard.encoder is None}
+    reads = _Reads()
+    blocks: list[_Block] = []
+    rejected: list[Rejected] = []
+    stream = iter(progress(records, total=len(records), what="scoring images"))
+    start = 0
+    while block := list(islice(stream, _BLOCK)):
+        done = _score_block(block, contenders, stores, judges, reads, encoder_fingerprint)
+        blocks.append(replace(done, rows=done.rows + start))
+        rejected += done.rejected
+        start += len(block)
+    n = sum(len(block.records) for block in blocks)
+    reasons: list[dict[int, str]] = [{} for _ in contenders]
+    first = 0
+    for part in blocks:
+        for column, mine in enumerate(part.reasons):
+            reasons[column] |= {first + row: reason for row, reason in mine.items()}
+        first += len(part.records)
+    return Scored(
+        records=[record for block in blocks for record in block.records],
+        rows=np.concatenate([block.rows for block in blocks]) if blocks else np.zeros(0, int),
+        scores=np.concatenate([block.scores for block in blocks]) if blocks else np.zeros((0, len(contenders))),
+        reasons=reasons,
+        rejected=rejected,
+        embeddings={name: np.concatenate([block.embeddings[name] for block in blocks]) for name in stores} if n else {},
+        counts={
+            "images": len(records),
+            "scored": n,
+            "unreadable": len(rejected),
+            "read": reads.n,
+            "encoders": {
+                store.encoder.name: {"encoded": store.n_encoded, "from_store": store.n_found, "guards": _on(contenders, name)}
+                for name, store in stores.items()
+            },
+            "judges": {_on(contenders, name)[0]: {"judged": judge.n_asked, "from_store": judge.n_found} for name, judge in judges.items()},
+        },
+    )
+
+
+class LazyImages(Sequence[np.ndarray]):
+    """The images of records, each read when asked for: a benchmark's pixels need not fit into memory."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._contents = [record.content for record in records if record.content is not None]
+
+    def __len__(self) -> int:
+        return len(self._contents)
+
+    def __getitem__(self, row: Any) -> Any:
+        """(h, w, 3) uint8 RGB, or lazily those of a slice. Raises ImageError."""
+        if isinstance(row, slice):
+            return [content.load() for content in self._contents[row]]
+        return self._contents[row].load()
+
+
+@dataclass(frozen=True)
+class _Block:
+    records: list[Record]
+    rows: np.ndarray
+    scores: np.ndarray
+    reasons: list[dict[int, str]]
+    rejected: list[Rejected]
+    embeddings: dict[str, np.ndarray]
+
+
+def _score_block(
+    records: list[Record],
+    contenders: Sequence[Contender],
+    stores: Mapping[str, EmbeddingStore],
+    judges: Mapping[str, JudgmentStore],
+    reads: _Reads,
+    encoder_fingerprint: str | None,
+) -> _Block:
+    held = _Held(reads, keep=len(stores) + len(judges) > 1)
+    wrapped = [record if record.content is None else replace(record, content=_ReadOnce(record.content, held)) for record in records]
+    unreadable: dict[int, str] = {}
+    vectors = {name: _embed(wrapped, store, unreadable) for name, store in stores.items()}
+    judgments = {name: _judge(wrapped, judge, unreadable) for name, judge in judges.items()}
+    scores = np.full((len(records), len(contenders)), np.nan)
+    reasons: list[dict[int, str]] = [{} for _ in contenders]
+    for column, contender in enumerate(contenders):
+        guard = contender.guard
+        if guard.encoder is None:
+            for row, judgment in judgments[guard.fingerprint].items():
+                scores[row, column], reason = _checked(judgment)
+                if reason:
+                    reasons[column][row] = reason
+            continue
+        name = guard.encoder.fingerprint
+        matrix, rows = _vectors_for(guard, wrapped, vectors[name], stores[name], unreadable, encoder_fingerprint, reasons[column])
+        if len(rows):
+            for row, value in zip(rows, _probabilities(guard, matrix), strict=True):
+                scores[row, column], reason = _checked(Judgment(float(value)))
+                if reason:
+                    reasons[column][int(row)] = reason
+    kept = np.array([row for row in range(len(records)) if row not in unreadable], int)
+    place = {int(row): i for i, row in enumerate(kept)}
+    return _Block(
+        records=[records[row] for row in kept],
+        rows=kept,
+        scores=scores[kept],
+        reasons=[{place[row]: reason for row, reason in mine.items() if row in place} for mine in reasons],
+        rejected=[Rejected(records[row].id, reason) for row, reason in sorted(unreadable.items())],
+        embeddings={name: matrix[kept] for name, matrix in vectors.items()},
+    )
+
+
+def _embed(records: Sequence[Record], store: EmbeddingStore, unreadable: dict[int, str]) -> np.ndarray:
+    """(n, d) unit vectors; zero where there is none. Adds rows that cannot be read to `unreadable`."""
+    matrix = np.zeros((len(records), store.encoder.dim), np.float32)
+    rows = [row for row, record in enumerate(records) if record.content is not None and row not in unreadable]
+    if rows:
+        # ids are replaced by rows, which are unique whatever the source calls its images
+        numbered = [replace(records[row], id=str(row)) for row in rows]
+        readable, vectors, failed = store.embed_readable(numbered)
+        unreadable |= {int(one.id): one.reason for one in failed}
+        matrix[[int(record.id) for record in readable]] = vectors
+    for row, record in enumerate(records):
+        if record.content is None and record.embedding is not None and len(record.embedding) == store.encoder.dim:
+            matrix[row] = record.embedding
+    return matrix
+
+
+def _judge(records: Sequence[Record], judge: JudgmentStore, unreadable: dict[int, str]) -> dict[int, Judgment]:
+    rows = [row for row, record in enumerate(records) if row not in unreadable]
+    pictures = [row for row in rows if records[row].content is not None]
+    judgments = {row: Judgment(math.nan, "looks at images, and the benchmark holds embeddings only") for row in rows}
+    contents = [content for row in pictures if (content := records[row].content) is not None]
+    for row, outcome in zip(pictures, judge.judge(contents), strict=True):
+        if isinstance(outcome, ImageError):
+            unreadable[row] = str(outcome)
+        else:
+            judgments[row] = outcome
+    return judgments
+
+
+def _vectors_for(
+    guard: Guard,
+    records: Sequence[Record],
+    unit: np.ndarray,
+    store: EmbeddingStore,
+    unreadable: Mapping[int, str],
+    encoder_fingerprint: str | None,
+    reasons: dict[int, str],
+) -> tuple[np.ndarray, np.ndarray]:
+    """The embeddings that a guard takes, and their rows; for the other rows a reason is noted."""
+    rows = []
+    for row, record in enumerate(records):
+        if row in unreadable:
+            continue
+        why = None
+        if record.content is None:
+            if record.embedding is None or len(record.embedding) != guard.encoder.dim:
+                why = f"takes {guard.encoder.dim}-d embeddings, the benchmark holds {0 if record.embedding is None else len(record.embedding)}-d ones"
+            elif encoder_fingerprint not in (None, guard.encoder.fingerprint):
+                why = "the benchmark's embeddings are of another encoder"
+            elif not guard.is_normalized:
+                why = "takes embeddings with their length, the benchmark's are unit vectors"
+        if why:
+            reasons[row] = why
+        else:
+            rows.append(row)
+    chosen = np.array(rows, int)
+    matrix = unit[chosen]
+    if len(rows) and not guard.is_normalized:
+        contents = [content for row in rows if (content := records[row].content) is not None]
+        matrix = matrix * store.norms(contents)[:, None]
+    return matrix, chosen
+
+
+def _probabilities(guard: Guard, embeddings: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.inference_mode():
+        return torch.sigmoid(guard.logits(torch.from_numpy(np.ascontiguousarray(embeddings))).double()).cpu().numpy()
+
+
+def _checked(judgment: Judgment) -> tuple[float, str | None]:
+    """A score in [0, 1], or NaN with the reason why there is none."""
+    if 0 <= judgment.score <= 1:
+        return judgment.score, None
+    if math.isnan(judgment.score) and judgment.reason:
+        return math.nan, judgment.reason
+    return math.nan, f"score is {judgment.score}, not a number in [0, 1]"
+
+
+class _Reads:
+    """Counts images read, by any thread."""
+
+    def __init__(self) -> None:
+        self.n, self._lock = 0, threading.Lock()
+
+    def add(self) -> None:
+        with self._lock:
+            self.n += 1
+
+
+class _Held:
+    """Pixels of a block that a second consumer will want."""
+
+    def __init__(self, reads: _Reads, *, keep: bool) -> None:
+        self.reads, self.keep, self.room = reads, keep, _HELD_BYTES
+
+
+class _ReadOnce:
+    """A content whose pixels are read when first asked for, and kept while there is room."""
+
+    def __init__(self, content: Content, held: _Held) -> None:
+        self._content, self._held = content, held
+        self._image: np.ndarray | None = None
+
+    @property
+    def key(self) -> str:
+        return self._content.key
+
+    def load(self) -> np.ndarray:
+        if self._image is not None:
+            return self._image
+        image = self._content.load()
+        self._held.reads.add()
+        if self._held.keep and self._held.room >= image.nbytes:
+            self._held.room -= image.nbytes
+            self._image = image
+        return image
+
+
+def _on(contenders: Iterable[Contender], fingerprint: str) -> list[str]:
+    """Names of the contenders on an encoder, or with a fingerprint of their own."""
+    return [
+        one.name
+        for one in contenders
+        if (one.guard.fingerprint if one.guard.encoder is None else one.guard.encoder.fingerprint) == fingerprint
+    ]

@@ -1,0 +1,22 @@
+"""The sample-efficiency experiment: python -m guardkit.sweep"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig, OmegaConf
+
+from guardkit._hydra import main, output_dir
+
+
+@main("sweep")
+def sweep(cfg: DictConfig) -> None:
+    """Fits every arm at every label budget, and prints how many labels each needs."""
+    # heavy libraries are imported here, so that --help answers at once
+    from guardkit.sweeping import run_sweep
+
+    report = run_sweep(cfg, OmegaConf.to_container(cfg, resolve=True), output_dir())
+    print(report.table)
+    print(report.folder)
+
+
+if __name__ == "__main__":
+    sweep()
