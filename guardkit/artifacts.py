@@ -54,6 +54,15 @@ def written(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what processes that were killed while they wrote left in a folder and below it.
+
+    Only for a folder that nobody else writes to meanwhile.
+    """
+    for left in folder.rglob(".*.tmp*"):
+        left.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON, complete or not at all. NaN is refused: a figure that cannot be computed is null."""
     with written(path) as temporary:

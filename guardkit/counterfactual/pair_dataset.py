@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from guardkit import __version__
-from guardkit.artifacts import fingerprint, write_json, written
+from guardkit.artifacts import fingerprint, remove_leftovers, write_json, written
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.counterfactual.review import REVIEWS, VERDICTS, ReviewLog, combined, current_reviews
 from guardkit.counterfactual.store import Try
@@ -302,6 +302,7 @@ def _claimed(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
                     raise InputError(f"{folder} holds a pair dataset that was made with other settings; choose another output_dir")
         if (folder / METADATA).exists() and not (folder / MANIFEST).is_file() and not (folder / UNFINISHED).is_file():
             raise InputError(f"{folder} holds a {METADATA} that guardkit did not write; choose another output_dir")
+        remove_leftovers(folder)
         write_json(folder / UNFINISHED, mark)
         (folder / MANIFEST).unlink(missing_ok=True)
         yield
