@@ -7,7 +7,6 @@ cannot be computed is None.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -101,6 +100,8 @@ def operating_points(labels: np.ndarray, scores: np.ndarray) -> dict[str, dict[s
         `fpr_ci_high`, the upper end of the 95 % Clopper-Pearson interval of the false-positive rate: with 10 safe
         images a rate of 0 may still be 0.31. Empty when a class is missing.
     """
+    from guardkit.stats import clopper_pearson  # SciPy takes a while to load
+
     labels, scores = _checked(labels, scores)
     n_unsafe, n_safe = int((labels == 1).sum()), int((labels == 0).sum())
     if not n_unsafe or not n_safe:
@@ -123,7 +124,7 @@ def operating_points(labels: np.ndarray, scores: np.ndarray) -> dict[str, dict[s
             "threshold": threshold,
             "recall": float((scores[labels == 1] >= threshold).mean()),
             "fpr": n_flagged / n_safe,
-            "fpr_ci_high": _clopper_pearson_high(n_flagged, n_safe),
+            "fpr_ci_high": clopper_pearson(n_flagged, n_safe)[1],
             "n_unsafe": n_unsafe,
             "n_safe": n_safe,
         }
@@ -234,10 +235,3 @@ def _checked(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.nda
     if len(scores) and not (scores.min() >= 0 and scores.max() <= 1):
         raise ValueError(f"scores must lie in [0, 1], got values from {scores.min()} to {scores.max()}; apply a sigmoid to logits")
     return labels, scores
-
-
-def _clopper_pearson_high(hits: int, n: int) -> float:
-    from scipy.stats import beta
-
-    high = 1.0 if hits == n else float(beta.ppf(0.975, hits + 1, n - hits))
-    return 1.0 if math.isnan(high) else high

@@ -14,6 +14,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from guardkit._hydra import cache_dir, make, policy
 from guardkit.artifacts import write_json
 from guardkit.counterfactual.pair_dataset import write_pair_dataset
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
@@ -56,13 +57,13 @@ def build(cfg: DictConfig) -> Parts:
     Raises:
         InputError: a wrong value, named with what is allowed.
     """
-    policy, cache_dir = _policy(cfg), _cache_dir(cfg)
-    encoder: Encoder = _make(cfg.encoder)
-    store = EmbeddingStore(encoder, cache_dir)
-    pipeline = _pipeline(cfg, policy, store, cache_dir)
-    source = _make(cfg.source, policy=policy)
-    data: GuardDataModule = _make(cfg.data, source=source, policy=policy, store=store, pipeline=pipeline, seed=cfg.seed)
-    return Parts(policy, encoder, store, pipeline, data)
+    rules, cache = policy(cfg), cache_dir(cfg)
+    encoder: Encoder = make(cfg.encoder)
+    store = EmbeddingStore(encoder, cache)
+    pipeline = _pipeline(cfg, rules, store, cache)
+    source = make(cfg.source, policy=rules)
+    data: GuardDataModule = make(cfg.data, source=source, policy=rules, store=store, pipeline=pipeline, seed=cfg.seed)
+    return Parts(rules, encoder, store, pipeline, data)
 
 
 def run(cfg: DictConfig, settings: Any, folder: Path) -> Report:
@@ -82,7 +83,7 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> Report:
     try:
         parts.data.setup("fit")
         head = build_head(cfg, parts)
-        logger = _make(cfg.logger, save_dir=str(folder))
+        logger = make(cfg.logger, save_dir=str(folder))
         checkpoint = L.pytorch.callbacks.ModelCheckpoint(
             dirpath=folder / "checkpoints", monitor="validation_loss", save_last=False, filename="best"
         )
@@ -117,13 +118,13 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> Report:
 def build_head(cfg: DictConfig, parts: Parts) -> Head:
     """A new head; its first weights follow from the seed."""
     torch.manual_seed(cfg.seed)
-    head: Head = _make(cfg.head, encoder=parts.encoder, policy=parts.policy)
+    head: Head = make(cfg.head, encoder=parts.encoder, policy=parts.policy)
     return head
 
 
 def rebuild_data(parts: Parts, cfg: DictConfig) -> Parts:
     """The same parts with another arm, label budget or seed."""
-    data: GuardDataModule = _make(
+    data: GuardDataModule = make(
         cfg.data, source=parts.data.source, policy=parts.policy, store=parts.store, pipeline=parts.pipeline, seed=cfg.seed
     )
     return replace(parts, data=data)
@@ -154,7 +155,7 @@ def fit_guard(
     every = [*callbacks, L.pytorch.callbacks.EarlyStopping("validation_loss", patience=cfg.early_stopping_patience)]
     with quiet_lightning():
         keep = any(isinstance(one, L.pytorch.callbacks.ModelCheckpoint) for one in every)
-        trainer: L.Trainer = _make(cfg.trainer, logger=logger, callbacks=every, enable_checkpointing=keep)
+        trainer: L.Trainer = make(cfg.trainer, logger=logger, callbacks=every, enable_checkpointing=keep)
     return module, fit(module, parts.data, trainer, encoder=parts.encoder, policy=parts.policy, threshold=threshold)
 
 
@@ -169,12 +170,12 @@ def embed_source(cfg: DictConfig, folder: Path) -> dict[str, int]:
     """
     _check_whole(cfg, "limit", may_be_null=True)
     _check_whole(cfg, "shard_size")
-    policy = _policy(cfg)
-    loaded = _make(cfg.source, policy=policy).load()
+    rules = policy(cfg)
+    loaded = make(cfg.source, policy=rules).load()
     records = [*loaded.train, *(loaded.test or [])]
     if any(record.content is None for record in records):
         raise InputError("source=embeddings holds embeddings already; choose a source of images")
-    store = EmbeddingStore(_make(cfg.encoder), _cache_dir(cfg))
+    store = EmbeddingStore(make(cfg.encoder), cache_dir(cfg))
     return write_embedding_folder(records[: cfg.limit], store, folder, rejected=loaded.rejected, shard_size=cfg.shard_size)
 
 
@@ -192,8 +193,8 @@ def synthesize_source(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     labels = {"to_safe": (1,), "to_unsafe": (0,), "both": (1, 0)}
     if cfg.direction not in labels:
         raise InputError(f"direction must be one of {', '.join(labels)}, got {cfg.direction!r}")
-    policy, cache_dir = _policy(cfg), _cache_dir(cfg) or folder / ".cache"
-    source = _make(cfg.source, policy=policy)
+    rules, cache = policy(cfg), cache_dir(cfg) or folder / ".cache"
+    source = make(cfg.source, policy=rules)
     loaded = source.load()
     if cfg.direction != "to_safe" and not loaded.is_drawn:
         raise InputError(
@@ -204,10 +205,10 @@ def synthesize_source(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         raise InputError("source=embeddings holds no images to edit; choose a source of images")
     if not records:
         raise InputError(f"source={source.name} has no image to edit in direction={cfg.direction}")
-    store = EmbeddingStore(_make(cfg.encoder), cache_dir)
+    store = EmbeddingStore(make(cfg.encoder), cache)
     return write_pair_dataset(
         records[: cfg.limit],
-        _pipeline(cfg, policy, store, cache_dir),
+        _pipeline(cfg, rules, store, cache),
         folder,
         made_from=source.fingerprint,
         variants_per_image=cfg.variants_per_image,
@@ -215,13 +216,13 @@ def synthesize_source(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     )
 
 
-def _pipeline(cfg: DictConfig, policy: Policy, store: EmbeddingStore, cache_dir: Path | None) -> CounterfactualPipeline:
+def _pipeline(cfg: DictConfig, rules: Policy, store: EmbeddingStore, cache: Path | None) -> CounterfactualPipeline:
     return CounterfactualPipeline(
-        policy,
-        _make(cfg.instructor),
-        _make(cfg.editor),
-        _make(cfg.verifier, store=store, policy=policy),
-        cache_dir=cache_dir,
+        rules,
+        make(cfg.instructor),
+        make(cfg.editor),
+        make(cfg.verifier, store=store, policy=rules),
+        cache_dir=cache,
         batch_size=cfg.edit_batch_size,
         max_tries=cfg.edit_max_tries,
     )
@@ -231,20 +232,6 @@ def _check_whole(cfg: DictConfig, name: str, *, may_be_null: bool = False) -> No
     value = cfg[name]
     if not (isinstance(value, int) and value >= 1) and not (may_be_null and value is None):
         raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def _make(cfg: DictConfig, **objects: Any) -> Any:
-    """Builds what a group names. Objects are passed by hand because Hydra would turn a dataclass into a configuration."""
-    return instantiate(cfg, _partial_=True, _convert_="all")(**objects)
-
-
-def _policy(cfg: DictConfig) -> Policy:
-    """The user's own file where one is named, else the chosen one of conf/policy."""
-    return Policy.from_dict(_plain(cfg.policy)) if cfg.policy_file is None else Policy.load(Path(str(cfg.policy_file)).expanduser())
-
-
-def _cache_dir(cfg: DictConfig) -> Path | None:
-    return None if cfg.cache_dir is None else Path(str(cfg.cache_dir)).expanduser()
 
 
 def _plain(cfg: DictConfig) -> Any:

@@ -27,6 +27,7 @@ ALLOWED = {
     ("editors", "scenes"),  # the exact editor belongs to the world it edits
     ("counterfactual", "embeddings"),  # a verifier shares the embeddings of the training
     ("embedding_folder", "embeddings"),  # a folder is filled through the store
+    ("metrics", "stats"),  # an operating point says how sure it is
     ("module", "data"),  # training runs a data module
     ("sweeping", "training"), ("sweep", "sweeping"), ("sweep", "_hydra"),
     ("training", "_hydra"), ("train", "_hydra"), ("train", "training"), ("embed", "_hydra"), ("embed", "training"),

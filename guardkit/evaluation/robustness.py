@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy.stats import beta
 
 from guardkit.artifacts import written
 from guardkit.embeddings import EmbeddingStore
@@ -23,6 +22,7 @@ from guardkit.evaluation.robustness_protocols import PROTOCOLS, Outcome, Robustn
 from guardkit.evaluation.victim import Victim
 from guardkit.progress import progress
 from guardkit.schema import Guard
+from guardkit.stats import clopper_pearson
 
 __all__ = ["COLUMNS", "RobustnessSettings", "SanityCheck", "measure_robustness", "sanity_checks", "write_robustness"]
 
@@ -209,7 +209,4 @@ def _interval(right: np.ndarray, groups: np.ndarray) -> tuple[float | None, floa
     if not len(right):
         return None, None
     n = len(set(groups))
-    hits = float(right.mean()) * n
-    low = float(beta.ppf(0.025, hits, n - hits + 1)) if hits > 0 else 0.0
-    high = float(beta.ppf(0.975, hits + 1, n - hits)) if hits < n else 1.0
-    return low, high
+    return clopper_pearson(float(right.mean()) * n, n)

@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from guardkit.scenes.recipe import read_recipe
 from guardkit.scenes.stage import COLOURS
 from guardkit.scenes.world import RENDERINGS, Scene, ScenePool, draw
 
@@ -270,17 +271,5 @@ def _log(line: str) -> None:
     print(line, flush=True)
 
 
-def main(arguments: list[str]) -> None:
-    """Reads `key=value` arguments into a Recipe and runs it."""
-    fields = {field: type(getattr(Recipe(), field)) for field in Recipe.__dataclass_fields__}
-    settings = {}
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key not in fields:
-            raise SystemExit(f"unknown setting {key!r}: expected one of {', '.join(fields)}")
-        settings[key] = fields[key](value)
-    print(train(Recipe(**settings)))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print(train(read_recipe(Recipe, sys.argv[1:])))

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from guardkit.scenes.recipe import read_recipe
 from guardkit.scenes.stage import COLOURS
 from guardkit.scenes.world import RENDERINGS, Scene, ScenePool, draw
 from guardkit.schema import Region
@@ -387,17 +388,5 @@ def _save(pipeline: Any, out: Path) -> None:
     new.rename(out)
 
 
-def main(arguments: list[str]) -> None:
-    """Reads `key=value` arguments into a Recipe and runs it."""
-    fields = {field: type(getattr(Recipe(), field)) for field in Recipe.__dataclass_fields__}
-    settings = {}
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key not in fields:
-            raise SystemExit(f"unknown setting {key!r}: expected one of {', '.join(fields)}")
-        settings[key] = fields[key](value)
-    print(train(Recipe(**settings)))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print(train(read_recipe(Recipe, sys.argv[1:])))

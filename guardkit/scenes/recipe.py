@@ -1,0 +1,27 @@
+"""Settings of the recipes that made `checkpoints/`, read from `key=value` arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def read_recipe(kind: type[T], arguments: Sequence[str]) -> T:
+    """A recipe with its defaults but for what the arguments say.
+
+    Args:
+        kind: a dataclass whose fields all have defaults of a plain type.
+        arguments: of the form "name=value".
+    Raises:
+        SystemExit: an unknown name.
+    """
+    defaults = {name: type(value) for name, value in vars(kind()).items()}
+    settings = {}
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key not in defaults:
+            raise SystemExit(f"unknown setting {key!r}: expected one of {', '.join(defaults)}")
+        settings[key] = defaults[key](value)
+    return kind(**settings)
