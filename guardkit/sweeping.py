@@ -219,8 +219,11 @@ def _engine(cfg: DictConfig, parts: Parts, heads: Mapping[str, DictConfig], obje
     if cfg.sweep.engine == "lightning":
         return LightningEngine(cfg, parts, heads, objective)
 
+    composed = {name: _cell_cfg(cfg, cfg.sweep.arms[0], head) for name, head in heads.items()}
+
     def make_head(name: str, seed: int) -> Head:
-        return build_head(_cell_cfg(cfg, cfg.sweep.arms[0], heads[name], seed=seed), parts)
+        composed[name].seed = seed
+        return build_head(composed[name], parts)
 
     schedule = Schedule(
         instantiate(cfg.optimizer), cfg.trainer.max_epochs, cfg.trainer.check_val_every_n_epoch, cfg.early_stopping_patience

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from guardkit.efficiency.solver import decision_rows, fit_linear
+from guardkit.efficiency.solver import NumpyProducts, TorchProducts, decision_rows, fit_linear
 from guardkit.losses import decision_loss, pair_loss
 
 
@@ -86,6 +86,15 @@ def test_separable_images_do_not_break_it():
     solved = fit_linear([decision_rows(50 * embeddings, labels, pairs)], np.array([1e-8]))
     assert np.isfinite(solved.weights).all()
     assert solved.gradient.max() < 1e-8
+
+
+def test_products_on_a_device_are_those_of_the_processor():
+    rng = np.random.default_rng(0)
+    z, vector, weights = rng.normal(size=(30, 7)), rng.normal(size=7), rng.random(30)
+    for products in (NumpyProducts(z), TorchProducts(z, "cpu")):
+        np.testing.assert_allclose(products.times(vector), z @ vector, rtol=1e-12)
+        np.testing.assert_allclose(products.transposed(weights), z.T @ weights, rtol=1e-12)
+        np.testing.assert_allclose(products.curvature(weights), (z.T * weights) @ z, rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_input_is_named():

@@ -68,7 +68,7 @@ class FittedCell:
 
 
 class Engine(Protocol):
-    """Fits cells of one head, in the order given."""
+    """Fits cells of one head, at least one, in the order given."""
 
     name: str
 
@@ -85,7 +85,7 @@ class BatchedEngine:
         make_head: a new head by its name and a cell's seed.
         schedule: how heads that are not linear are trained.
         device: where to compute.
-        tolerance: largest absolute gradient entry at which a linear head counts as solved.
+        tolerance: of linear heads, see `fit_linear`.
     """
 
     name = "batched"
@@ -105,16 +105,19 @@ class BatchedEngine:
     def fit(self, cells: Sequence[tuple[Cell, CellData]], test: TestSet) -> list[FittedCell]:
         """One fitted cell each."""
         started = time.perf_counter()
-        heads = [self._make_head(cell.head, cell.seed) for cell, _ in cells]
-        linear = [head for head in heads if isinstance(head, LinearHead)]
         data = [one for _, one in cells]
-        fitted = self._fit_linear(linear, data, test) if len(linear) == len(heads) else self._fit_stacked(heads, data, test)
+        first = self._make_head(cells[0][0].head, cells[0][0].seed)
+        if isinstance(first, LinearHead):  # starts alike for every seed
+            fitted = self._fit_linear(first, data, test)
+        else:
+            heads = [first, *(self._make_head(cell.head, cell.seed) for cell, _ in cells[1:])]
+            fitted = self._fit_stacked(heads, data, test)
         seconds = (time.perf_counter() - started) / max(1, len(cells))
         return [replace(one, seconds=seconds) for one in fitted]
 
-    def _fit_linear(self, heads: Sequence[LinearHead], data: Sequence[CellData], test: TestSet) -> list[FittedCell]:
-        scale = heads[0].scale
-        start = heads[0].linear.weight[0].detach().double().numpy()
+    def _fit_linear(self, head: LinearHead, data: Sequence[CellData], test: TestSet) -> list[FittedCell]:
+        scale = head.scale
+        start = head.linear.weight[0].detach().double().numpy()
         problems = [self.rows(one.train, scale) for one in data]
         solved = fit_linear(problems, np.array(self._objective.strengths), start=start, device=self._device, tolerance=self._tolerance)
         fitted = []

@@ -9,29 +9,35 @@ its label. A pair is the row z(unsafe) - z(counterfactual) with s = +1, e = 0 an
 class and pair weights; w0 is where the head starts (zero, or the policy's texts). With l2 > 0 and at least one row of
 each label the optimum exists and is unique.
 
-The method is Newton's with a halved step where a full one would not descend enough (Armijo). Problems are solved side by
-side in one batch; for each, the penalties are gone through from the strongest to the weakest, each started from the
-solution before it. The weights lie in the span of the rows (the representer theorem), so a head on few images is solved
-in few dimensions.
+The method is L-BFGS (Liu and Nocedal, 1989) whose first matrix is the exact curvature, taken where a penalty's search
+starts and renewed now and then. It needs the few steps of Newton's method, and hardly more than the curvature's first
+product, which is most of the work. Curvatures are in single precision: they decide how fast the optimum is reached, not where
+it lies. Objective, gradient and steps are in double precision. For each problem the penalties are gone through from the
+strongest to the weakest, each started from the solution before it. The weights lie in the span of the rows (the
+representer theorem), so a head on few images is solved in few dimensions. Problems are spread over the processor's cores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
+from scipy.linalg import cho_solve
+from threadpoolctl import threadpool_limits
 
-_MAX_ITERATIONS = 100
-_MAX_HALVINGS = 30
-_ARMIJO = 1e-4
-# the bias is not penalised; this keeps its Newton step finite where all images of one label are saturated
+_MAX_STEPS = 500
+_MAX_TRIALS = 60
+_SHARED = 50_000  # numbers in a problem's rows above which it goes to a thread of its own
+_RENEW = 8  # steps, of one penalty or several, after which the curvature is taken anew: about what it costs itself
+_ARMIJO, _WOLFE = 1e-4, 0.5
+# the bias is not penalised; this keeps its step finite where all images of one label are saturated
 _BIAS_RIDGE = 1e-10
-# problems share a batch up to this size, which caches hold; larger ones go one at a time
-_CHUNK_BYTES = 8 << 20
+# share of the mean curvature that single precision may get wrong, added to every direction
+_ROUNDING = 3e-7
 
 
 @dataclass(frozen=True)
@@ -60,16 +66,79 @@ class Solution:
         bias: (p, h) float64.
         objective: (p, h) values of J.
         gradient: (p, h) largest absolute entry of the gradient at the solution.
-        iterations: Newton steps, of all problems and penalties.
-        operations: multiplications and additions of their curvatures, which are most of the work.
+        n_curvatures: matrices of curvature that were worked out, of all problems and penalties.
+        curvature_operations: multiplications and additions they need, each product of two rows counted once.
+        product_bytes: read by the products of rows and vectors.
     """
 
     weights: np.ndarray
     bias: np.ndarray
     objective: np.ndarray
     gradient: np.ndarray
-    iterations: int
-    operations: float
+    n_curvatures: int
+    curvature_operations: float
+    product_bytes: float
+
+
+class Products(Protocol):
+    """What is asked of the rows of one problem, an (m, r) matrix z; vectors come and go as float64 NumPy arrays."""
+
+    def times(self, vector: np.ndarray) -> np.ndarray:
+        """(m,) z @ vector."""
+        ...
+
+    def transposed(self, vector: np.ndarray) -> np.ndarray:
+        """(r,) z.T @ vector."""
+        ...
+
+    def curvature(self, weights: np.ndarray) -> np.ndarray:
+        """(r, r) z.T @ diag(weights) @ z in single precision."""
+        ...
+
+
+class NumpyProducts:
+    """On the processor."""
+
+    def __init__(self, z: np.ndarray) -> None:
+        self._z, self._single = z, z.astype(np.float32)
+        self._scaled = np.empty_like(self._single)
+
+    def times(self, vector: np.ndarray) -> np.ndarray:
+        """(m,) z @ vector."""
+        return self._z @ vector
+
+    def transposed(self, vector: np.ndarray) -> np.ndarray:
+        """(r,) z.T @ vector."""
+        return vector @ self._z
+
+    def curvature(self, weights: np.ndarray) -> np.ndarray:
+        """(r, r) z.T @ diag(weights) @ z in single precision."""
+        np.multiply(self._single, np.sqrt(weights).astype(np.float32)[:, None], out=self._scaled)
+        return self._scaled.T @ self._scaled  # NumPy sees that it is symmetric, and works out one half
+
+
+class TorchProducts:
+    """On any device of torch: worth it on a GPU, for many images or wide embeddings."""
+
+    def __init__(self, z: np.ndarray, device: str) -> None:
+        self._z = torch.from_numpy(z).to(device)
+        self._single = self._z.float()
+
+    def _there(self, vector: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(vector).to(self._z.device)
+
+    def times(self, vector: np.ndarray) -> np.ndarray:
+        """(m,) z @ vector."""
+        return (self._z @ self._there(vector)).cpu().numpy()
+
+    def transposed(self, vector: np.ndarray) -> np.ndarray:
+        """(r,) z.T @ vector."""
+        return (self._there(vector) @ self._z).cpu().numpy()
+
+    def curvature(self, weights: np.ndarray) -> np.ndarray:
+        """(r, r) z.T @ diag(weights) @ z in single precision."""
+        scaled = self._single * self._there(weights).sqrt().float()[:, None]
+        return (scaled.mT @ scaled).cpu().numpy()
 
 
 def decision_rows(
@@ -104,7 +173,7 @@ def decision_rows(
 
 
 def fit_linear(
-    problems: Sequence[Rows], l2: np.ndarray, *, start: np.ndarray | None = None, device: str = "cpu", tolerance: float = 1e-9
+    problems: Sequence[Rows], l2: np.ndarray, *, start: np.ndarray | None = None, device: str = "cpu", tolerance: float = 1e-16
 ) -> Solution:
     """The optimum of every problem for every penalty.
 
@@ -112,8 +181,8 @@ def fit_linear(
         problems: what each head is fitted to; all of one width.
         l2: (h,) penalties, above 0.
         start: (d,) the weights w0 that the penalty pulls towards; None: zero.
-        device: where to compute.
-        tolerance: largest absolute gradient entry at which a head counts as solved.
+        device: where rows are multiplied; "cpu" or another device of torch.
+        tolerance: a head counts as solved when the next step promises to lower its objective by less than this share of it.
     Raises:
         ValueError: a penalty that is not above 0, or values that are not finite.
     """
@@ -123,136 +192,168 @@ def fit_linear(
     for rows in problems:
         if not np.isfinite(rows.vectors).all():
             raise ValueError("embeddings hold values that are not finite; embed those images again or leave them out")
-    parts: dict[int, tuple[Tensor, ...]] = {}
-    iterations, operations = 0, 0.0
-    # problems of like size share a batch, so that little of it is padding
-    order = sorted(range(len(problems)), key=lambda i: len(problems[i].shares))
-    for chunk in _chunks(order, [8 * one.vectors.size for one in problems]):
-        *found, steps = _fit_batch([problems[i] for i in chunk], l2, start, device, tolerance)
-        iterations += sum(steps)
-        for i, n_steps in zip(chunk, steps, strict=True):
-            m, d = problems[i].vectors.shape
-            operations += 2.0 * n_steps * m * (min(m, d) + 1) ** 2
-        for position, i in enumerate(chunk):
-            parts[i] = tuple(one[position] for one in found)
-    weights, bias, objective, gradient = (
-        np.stack([parts[i][what].cpu().numpy() for i in range(len(problems))]) if problems else np.zeros((0, len(l2))) for what in range(4)
+
+    def products(z: np.ndarray) -> Products:
+        return NumpyProducts(z) if device == "cpu" else TorchProducts(z, device)
+
+    def path(rows: Rows) -> Solution:
+        return _path(rows, l2, start, products, tolerance)
+
+    workers = torch.get_num_threads() if device == "cpu" else 1
+    # one problem a core: the matrices are too small for a library to share one among cores
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+        # small ones take turns: threads would only wait for the interpreter
+        futures = {i: pool.submit(path, rows) for i, rows in enumerate(problems) if rows.vectors.size >= _SHARED}
+        solved = [futures[i].result() if i in futures else path(rows) for i, rows in enumerate(problems)]
+    d = problems[0].vectors.shape[1] if problems else 0
+    return Solution(
+        weights=np.array([one.weights for one in solved]).reshape(len(problems), len(l2), d),
+        bias=np.array([one.bias for one in solved]).reshape(len(problems), len(l2)),
+        objective=np.array([one.objective for one in solved]).reshape(len(problems), len(l2)),
+        gradient=np.array([one.gradient for one in solved]).reshape(len(problems), len(l2)),
+        n_curvatures=sum(one.n_curvatures for one in solved),
+        curvature_operations=sum(one.curvature_operations for one in solved),
+        product_bytes=sum(one.product_bytes for one in solved),
     )
-    return Solution(weights, bias, objective, gradient, iterations, operations)
 
 
-def _chunks(order: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    chunks: list[list[int]] = []
-    for i in order:
-        # sizes rise along the order, so the newcomer is the one that all are padded to
-        if chunks and (len(chunks[-1]) + 1) * sizes[i] <= _CHUNK_BYTES:
-            chunks[-1].append(i)
-        else:
-            chunks.append([i])
-    return chunks
-
-
-def _fit_batch(
-    problems: Sequence[Rows], l2: np.ndarray, start: np.ndarray | None, device: str, tolerance: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
-    """(p, h, d) weights, (p, h) biases, objectives and gradients, and the number of steps of each problem."""
-    m = max(len(one.shares) for one in problems)
-
-    def stacked(name: str) -> Tensor:
-        values = [torch.from_numpy(np.asarray(getattr(one, name))) for one in problems]
-        padded = torch.zeros((len(problems), m, *values[0].shape[1:]), dtype=torch.float64, device=device)
-        for place, value in zip(padded, values, strict=True):
-            place[: len(value)] = value
-        return padded
-
-    full, bias, margins, shares = (stacked(name) for name in ("vectors", "bias", "margins", "shares"))
+def _path(rows: Rows, l2: np.ndarray, start: np.ndarray | None, products: Callable[[np.ndarray], Products], tolerance: float) -> Solution:
+    """One problem, all penalties: (h, d) weights, (h,) biases, objectives and gradients."""
+    vectors = np.asarray(rows.vectors, np.float64)
+    margins = np.asarray(rows.margins, np.float64)
     if start is not None:
-        from_here = torch.from_numpy(np.asarray(start, np.float64)).to(device)
-        margins = margins - full @ from_here
-    d = full.shape[2]
-    # fewer rows than dimensions: solve in their span; padding adds directions in which nothing lies
-    basis = torch.linalg.qr(full.mT)[0] if m < d else None
-    z = torch.cat([full if basis is None else full @ basis, bias[..., None]], dim=2)  # (p, m, r + 1)
-    del full
-    theta = torch.zeros(len(problems), z.shape[2], dtype=z.dtype, device=device)
-    ridge = torch.full((z.shape[2],), _BIAS_RIDGE, dtype=z.dtype, device=device)
-    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    iterations = torch.zeros(len(problems), dtype=torch.long)
+        margins = margins - vectors @ start
+    m, d = vectors.shape
+    basis = np.linalg.qr(vectors.T)[0] if m < d else None  # fewer rows than dimensions: solve in their span
+    z = np.concatenate([vectors if basis is None else vectors @ basis, rows.bias[:, None]], axis=1)
+    search = _Search(products(z), z.shape, np.asarray(rows.shares, np.float64), margins, tolerance)
+    thetas, objective, gradient = np.zeros((len(l2), z.shape[1])), np.zeros(len(l2)), np.zeros(len(l2))
     for j in np.argsort(-l2, kind="stable"):
-        ridge[:-1] = l2[j]
-        theta, value, gradient, steps = _newton(z, shares, margins, ridge, theta, tolerance)
-        found[int(j)] = theta, value, gradient
-        iterations += steps
-    thetas, objective, gradient = (torch.stack([found[j][what] for j in range(len(l2))], dim=1) for what in range(3))
-    weights = thetas[..., :-1] if basis is None else thetas[..., :-1] @ basis.mT
+        thetas[j], objective[j], gradient[j] = search.solve(float(l2[j]))
+    weights = thetas[:, :-1] if basis is None else thetas[:, :-1] @ basis.T
     if start is not None:
-        weights = weights + from_here
-    return weights, thetas[..., -1], objective, gradient, iterations.tolist()
+        weights = weights + start
+    r = z.shape[1]
+    return Solution(
+        weights,
+        thetas[:, -1],
+        objective,
+        gradient,
+        search.n_curvatures,
+        search.n_curvatures * float(m * r * r),
+        search.n_products * z.nbytes,
+    )
 
 
-def _newton(
-    z: Tensor, shares: Tensor, margins: Tensor, ridge: Tensor, start: Tensor, tolerance: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(p, r + 1) solutions, (p,) objectives, largest gradient entries and numbers of steps."""
-    theta = start.clone()
-    steps = torch.zeros(len(z), dtype=torch.long)
-    value = _objective(z, shares, margins, ridge, theta)
-    largest = torch.zeros_like(value)
-    open_rows = torch.arange(len(z), device=z.device)
-    for iteration in range(_MAX_ITERATIONS + 1):
-        mine = slice(None) if len(open_rows) == len(z) else open_rows
-        z_open, share, here = z[mine], shares[mine], theta[mine]
-        pull = torch.sigmoid(margins[mine] - _product(z_open, here))  # (p, m)
-        gradient = ridge * here - _product(z_open.mT, share * pull)
-        largest[open_rows] = gradient.abs().amax(dim=1)
-        left = (largest[open_rows] > tolerance).nonzero()[:, 0]
-        if not len(left) or iteration == _MAX_ITERATIONS:
-            return theta, value, largest, steps
-        if len(left) < len(open_rows):
-            open_rows = open_rows[left]
-            z_open, share, here, pull, gradient = z_open[left], share[left], here[left], pull[left], gradient[left]
-        steps[open_rows.cpu()] += 1
-        hessian = _hessian(z_open, share * pull * (1 - pull)) + torch.diag(ridge)
-        step = torch.linalg.solve(hessian, gradient)
-        theta[open_rows], value[open_rows] = _line_search(
-            z_open, share, margins[open_rows], ridge, here, value[open_rows], step, (step * gradient).sum(dim=1)
-        )
-    raise AssertionError("unreachable")
+class _Search:
+    """Minimises one problem for one penalty after the other, each from where the last one ended.
+
+    Attributes:
+        n_curvatures, n_products: so far.
+    """
+
+    def __init__(self, products: Products, shape: tuple[int, int], shares: np.ndarray, margins: np.ndarray, tolerance: float) -> None:
+        self._products, self._shares, self._margins, self._tolerance = products, shares, margins, tolerance
+        self._theta, self._pull = np.zeros(shape[1]), np.zeros(shape[0])  # the head, and z @ theta
+        self._curvature: np.ndarray | None = None
+        self._n_since = 0  # steps since it was taken
+        self.n_curvatures = self.n_products = 0
+
+    def solve(self, l2: float) -> tuple[np.ndarray, float, float]:
+        """(r,) the head, its objective and its largest gradient entry."""
+        ridge = np.full(len(self._theta), l2)
+        ridge[-1] = _BIAS_RIDGE
+        value, sigmoid = self._value(ridge, self._theta, self._pull)
+        gradient = self._gradient(ridge, sigmoid)
+        memory: list[tuple[np.ndarray, np.ndarray, float]] = []
+        factor = None
+        for _ in range(_MAX_STEPS):
+            if factor is None or self._n_since >= _RENEW:
+                factor, memory = self._factor(ridge, sigmoid), []
+            step = -_two_loops(gradient, memory, factor)
+            slope = float(gradient @ step)
+            if -slope <= 2 * self._tolerance * value:
+                break
+            self._n_since += 1
+            before = gradient
+            self.n_products += 1
+            length, value, sigmoid = self._line_search(ridge, value, step, self._products.times(step), slope)
+            if not length:
+                if self._n_since == 1:
+                    break
+                self._n_since = _RENEW  # an old curvature misled it
+                continue
+            gradient = self._gradient(ridge, sigmoid)
+            change = gradient - before
+            curvature = length * float(step @ change)
+            if curvature > 0:
+                memory.append((length * step, change, 1 / curvature))
+        return self._theta.copy(), value, float(np.abs(gradient).max())
+
+    def _value(self, ridge: np.ndarray, theta: np.ndarray, pull: np.ndarray) -> tuple[float, np.ndarray]:
+        """J, and the (m,) sigmoids of m_i - pull_i, which are the slopes of the rows' losses."""
+        lack = self._margins - pull
+        small = np.exp(-np.abs(lack))
+        losses = np.log1p(small) + np.maximum(lack, 0)
+        sigmoid = np.where(lack > 0, 1, small) / (1 + small)
+        return float(self._shares @ losses + 0.5 * (ridge * theta) @ theta), sigmoid
+
+    def _gradient(self, ridge: np.ndarray, sigmoid: np.ndarray) -> np.ndarray:
+        self.n_products += 1
+        return ridge * self._theta - self._products.transposed(self._shares * sigmoid)
+
+    def _factor(self, ridge: np.ndarray, sigmoid: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Of the curvature, taken anew if the last one is old, and the penalty."""
+        if self._curvature is None or self._n_since >= _RENEW:
+            self.n_curvatures += 1
+            self._n_since = 0
+            self._curvature = self._products.curvature(self._shares * sigmoid * (1 - sigmoid))
+        matrix = self._curvature.astype(np.float64)
+        diagonal = np.einsum("ii->i", matrix)
+        extra = _ROUNDING * max(float(diagonal.mean()), 0.0)
+        diagonal += ridge
+        while True:
+            diagonal += extra
+            try:
+                return np.asfortranarray(np.linalg.cholesky(matrix)), True  # NumPy's, because SciPy's keeps other threads waiting
+            except np.linalg.LinAlgError:
+                extra = max(100 * extra, 1e-12)
+
+    def _line_search(
+        self, ridge: np.ndarray, value: float, step: np.ndarray, along: np.ndarray, slope: float
+    ) -> tuple[float, float, np.ndarray]:
+        """Goes along a step to where the strong Wolfe conditions hold: the length, the objective and the sigmoids there.
+
+        `along` is z @ step. A length of 0: rounding leaves no descent.
+        """
+        low, high, length = 0.0, np.inf, 1.0
+        for _ in range(_MAX_TRIALS):
+            theta, pull = self._theta + length * step, self._pull + length * along
+            after, sigmoid = self._value(ridge, theta, pull)
+            slope_there = float((ridge * theta) @ step - (self._shares * sigmoid) @ along)
+            # rounding forbids a descent below the last bits of the value
+            too_far = after > value + _ARMIJO * length * slope + 1e-15 * abs(value) or slope_there > -_WOLFE * slope
+            if not too_far and slope_there >= _WOLFE * slope:
+                break
+            if too_far:
+                high = length
+            else:
+                low = length
+            length = 2 * length if np.isinf(high) else (low + high) / 2
+        else:
+            return 0.0, value, self._value(ridge, self._theta, self._pull)[1]
+        self._theta, self._pull = theta, pull
+        return length, after, sigmoid
 
 
-def _line_search(
-    z: Tensor, shares: Tensor, margins: Tensor, ridge: Tensor, here: Tensor, before: Tensor, step: Tensor, slope: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Where halved steps first descend enough, and the objective there."""
-    length = torch.ones_like(slope)
-    for _ in range(_MAX_HALVINGS):
-        trial = here - length[:, None] * step
-        after = _objective(z, shares, margins, ridge, trial)
-        # rounding forbids a descent below the last bits of the value
-        too_long = after > before - _ARMIJO * length * slope + 1e-14 * (1 + before.abs())
-        if not too_long.any():
-            break
-        length = torch.where(too_long, length / 2, length)
-    return trial, after
-
-
-def _hessian(z: Tensor, weights: Tensor) -> Tensor:
-    """(p, r, r) sums of weights times outer products of rows; a part of the rows at a time bounds the memory."""
-    step = max(1, _CHUNK_BYTES // (8 * z.shape[0] * z.shape[2]))
-    total = None
-    for start in range(0, z.shape[1], step):
-        part = z[:, start : start + step]
-        term = (part * weights[:, start : start + step, None]).mT @ part
-        total = term if total is None else total.add_(term)
-    assert total is not None
-    return total
-
-
-def _objective(z: Tensor, shares: Tensor, margins: Tensor, ridge: Tensor, theta: Tensor) -> Tensor:
-    """(p,) values of J."""
-    return (functional.softplus(margins - _product(z, theta)) * shares).sum(dim=1) + 0.5 * (ridge * theta.square()).sum(dim=1)
-
-
-def _product(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """(p, a, b) times (p, b) -> (p, a)."""
-    return (matrices @ vectors[..., None])[..., 0]
+def _two_loops(gradient: np.ndarray, memory: Sequence[tuple[np.ndarray, np.ndarray, float]], factor: tuple[np.ndarray, bool]) -> np.ndarray:
+    """The gradient times the inverse curvature, as the factor and the steps since then know it."""
+    direction = gradient
+    weights = []
+    for step, change, share in reversed(memory):
+        weights.append(share * float(step @ direction))
+        direction = direction - weights[-1] * change
+    direction = cho_solve(factor, direction, check_finite=False)
+    for (step, change, share), weight in zip(memory, reversed(weights), strict=True):
+        direction = direction + (weight - share * float(change @ direction)) * step
+    return direction

@@ -329,10 +329,14 @@ def robustness(evaluation: Evaluation) -> dict[str, Any] | None:
         mine = [row for row in rows if row["protocol"] == protocol]
         kinds = list(dict.fromkeys((row["attack"], row["strength"], row["unit"]) for row in mine))
         if kinds:
-            body = [
-                {"name": f"{attack} {strength:g}", "title": unit, "cells": [_robust_cell(mine, name, attack, strength) for name in names]}
-                for attack, strength, unit in kinds
-            ]
+            body = []
+            for attack, strength, unit in kinds:
+                cells = [_robust_cell(mine, name, attack, strength) for name in names]
+                body.append({"name": f"{attack} {strength:g}", "title": unit, "cells": cells})
+                cells = [_robust_cell(mine, name, attack, strength, "robust_accuracy_8bit") for name in names]
+                if any(cell["value"] is not None for cell in cells):
+                    title = "the same images rounded to 8 bits, as a file holds them, and preprocessed as every image is"
+                    body.append({"name": f"{attack} {strength:g}, in 8 bits", "title": title, "cells": cells})
             clean = {"name": "untouched", "title": "the same images before", "cells": [_clean_cell(mine, name) for name in names]}
             tables.append({"protocol": protocol, "title": title, "first": "attack, strength", "columns": names, "rows": [clean, *body]})
     return {
@@ -343,17 +347,18 @@ def robustness(evaluation: Evaluation) -> dict[str, Any] | None:
     }
 
 
-def _robust_cell(rows: Sequence[Row], name: str, attack: str, strength: float) -> dict[str, Any]:
+def _robust_cell(rows: Sequence[Row], name: str, attack: str, strength: float, figure: str = "robust_accuracy") -> dict[str, Any]:
     row = next((row for row in rows if (row["guard"], row["attack"], row["strength"]) == (name, attack, strength)), None)
-    if row is None or row["robust_accuracy"] is None:
+    if row is None or row[figure] is None:
         return {"text": "–", "interval": "", "title": (row or {}).get("note") or "not measured", "value": None, "is_best": False}
-    low, high = row["robust_accuracy_low"], row["robust_accuracy_high"]
-    said = f"n = {row['n']}, threshold {row['threshold']:.4g}, 95 % interval {low:.3f}–{high:.3f}, recall {plain(row['recall'])}, FPR {plain(row['fpr'])}"
+    low, high = row[f"{figure}_low"], row[f"{figure}_high"]
+    recall, fpr = (row[figure.replace("robust_accuracy", other)] for other in ("recall", "fpr"))
+    said = f"n = {row['n']}, threshold {row['threshold']:.4g}, 95 % interval {low:.3f}–{high:.3f}, recall {plain(recall)}, FPR {plain(fpr)}"
     return {
-        "text": f"{row['robust_accuracy']:.3f}",
+        "text": f"{row[figure]:.3f}",
         "interval": f"{low:.3f}–{high:.3f}",
         "title": said,
-        "value": row["robust_accuracy"],
+        "value": row[figure],
         "is_best": False,
     }
 

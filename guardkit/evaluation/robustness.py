@@ -34,7 +34,8 @@ COLUMNS = pa.schema(
         "n": _COUNT, "n_unsafe": _COUNT, "n_safe": _COUNT,
         "clean_accuracy": _SHARE, "clean_recall": _SHARE, "clean_fpr": _SHARE,
         "robust_accuracy": _SHARE, "robust_accuracy_low": _SHARE, "robust_accuracy_high": _SHARE, "recall": _SHARE, "fpr": _SHARE,
-        "robust_accuracy_8bit": _SHARE, "recall_8bit": _SHARE, "fpr_8bit": _SHARE,
+        "robust_accuracy_8bit": _SHARE, "robust_accuracy_8bit_low": _SHARE, "robust_accuracy_8bit_high": _SHARE,
+        "recall_8bit": _SHARE, "fpr_8bit": _SHARE,
         "n_abstained_clean": _COUNT, "n_abstained": _COUNT,
         "largest_change": pa.float64(), "n_passes": _COUNT, "n_queries": _COUNT, "seconds": pa.float64(), "seed": _COUNT,
         "note": _TEXT, "violation": _TEXT,
@@ -155,8 +156,8 @@ def sanity_checks(rows: Sequence[dict[str, Any]]) -> list[SanityCheck]:
 
 
 def _row(guard: Guard, outcome: Outcome, labels: np.ndarray, groups: np.ndarray, settings: RobustnessSettings) -> dict[str, Any]:
-    right = _right(outcome.values, labels)
-    low, high = _interval(right, groups)
+    low, high = _interval(_right(outcome.values, labels), groups)
+    low_8bit, high_8bit = (None, None) if outcome.rounded is None else _interval(_right(outcome.rounded, labels), groups)
     row: dict[str, Any] = {
         "guard": guard.name,
         "guard_fingerprint": guard.fingerprint,
@@ -170,6 +171,8 @@ def _row(guard: Guard, outcome: Outcome, labels: np.ndarray, groups: np.ndarray,
         "n_safe": int((labels == 0).sum()),
         "robust_accuracy_low": low,
         "robust_accuracy_high": high,
+        "robust_accuracy_8bit_low": low_8bit,
+        "robust_accuracy_8bit_high": high_8bit,
         "n_abstained_clean": int(np.isnan(outcome.clean).sum()),
         "n_abstained": int(np.isnan(outcome.values).sum()),
         "largest_change": outcome.largest_change,
