@@ -120,26 +120,29 @@ class BatchedEngine:
         start = head.linear.weight[0].detach().double().numpy()
         problems = [self.rows(one.train, scale) for one in data]
         solved = fit_linear(problems, np.array(self._objective.strengths), start=start, device=self._device, tolerance=self._tolerance)
-        fitted = []
-        for i, one in enumerate(data):
-            weights, bias = scale * solved.weights[i], solved.bias[i]
-            logits = one.validation["embeddings"].double() @ torch.from_numpy(weights.T) + torch.from_numpy(bias)
-            losses = np.array([self.loss(logits[:, j], one.validation) for j in range(len(bias))])
-            best = chosen(losses, self._objective.strengths)
-            fitted.append(
-                FittedCell(
-                    chosen=best,
-                    validation_losses=losses,
-                    objectives=solved.objective[i],
-                    gradients=solved.gradient[i],
-                    logits=test.embeddings @ weights[best] + bias[best],
-                    twin_logits=test.twins @ weights[best] + bias[best],
-                    validation_logits=logits[:, best].numpy(),
-                    validation_labels=one.validation["labels"].numpy(),
-                    seconds=0.0,
-                )
+        weights, bias = scale * solved.weights, solved.bias
+        on_validation = [one.validation["embeddings"].double().numpy() @ weights[i].T + bias[i] for i, one in enumerate(data)]
+        losses = [
+            np.array([self.loss(torch.from_numpy(logits[:, j].copy()), one.validation) for j in range(logits.shape[1])])
+            for logits, one in zip(on_validation, data, strict=True)
+        ]
+        best = [chosen(mine, self._objective.strengths) for mine in losses]
+        rows = np.arange(len(data))
+        on_test, on_twins = (vectors @ weights[rows, best].T + bias[rows, best] for vectors in (test.embeddings, test.twins))
+        return [
+            FittedCell(
+                chosen=best[i],
+                validation_losses=losses[i],
+                objectives=solved.objective[i],
+                gradients=solved.gradient[i],
+                logits=on_test[:, i],
+                twin_logits=on_twins[:, i],
+                validation_logits=on_validation[i][:, best[i]],
+                validation_labels=one.validation["labels"].numpy(),
+                seconds=0.0,
             )
-        return fitted
+            for i, one in enumerate(data)
+        ]
 
     def _fit_stacked(self, heads: Sequence[Head], data: Sequence[CellData], test: TestSet) -> list[FittedCell]:
         goal = self._objective
