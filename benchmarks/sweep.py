@@ -1,6 +1,6 @@
 """Speed of the sample-efficiency engine, side by side in one run, on the cells of the default sweep.
 
-    python benchmarks/sweep.py [seeds=10] [widths=256,768] [lightning=3] [whole=true] [key=value ...]
+    python benchmarks/sweep.py [seeds=10] [widths=256,768 or nothing] [lightning=3] [whole=true] [key=value ...]
 
 Batched engine against scikit-learn's LogisticRegression, one fit after the other, spread over both cores with joblib;
 both at the same objective (cross-entropy without the pair loss, which scikit-learn does not have). scikit-learn stops where
@@ -15,7 +15,7 @@ memory is read. At the end the whole command, and once more with four times the 
 from __future__ import annotations
 
 import logging
-import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -86,9 +86,14 @@ def sweep_seconds(folder: str, overrides: list[str]) -> tuple[float, float]:
     started = time.perf_counter()
     command = [sys.executable, "-m", "guardkit.sweep", f"output_dir={folder}", *overrides]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, f"{' '.join(command)} ended with {status}"
-    return time.perf_counter() - started, usage.ru_maxrss / 2**20
+    peak = 0
+    while process.poll() is None:
+        # not the usage that the system reports at the end: it counts the parent from which the process was forked
+        found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+        peak = max(peak, int(found.group(1)) if found else 0)
+        time.sleep(0.1)
+    assert process.returncode == 0, f"{' '.join(command)} ended with {process.returncode}"
+    return time.perf_counter() - started, peak / 2**20
 
 
 def main(arguments: list[str]) -> None:
@@ -117,7 +122,7 @@ def main(arguments: list[str]) -> None:
         f"{len(cells)} cells x {len(strengths)} strengths = {n_fits} fits, {torch.get_num_threads()} threads, "
         f"{operations_rate / 1e9:.0f} GFLOP/s in single precision, {bytes_rate / 1e9:.0f} GB/s"
     )
-    for width in map(int, settings["widths"].split(",")):
+    for width in (int(width) for width in settings["widths"].split(",") if width):
         scale = width**0.5
         problems = [
             decision_rows(

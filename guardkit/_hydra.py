@@ -149,6 +149,8 @@ def user_error(error: BaseException) -> str | None:
         lines = [
             line.strip() for line in str(error).splitlines() if line.strip() and not line.strip().startswith(("full_key", "object_type"))
         ]
+        if any("hydra/launcher/submitit" in line for line in lines):
+            return 'hydra/launcher=submitit_slurm needs the submitit launcher; pip install "guardkit[slurm]"'
         return "; ".join(lines) + "; see --help for all settings"
     return None
 

@@ -513,6 +513,15 @@ def test_the_text_says_the_same(report):
     assert text.count("\n## ") >= 7
     for line in text.splitlines():
         assert not line.startswith("|") or line.endswith("|")
+    # attacked images as a file would hold them stand below the same with real-valued pixels
+    robust = text.split("\n## Robust accuracy on pixels\n")[1].split("\n## ")[0]
+    assert "| pgd 1 |" in robust
+    rows = pq.read_table(report.folder / "robustness.parquet").to_pylist()
+    row = next(row for row in rows if (row["guard"], row["protocol"], row["attack"], row["strength"]) == ("zero_shot", "pixels", "pgd", 8))
+    line = next(line for line in robust.splitlines() if line.startswith("| pgd 8, in 8 bits |"))
+    low, high = row["robust_accuracy_8bit_low"], row["robust_accuracy_8bit_high"]
+    assert f"{row['robust_accuracy_8bit']:.3f} ({low:.3f}–{high:.3f})" in line
+    assert "square 8, in 8 bits" not in robust
 
 
 def test_names_from_data_are_escaped(tmp_path):

@@ -97,8 +97,8 @@ def fitted(world, folder, sizes=(4, 8, 16), seeds=range(6), arms=ARMS):
 def measured(stock, finished, metric, n_resamples=300):
     draws = stats.GroupDraws([record.group for record in stock.test.records], n_resamples=n_resamples)
     scores = {cell: Scores(one.fitted.logits, one.fitted.twin_logits, 0.0) for cell, one in finished.items()}
-    values, drawn = Yardstick(metric, stock.test, draws).measure(list(scores.values()))
-    return curves({(cell.arm, cell.n_unsafe, cell.seed): (v, row) for cell, v, row in zip(scores, values, drawn, strict=True)})
+    yardstick = Yardstick(metric, stock.test, draws)
+    return curves(yardstick, {(cell.arm, cell.n_unsafe, cell.seed): one for cell, one in scores.items()})
 
 
 # --- what may be concluded ---------------------------------------------------------------------------------------------------
@@ -257,10 +257,10 @@ def test_metrics_are_those_of_training(tmp_path):
     test = stock.test
     labels = np.array([record.label for record in test.records])
     for cell, one in finished.items():
-        scores, twins = (1 / (1 + np.exp(-logits)) for logits in (one.fitted.logits, one.fitted.twin_logits))
+        scores, twins = (1 / (1 + np.exp(-logits.astype(float))) for logits in (one.fitted.logits, one.fitted.twin_logits))
         reference = {**classification_metrics(labels, scores, 0.5), **pair_metrics(scores[test.pair_rows], twins, 0.5)}
         for metric in ("pair_accuracy", "ranking_accuracy", "auroc", "balanced_accuracy", "f1"):
-            found, _ = Yardstick(metric, test, stats.GroupDraws([0], n_resamples=0)).measure(
+            found = Yardstick(metric, test, stats.GroupDraws([0], n_resamples=0)).values(
                 [Scores(one.fitted.logits, one.fitted.twin_logits, 0.0)]
             )
             assert found[0] == pytest.approx(reference[metric]), (cell, metric)
@@ -283,7 +283,7 @@ def test_redraws_of_a_metric_are_the_metric_of_redrawn_images():
         "balanced_accuracy": lambda chosen: np.mean([((logits >= 0.2) == y)[chosen][labels[chosen] == y].mean() for y in (0, 1)]),
     }  # fmt: skip
     for metric, expected in reference.items():
-        _, drawn = Yardstick(metric, world.test, draws).measure(scores)
+        drawn = Yardstick(metric, world.test, draws).draws([scores])
         for i, counts in enumerate(rows):
             chosen_rows = np.repeat(np.arange(20), counts)
             assert drawn[0, i] == pytest.approx(expected(chosen_rows)), metric
@@ -555,11 +555,13 @@ def test_the_experiments_are_the_arms(compose):
 
 
 @pytest.mark.slow
-def test_multirun_with_joblib_goes_on_past_a_failure_and_leaves_out_what_is_finished(tmp_path):
+@pytest.mark.parametrize("launcher", [["joblib", "n_jobs=2"], ["submitit_local", "timeout_min=10"]], ids=["joblib", "submitit"])
+def test_multirun_with_a_launcher_goes_on_past_a_failure_and_leaves_out_what_is_finished(tmp_path, launcher):
     from test_cli import call
 
+    name, setting = launcher
     arguments = [
-        "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "experiment=pairs_aug,unpaired", "editor=scenes,none", "seed=range(1)",
+        "-m", f"hydra/launcher={name}", f"hydra.launcher.{setting}", "experiment=pairs_aug,unpaired", "editor=scenes,none", "seed=range(1)",
         "data.n_unsafe=8", "source.n_test=9", "trainer.max_epochs=5", f"output_dir={tmp_path / 'runs'}",
     ]  # fmt: skip
     first = call("train", *arguments)
@@ -572,5 +574,15 @@ def test_multirun_with_joblib_goes_on_past_a_failure_and_leaves_out_what_is_fini
     assert len(done) == 3
     again = call("train", *arguments)
     assert again.returncode == 2
-    assert again.stdout.count("finished before") == 3
+    if name == "joblib":  # the other one's jobs have their own output
+        assert again.stdout.count("finished before") == 3
     assert done == {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.json")}
+
+
+def test_a_launcher_that_is_missing_is_one_line(tmp_path):
+    from test_cli import call
+
+    done = call("train", "-m", "hydra/launcher=submitit_elsewhere", "seed=0,1", f"output_dir={tmp_path}")
+    assert done.returncode == 2
+    assert 'pip install "guardkit[slurm]"' in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

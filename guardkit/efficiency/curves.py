@@ -66,17 +66,22 @@ class Yardstick:
             return f"the test set has {len(self._unsafe)} unsafe and {len(self._safe)} safe images"
         return None
 
-    def measure(self, scores: Sequence[Scores]) -> tuple[np.ndarray, np.ndarray]:
-        """(c,) values of c guards, and (c, b) on each of b redraws; NaN where undefined."""
-        values = np.full(len(scores), np.nan)
-        drawn = np.full((len(scores), len(self._draws)), np.nan)
+    def values(self, scores: Sequence[Scores]) -> np.ndarray:
+        """(c,) values of c guards; NaN where undefined."""
         if not scores or self.reason_against():
-            return values, drawn
-        whole = np.ones((1, len(scores[0].logits)))
-        values[:] = self._on(scores, whole)[:, 0]
+            return np.full(len(scores), np.nan)
+        return self._on(scores, np.ones((1, len(scores[0].logits))))[:, 0]
+
+    def draws(self, groups: Sequence[Sequence[Scores]]) -> np.ndarray:
+        """(g, b) means over the guards of each group, which differ in their seed, on b redraws of seeds and images at once."""
+        drawn = np.full((len(groups), len(self._draws)), np.nan)
+        if self.reason_against():
+            return drawn
+        weights = {n: stats.seed_weights(n, n_resamples=len(self._draws)) for n in {len(group) for group in groups}}
         for part, counts in self._draws.chunks():
-            drawn[:, part] = self._on(scores, counts)
-        return values, drawn
+            for i, group in enumerate(groups):  # a group at a time: memory does not grow with their number
+                drawn[i, part] = np.einsum("bs,sb->b", weights[len(group)][part], self._on(group, counts))
+        return drawn
 
     def _on(self, scores: Sequence[Scores], counts: np.ndarray) -> np.ndarray:
         """(c, b) values where image i counts counts[b, i] times."""
@@ -123,20 +128,23 @@ class Curve:
         return stats.Interval(found.estimate, float(np.clip(found.low, 0, 1)), float(np.clip(found.high, 0, 1)))
 
 
-def curves(measured: Mapping[tuple[str, int, int], tuple[float, np.ndarray]]) -> dict[str, Curve]:
-    """Learning curves from (arm, size, seed) -> (value, (b,) on redraws).
+def curves(yardstick: Yardstick, scores: Mapping[tuple[str, int, int], Scores]) -> dict[str, Curve]:
+    """Learning curves from (arm, size, seed) -> what a guard says.
 
-    What is NaN is left out; a size with fewer seeds than the others has redraws of its own.
+    Guards whose value is undefined are left out; a size with fewer seeds than the others has redraws of its own.
     """
-    by_point: dict[str, dict[int, list[tuple[float, np.ndarray]]]] = {}
-    for (arm, size, _), found in sorted(measured.items(), key=lambda item: item[0][1:]):
-        if not np.isnan(found[0]):
-            by_point.setdefault(arm, {}).setdefault(size, []).append(found)
+    known = [key for key, value in zip(scores, yardstick.values(list(scores.values())), strict=True) if not np.isnan(value)]
+    points: dict[tuple[str, int], list[Scores]] = {}
+    for key in sorted(known, key=lambda key: key[1:]):
+        points.setdefault(key[:2], []).append(scores[key])
+    means = [float(yardstick.values(group).mean()) for group in points.values()]
+    draws = yardstick.draws(list(points.values()))
     result = {}
-    for arm, points in by_point.items():
-        values = np.array([np.mean([value for value, _ in found]) for found in points.values()])
-        draws = np.array([stats.over_seeds(np.array([drawn for _, drawn in found])) for found in points.values()])
-        result[arm] = Curve(tuple(points), values, draws, tuple(len(found) for found in points.values()))
+    for arm in dict.fromkeys(arm for arm, _ in points):
+        rows = [i for i, (name, _) in enumerate(points) if name == arm]
+        sizes = tuple(size for name, size in points if name == arm)
+        n_seeds = tuple(len(group) for (name, _), group in points.items() if name == arm)
+        result[arm] = Curve(sizes, np.array(means)[rows], draws[rows], n_seeds)
     return result
 
 

@@ -128,7 +128,10 @@ class BatchedEngine:
         ]
         best = [chosen(mine, self._objective.strengths) for mine in losses]
         rows = np.arange(len(data))
-        on_test, on_twins = (vectors @ weights[rows, best].T + bias[rows, best] for vectors in (test.embeddings, test.twins))
+        # in single precision, as the embeddings are: what is kept of a cell is mostly this
+        on_test, on_twins = (
+            (vectors @ weights[rows, best].T + bias[rows, best]).astype(np.float32) for vectors in (test.embeddings, test.twins)
+        )
         return [
             FittedCell(
                 chosen=best[i],

@@ -154,11 +154,7 @@ def _scores(plan: Plan, finished: Mapping[Cell, FinishedCell]) -> tuple[dict[Cel
 
 
 def _curves(plan: Plan, yardstick: Yardstick, scores: Mapping[Cell, Scores]) -> dict[str, Curve]:
-    values, drawn = yardstick.measure(list(scores.values()))
-    measured = {
-        (plan.curve_of(cell), cell.n_unsafe, cell.seed): (float(value), row) for cell, value, row in zip(scores, values, drawn, strict=True)
-    }
-    found = curves(measured)
+    found = curves(yardstick, {(plan.curve_of(cell), cell.n_unsafe, cell.seed): one for cell, one in scores.items()})
     return {name: found[name] for head in plan.heads for name in plan.curves_of(head) if name in found}
 
 
@@ -260,7 +256,7 @@ def _figures(test: TestSet, scores: Mapping[Cell, Scores]) -> dict[Cell, dict[st
     figures: dict[Cell, dict[str, float | None]] = {cell: {} for cell in scores}
     nothing = GroupDraws([record.group for record in test.records], n_resamples=0)
     for metric in METRICS:
-        values, _ = Yardstick(metric, test, nothing).measure(list(scores.values()))
+        values = Yardstick(metric, test, nothing).values(list(scores.values()))
         for cell, value in zip(scores, values, strict=True):
             figures[cell][metric] = None if np.isnan(value) else float(value)
             figures[cell]["threshold_logit"] = scores[cell].threshold

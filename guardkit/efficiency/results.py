@@ -27,6 +27,7 @@ from guardkit.schema import InputError
 
 SETTINGS, CELLS, TABLE = "settings.json", "cells.sqlite", "cells.parquet"
 _LOCK = ".lock"
+_PART_BYTES = 64 << 20  # of embeddings that are fitted together; an engine needs several times as much
 
 
 @dataclass(frozen=True)
@@ -132,16 +133,29 @@ def run_cells(
         if cell not in finished:
             blocks.setdefault((cell.arm, cell.head, cell.n_unsafe), []).append(cell)
     for block in progress(list(blocks.values()), total=len(blocks), what="fitting heads"):
-        ready: list[tuple[Cell, CellData]] = []
-        for cell in block:
-            try:
-                ready.append((cell, stock.data_of(cell)))
-            except CellError as error:
-                failed[cell] = str(error)
-        new = [_finish(cell, data, one) for (cell, data), one in zip(ready, engine.fit(ready, stock.test), strict=True)] if ready else []
-        store.put(new)
-        finished |= {one.cell: one for one in new}
+        for ready in _parts(block, stock, failed):
+            new = [_finish(cell, data, one) for (cell, data), one in zip(ready, engine.fit(ready, stock.test), strict=True)]
+            store.put(new)
+            finished |= {one.cell: one for one in new}
     return finished, failed, n_found
+
+
+def _parts(block: Sequence[Cell], stock: Stock, failed: dict[Cell, str]) -> Iterator[list[tuple[Cell, CellData]]]:
+    """Cells with their images, as many at once as memory allows; what cannot be fitted goes to `failed`."""
+    ready: list[tuple[Cell, CellData]] = []
+    n_bytes = 0
+    for cell in block:
+        try:
+            ready.append((cell, stock.data_of(cell)))
+        except CellError as error:
+            failed[cell] = str(error)
+            continue
+        n_bytes += ready[-1][1].train["embeddings"].nbytes
+        if n_bytes >= _PART_BYTES:
+            yield ready
+            ready, n_bytes = [], 0
+    if ready:
+        yield ready
 
 
 def _finish(cell: Cell, data: CellData, fitted: FittedCell) -> FinishedCell:

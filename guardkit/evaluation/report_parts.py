@@ -333,10 +333,12 @@ def robustness(evaluation: Evaluation) -> dict[str, Any] | None:
             for attack, strength, unit in kinds:
                 cells = [_robust_cell(mine, name, attack, strength) for name in names]
                 body.append({"name": f"{attack} {strength:g}", "title": unit, "cells": cells})
-                cells = [_robust_cell(mine, name, attack, strength, "robust_accuracy_8bit") for name in names]
+                # without gradients every image that is asked about has 8 bits already
+                by_gradient = [row for row in mine if row["n_passes"]]
+                cells = [_robust_cell(by_gradient, name, attack, strength, "robust_accuracy_8bit") for name in names]
                 if any(cell["value"] is not None for cell in cells):
-                    title = "the same images rounded to 8 bits, as a file holds them, and preprocessed as every image is"
-                    body.append({"name": f"{attack} {strength:g}, in 8 bits", "title": title, "cells": cells})
+                    what = "the same images rounded to 8 bits, as a file holds them, and preprocessed as every image is"
+                    body.append({"name": f"{attack} {strength:g}, in 8 bits", "title": what, "cells": cells})
             clean = {"name": "untouched", "title": "the same images before", "cells": [_clean_cell(mine, name) for name in names]}
             tables.append({"protocol": protocol, "title": title, "first": "attack, strength", "columns": names, "rows": [clean, *body]})
     return {
