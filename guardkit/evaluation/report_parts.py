@@ -187,7 +187,7 @@ def pairs(evaluation: Evaluation) -> dict[str, Any] | None:
                 {
                     "name": one.name,
                     "colour": colour,
-                    "similarity": "any" if low is None else f"{low:.3f}–{high:.3f}",
+                    "similarity": "any" if low is None else f"{low:.3f} to {high:.3f}",
                     "is_any": low is None,
                     "n": first["n"],
                     "cells": [_cell(figure) for figure in figures],
