@@ -110,11 +110,7 @@ def _plan(cfg: DictConfig) -> tuple[Plan, list[Arm], dict[str, DictConfig]]:
         raise InputError(
             f"sweep.seeds must be a number of seeds of at least 1, or a list of different whole numbers of at least 0, got {sweep.seeds}"
         )
-    targets = (
-        list(sweep.target_sizes)
-        if sweep.target_sizes is not None
-        else [size for size in (sizes[-1] // 8, sizes[-1] // 2) if size in sizes[1:]]
-    )
+    targets = list(_default_targets(sizes) if sweep.target_sizes is None else sweep.target_sizes)
     for name, values in (("target_sizes", targets), ("table_size", [] if sweep.table_size is None else [sweep.table_size])):
         if set(values) - set(sizes):
             raise InputError(f"sweep.{name} must be among sweep.sizes {sizes}, got {values}")
@@ -137,6 +133,13 @@ def _plan(cfg: DictConfig) -> tuple[Plan, list[Arm], dict[str, DictConfig]]:
         draw_seed=cfg.seed,
     )
     return plan, arms_of(cfg), heads
+
+
+def _default_targets(sizes: Sequence[int]) -> list[int]:
+    """The largest sizes up to an eighth and a half of the largest, for there must be room above; else the largest itself."""
+    above_first = sizes[1:]  # at the smallest, no arm can need fewer labels
+    found = [[size for size in above_first if size <= sizes[-1] / part][-1:] for part in (8, 2)]
+    return sorted({size for few in found for size in few}) or list(above_first[-1:])
 
 
 def arms_of(cfg: DictConfig) -> list[Arm]:

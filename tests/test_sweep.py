@@ -492,6 +492,13 @@ def test_named_thresholds_and_several_heads(sweep):
     assert {(row["arm"], row["against"]) for row in report.summary["tests"]["overall"]} == {
         ("unpaired/linear", "pairs_aug/linear"), ("unpaired/prompt", "pairs_aug/prompt"),
     }  # fmt: skip
+    # half of the largest size is the smallest one, at which there is nothing to save
+    assert {row["target_size"] for row in report.summary["samples_to_target"]} == {8}
+
+
+def test_there_is_a_target_between_sizes_of_any_step(sweep):
+    report = sweep("sweep.arms=[unpaired,pairs_aug]", "sweep.sizes=[2,5,16]")
+    assert {row["target_size"] for row in report.summary["samples_to_target"]} == {5}
 
 
 def test_wandb_runs_offline_with_table_and_picture(sweep):
