@@ -9,12 +9,12 @@ its label. A pair is the row z(unsafe) - z(counterfactual) with s = +1, e = 0 an
 class and pair weights; w0 is where the head starts (zero, or the policy's texts). With l2 > 0 and at least one row of
 each label the optimum exists and is unique.
 
-The method is L-BFGS (Liu and Nocedal, 1989) whose first matrix is the exact curvature, taken where a penalty's search
-starts and renewed now and then. It needs the few steps of Newton's method, and hardly more than the curvature's first
-product, which is most of the work. Curvatures are in single precision: they decide how fast the optimum is reached, not where
-it lies. Objective, gradient and steps are in double precision. For each problem the penalties are gone through from the
-strongest to the weakest, each started from the solution before it. The weights lie in the span of the rows (the
-representer theorem), so a head on few images is solved in few dimensions. Problems are spread over the processor's cores.
+The method is L-BFGS (Liu and Nocedal, 1989) whose first matrix is the exact curvature, renewed every few steps. It needs
+hardly more steps than Newton's method, and far fewer curvatures, which are most of the work. Those are in single precision:
+they decide how fast the optimum is reached, not where it lies. Objective, gradient and steps are in double precision. For
+each problem the penalties are gone through from the strongest to the weakest, each started from the solution before it.
+The weights lie in the span of the rows (the representer theorem), so a head on few images is solved in few dimensions.
+Problems are spread over the processor's cores.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Solution:
         bias: (p, h) float64.
         objective: (p, h) values of J.
         gradient: (p, h) largest absolute entry of the gradient at the solution.
-        n_curvatures: matrices of curvature that were worked out, of all problems and penalties.
-        curvature_operations: multiplications and additions they need, each product of two rows counted once.
+        curvature_operations: multiplications and additions of all curvatures that were worked out, each product of two
+            rows counted once.
         product_bytes: read by the products of rows and vectors.
     """
 
@@ -75,7 +75,6 @@ class Solution:
     bias: np.ndarray
     objective: np.ndarray
     gradient: np.ndarray
-    n_curvatures: int
     curvature_operations: float
     product_bytes: float
 
@@ -211,7 +210,6 @@ def fit_linear(
         bias=np.array([one.bias for one in solved]).reshape(len(problems), len(l2)),
         objective=np.array([one.objective for one in solved]).reshape(len(problems), len(l2)),
         gradient=np.array([one.gradient for one in solved]).reshape(len(problems), len(l2)),
-        n_curvatures=sum(one.n_curvatures for one in solved),
         curvature_operations=sum(one.curvature_operations for one in solved),
         product_bytes=sum(one.product_bytes for one in solved),
     )
@@ -239,7 +237,6 @@ def _path(rows: Rows, l2: np.ndarray, start: np.ndarray | None, products: Callab
         thetas[:, -1],
         objective,
         gradient,
-        search.n_curvatures,
         search.n_curvatures * float(m * r * r),
         search.n_products * z.nbytes,
     )
