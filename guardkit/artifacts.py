@@ -115,14 +115,11 @@ class KeyValueStore:
 
     def get(self, keys: Iterable[str]) -> dict[str, bytes]:
         """The stored values of those keys that are there."""
-        wanted = list(dict.fromkeys(keys))
-        found: dict[str, bytes] = {}
-        connection = self._connection()
-        for start in range(0, len(wanted), _MAX_SQL_VARIABLES):
-            part = wanted[start : start + _MAX_SQL_VARIABLES]
-            marks = ",".join("?" * len(part))
-            found.update(connection.execute(f"SELECT key, value FROM items WHERE key IN ({marks})", part))
-        return found
+        return dict(self._select("key, value", keys))
+
+    def known(self, keys: Iterable[str]) -> set[str]:
+        """Those of the keys that are there; their values are not read."""
+        return {key for (key,) in self._select("key", keys)}
 
     def put(self, items: Mapping[str, bytes]) -> None:
         """Stores values, all or none of them. A key that is already there keeps its value."""
@@ -132,6 +129,14 @@ class KeyValueStore:
     def __len__(self) -> int:
         (count,) = self._connection().execute("SELECT COUNT(*) FROM items").fetchone()
         return int(count)
+
+    def _select(self, columns: str, keys: Iterable[str]) -> Iterator[Any]:
+        wanted = list(dict.fromkeys(keys))
+        connection = self._connection()
+        for start in range(0, len(wanted), _MAX_SQL_VARIABLES):
+            part = wanted[start : start + _MAX_SQL_VARIABLES]
+            marks = ",".join("?" * len(part))
+            yield from connection.execute(f"SELECT {columns} FROM items WHERE key IN ({marks})", part)
 
     def _connection(self) -> sqlite3.Connection:
         # one connection a thread and process: SQLite connections must not be shared across either

@@ -85,8 +85,33 @@ class GroupDraws:
         for row in self._drawn:
             row += np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups).astype(np.uint16)
 
+    @classmethod
+    def as_is(cls, n: int) -> GroupDraws:
+        """n units, at least one, each once: what is measured on that is the estimate itself."""
+        draws = cls([0] * n, n_resamples=0)
+        draws._drawn = np.ones((1, 1), np.uint16)
+        return draws
+
     def __len__(self) -> int:
         return len(self._drawn)
+
+    def totals(self, values: np.ndarray, units: np.ndarray | None = None) -> np.ndarray:
+        """Sums of values in every redraw. Bounded memory.
+
+        Args:
+            values: (k, m).
+            units: (m,) the unit that each column belongs to; None: they are the units in order.
+        Returns:
+            (k, n_resamples).
+        """
+        group_of = self._group_of if units is None else self._group_of[units]
+        n_groups = self._drawn.shape[1]
+        by_group = np.array([np.bincount(group_of, weights=row, minlength=n_groups) for row in values])
+        sums = np.empty((len(values), len(self)))
+        step = max(1, _CHUNK_BYTES // (8 * max(1, n_groups)))
+        for start in range(0, len(self), step):
+            sums[:, start : start + step] = by_group @ self._drawn[start : start + step].T.astype(float)
+        return sums
 
     def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Slices of the redraws, and (redraws, n) float64: how often each unit is drawn. Bounded memory."""
@@ -177,10 +202,8 @@ def two_way_draws(values: np.ndarray, groups: Sequence[object], *, n_resamples: 
     values = np.asarray(values, float)
     if values.ndim != 2 or values.shape[1] != len(groups):
         raise ValueError(f"values must be (seeds, {len(groups)} test units), got shape {values.shape}")
-    by_seed = np.empty((len(values), n_resamples))
-    for part, counts in GroupDraws(groups, n_resamples=n_resamples, seed=seed).chunks():
-        by_seed[:, part] = values @ counts.T / counts.sum(axis=1)
-    return over_seeds(by_seed, seed=seed)
+    draws = GroupDraws(groups, n_resamples=n_resamples, seed=seed)
+    return over_seeds(draws.totals(values) / draws.totals(np.ones((1, len(groups)))), seed=seed)
 
 
 def over_seeds(by_seed: np.ndarray, *, seed: int = 0, level: float = LEVEL) -> np.ndarray:

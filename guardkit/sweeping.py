@@ -19,7 +19,8 @@ from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import Arm, Cell, CellData, Stock, chosen_sizes
 from guardkit.efficiency.curves import METRICS
 from guardkit.efficiency.engine import BatchedEngine, Engine, FittedCell, Objective, chosen
-from guardkit.efficiency.report import Plan, write_report
+from guardkit.efficiency.plan import Plan
+from guardkit.efficiency.report import write_report
 from guardkit.efficiency.results import opened, run_cells
 from guardkit.efficiency.stacked import Schedule
 from guardkit.heads import Head, LinearHead
@@ -59,23 +60,21 @@ def run_sweep(cfg: DictConfig, settings: Any, folder: Path) -> SweepReport:
         with opened(folder, _shared_settings(cfg, parts, arms, heads, objective)) as store:
             stock = Stock(parts.data, arms, plan.sizes, plan.seeds)
             plan.check(stock.test)
-            cells = [Cell(arm.name, head, size, seed) for head in heads for size in plan.sizes for arm in arms for seed in plan.seeds]
+            cells = [cell for head in plan.heads for block in plan.blocks(head) for cell in block]
             for reason in dict.fromkeys(
                 f"{cell.arm} with n_unsafe={cell.n_unsafe} {reason}" for cell in cells if (reason := stock.reason_against(cell))
             ):
                 log.warning("left out: %s (set sweep.sizes)", reason)
             engine = _engine(cfg, parts, heads, objective)
             prepared = time.perf_counter()
-            finished, failed, n_found = run_cells(cells, stock, engine, store)
+            failed, n_found = run_cells(cells, stock, engine, store)
             fitted = time.perf_counter()
             about = {
                 "name": engine.name,
-                "fits": len(finished) * len(objective.strengths),
-                "seconds": sum(one.fitted.seconds for one in finished.values()),
-                "fits_now": (len(finished) - n_found) * len(objective.strengths),
+                "fits_now": (len(cells) - len(failed) - n_found) * len(objective.strengths),
                 "seconds_now": {"embeddings and edits": prepared - started, "fitting": fitted - prepared},
             }
-            summary, table = write_report(folder, plan, cells, finished, failed, stock, objective.strengths, about)
+            summary, table = write_report(folder, plan, store, failed, stock, objective.strengths, about)
             with quiet_lightning():
                 _log_results(cfg, settings, folder, summary)
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import groupby
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +16,9 @@ from guardkit import stats
 from guardkit._hydra import user_error
 from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import Arm, Cell, CellError, Stock
-from guardkit.efficiency.curves import Curve, Scores, Yardstick, compare, curves, samples_to_target
-from guardkit.efficiency.engine import BatchedEngine, Objective, chosen
-from guardkit.efficiency.results import CellStore, opened, run_cells
+from guardkit.efficiency.curves import Curve, Scores, Yardstick, compare, samples_to_target
+from guardkit.efficiency.engine import BatchedEngine, FittedCell, Objective, chosen
+from guardkit.efficiency.results import CellStore, CellTable, FinishedCell, opened, run_cells
 from guardkit.heads import LinearHead
 from guardkit.schema import InputError, Record
 
@@ -90,15 +92,17 @@ def fitted(world, folder, sizes=(4, 8, 16), seeds=range(6), arms=ARMS):
     stock = Stock(world, arms, sizes, seeds)
     cells = [Cell(arm.name, "linear", size, seed) for arm in arms for size in sizes for seed in seeds]
     with opened(folder, {"shared": {}, "arms": {}, "heads": {}}) as store:
-        finished, failed, _ = run_cells(cells, stock, engine(), store)
-    return stock, finished, failed
+        failed, _ = run_cells(cells, stock, engine(), store)
+        return stock, store.get(cells), failed
 
 
 def measured(stock, finished, metric, n_resamples=300):
-    draws = stats.GroupDraws([record.group for record in stock.test.records], n_resamples=n_resamples)
-    scores = {cell: Scores(one.fitted.logits, one.fitted.twin_logits, 0.0) for cell, one in finished.items()}
-    yardstick = Yardstick(metric, stock.test, draws)
-    return curves(yardstick, {(cell.arm, cell.n_unsafe, cell.seed): one for cell, one in scores.items()})
+    yardstick = Yardstick(metric, stock.test, stats.GroupDraws([record.group for record in stock.test.records], n_resamples=n_resamples))
+    points = {}
+    for (arm, size), cells in groupby(sorted(finished, key=lambda cell: (cell.arm, cell.n_unsafe)), lambda cell: (cell.arm, cell.n_unsafe)):
+        scores = [Scores(finished[cell].fitted.logits, finished[cell].fitted.twin_logits, 0.0) for cell in cells]
+        points.setdefault(arm, {})[size] = yardstick.point(scores)
+    return {arm: Curve.of(points[arm]) for arm in NAMES if arm in points}
 
 
 # --- what may be concluded ---------------------------------------------------------------------------------------------------
@@ -234,6 +238,38 @@ def test_stored_cells_come_back_as_they_were(tmp_path):
         assert again[cell].n_safe == one.n_safe == 4
 
 
+def test_memory_does_not_grow_with_the_number_of_cells(tmp_path):
+    """Scores of 360 cells, 8.6 MB of them, are measured with a few of them in memory at a time."""
+    import tracemalloc
+
+    from guardkit.efficiency.measure import FIGURES, Yardsticks, measure
+    from guardkit.efficiency.plan import Plan
+
+    test = World(n=4, n_test=2000).test
+    rng = np.random.default_rng(0)
+    sizes, seeds = tuple(range(2, 122)), (0, 1, 2)
+    plan = Plan(("pairs_aug",), ("linear",), "pairs_aug", sizes, seeds, "pair_accuracy", (), (), 2, 0.5, n_resamples=100, draw_seed=0)
+
+    def cell(size, seed):
+        one = FittedCell(0, *np.ones((3, 1)), *rng.normal(size=(2, 4000)).astype(np.float32), np.ones(1), np.ones(1), seconds=0.0)
+        one = replace(one, twin_logits=one.twin_logits[:2000])
+        return FinishedCell(Cell("pairs_aug", "linear", size, seed), one, size, 1, 0, size, size)
+
+    with opened(tmp_path, {"shared": {}, "arms": {}, "heads": {}}) as store:
+        for size in sizes:
+            store.put([cell(size, seed) for seed in seeds])
+        yardsticks = Yardsticks(plan, test)
+        with CellTable(tmp_path / "cells.parquet", (1.0,), FIGURES) as table:
+            tracemalloc.start()
+            measured = measure(plan, "linear", store, {}, yardsticks, (1.0,), table)
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+    assert measured.n_cells == 360
+    assert measured.curves["pairs_aug"].sizes == sizes
+    assert pq.read_metadata(tmp_path / "cells.parquet").num_rows == 360
+    assert peak < 7 << 20
+
+
 # --- choosing and measuring ----------------------------------------------------------------------------------------------------
 
 
@@ -260,9 +296,7 @@ def test_metrics_are_those_of_training(tmp_path):
         scores, twins = (1 / (1 + np.exp(-logits.astype(float))) for logits in (one.fitted.logits, one.fitted.twin_logits))
         reference = {**classification_metrics(labels, scores, 0.5), **pair_metrics(scores[test.pair_rows], twins, 0.5)}
         for metric in ("pair_accuracy", "ranking_accuracy", "auroc", "balanced_accuracy", "f1"):
-            found = Yardstick(metric, test, stats.GroupDraws([0], n_resamples=0)).values(
-                [Scores(one.fitted.logits, one.fitted.twin_logits, 0.0)]
-            )
+            found = Yardstick(metric, test).values([Scores(one.fitted.logits, one.fitted.twin_logits, 0.0)])
             assert found[0] == pytest.approx(reference[metric]), (cell, metric)
 
 
@@ -283,10 +317,10 @@ def test_redraws_of_a_metric_are_the_metric_of_redrawn_images():
         "balanced_accuracy": lambda chosen: np.mean([((logits >= 0.2) == y)[chosen][labels[chosen] == y].mean() for y in (0, 1)]),
     }  # fmt: skip
     for metric, expected in reference.items():
-        drawn = Yardstick(metric, world.test, draws).draws([scores])
+        drawn = Yardstick(metric, world.test, draws).point(scores).draws
         for i, counts in enumerate(rows):
             chosen_rows = np.repeat(np.arange(20), counts)
-            assert drawn[0, i] == pytest.approx(expected(chosen_rows)), metric
+            assert drawn[i] == pytest.approx(expected(chosen_rows)), metric
 
 
 def curve(values, sizes=(4, 8, 16, 32), noise=0.0, seed=0):

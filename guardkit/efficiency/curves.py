@@ -35,23 +35,40 @@ class Scores:
     threshold: float
 
 
+@dataclass(frozen=True)
+class Point:
+    """One arm at one label budget.
+
+    Attributes:
+        value: mean over seeds.
+        draws: (b,) of it, on redrawn seeds and test images.
+        n_seeds: behind it.
+    """
+
+    value: float
+    draws: np.ndarray
+    n_seeds: int
+
+
 class Yardstick:
     """A metric on the test set, or a part of it, and on redraws of it.
 
     Args:
         metric: one of `METRICS`.
         test: images and pairs.
-        draws: redraws of the test images by their groups; a pair goes with its unsafe image.
+        draws: redraws of the test images by their groups; a pair goes with its unsafe image. None: there are none.
         images: (n,) bool, the images that count; None: all. Pairs count with their unsafe image.
     """
 
-    def __init__(self, metric: str, test: TestSet, draws: stats.GroupDraws, images: np.ndarray | None = None) -> None:
-        self.metric, self._draws = metric, draws
+    def __init__(self, metric: str, test: TestSet, draws: stats.GroupDraws | None = None, images: np.ndarray | None = None) -> None:
+        self.metric = metric
         labels = np.array([record.label for record in test.records])
         images = np.ones(len(labels), bool) if images is None else images
         self._pairs = np.flatnonzero(images[test.pair_rows])
         self._pair_rows = test.pair_rows[self._pairs]
         self._unsafe, self._safe = np.flatnonzero(images & (labels == 1)), np.flatnonzero(images & (labels == 0))
+        self._as_is = stats.GroupDraws.as_is(len(labels))
+        self._draws = self._as_is if draws is None else draws
 
     @property
     def n(self) -> int:
@@ -70,39 +87,37 @@ class Yardstick:
         """(c,) values of c guards; NaN where undefined."""
         if not scores or self.reason_against():
             return np.full(len(scores), np.nan)
-        return self._on(scores, np.ones((1, len(scores[0].logits))))[:, 0]
+        return self._on(scores, self._as_is)[:, 0]
 
-    def draws(self, groups: Sequence[Sequence[Scores]]) -> np.ndarray:
-        """(g, b) means over the guards of each group, which differ in their seed, on b redraws of seeds and images at once."""
-        drawn = np.full((len(groups), len(self._draws)), np.nan)
-        if self.reason_against():
-            return drawn
-        weights = {n: stats.seed_weights(n, n_resamples=len(self._draws)) for n in {len(group) for group in groups}}
-        for part, counts in self._draws.chunks():
-            for i, group in enumerate(groups):  # a group at a time: memory does not grow with their number
-                drawn[i, part] = np.einsum("bs,sb->b", weights[len(group)][part], self._on(group, counts))
-        return drawn
+    def point(self, scores: Sequence[Scores]) -> Point | None:
+        """The mean over guards that differ in their seed, in the order of their seeds; None where it is undefined."""
+        if not scores or self.reason_against():
+            return None
+        return Point(float(self.values(scores).mean()), stats.over_seeds(self._on(scores, self._draws)), len(scores))
 
-    def _on(self, scores: Sequence[Scores], counts: np.ndarray) -> np.ndarray:
-        """(c, b) values where image i counts counts[b, i] times."""
-        unsafe, safe = counts[:, self._unsafe], counts[:, self._safe]
-        with np.errstate(invalid="ignore", divide="ignore"):
+    def _on(self, scores: Sequence[Scores], draws: stats.GroupDraws) -> np.ndarray:
+        """(c, b) values on every redraw."""
+        with np.errstate(invalid="ignore", divide="ignore"):  # a redraw may lack a label; there the metric is undefined
             if self.metric in PAIR_METRICS:
-                return _share(np.array([self._right(one) for one in scores]), counts[:, self._pair_rows])
+                return _shares(draws, np.array([self._right(one) for one in scores]), self._pair_rows)
             if self.metric == "auroc":
-                return np.array([_auroc(one.logits[self._unsafe], one.logits[self._safe], unsafe, safe) for one in scores])
+                return np.concatenate([self._auroc(scores, counts) for _, counts in draws.chunks()], axis=1)
             flagged = np.array([one.logits >= one.threshold for one in scores])
-            recall, fpr = _share(flagged[:, self._unsafe], unsafe), _share(flagged[:, self._safe], safe)
+            recall, fpr = (_shares(draws, flagged[:, rows], rows) for rows in (self._unsafe, self._safe))
             if self.metric == "balanced_accuracy":
                 return (recall + 1 - fpr) / 2
-            hits, wrong = recall * unsafe.sum(axis=1), fpr * safe.sum(axis=1)
-            return 2 * hits / (hits + wrong + unsafe.sum(axis=1))
+            unsafe, safe = (draws.totals(np.ones((1, len(rows))), rows) for rows in (self._unsafe, self._safe))
+            return 2 * recall * unsafe / (recall * unsafe + fpr * safe + unsafe)
 
     def _right(self, one: Scores) -> np.ndarray:
         unsafe, twins = one.logits[self._pair_rows], one.twins[self._pairs]
         if self.metric == "ranking_accuracy":
             return unsafe > twins
         return (unsafe >= one.threshold) & (twins < one.threshold)
+
+    def _auroc(self, scores: Sequence[Scores], counts: np.ndarray) -> np.ndarray:
+        unsafe, safe = counts[:, self._unsafe], counts[:, self._safe]
+        return np.array([_auroc(one.logits[self._unsafe], one.logits[self._safe], unsafe, safe) for one in scores])
 
 
 @dataclass(frozen=True)
@@ -121,31 +136,20 @@ class Curve:
     draws: np.ndarray
     n_seeds: tuple[int, ...]
 
+    @classmethod
+    def of(cls, points: Mapping[int, Point]) -> Curve:
+        """The curve through points by size, at least one; a size with fewer seeds than the others has redraws of its own."""
+        sizes = tuple(sorted(points))
+        found = [points[size] for size in sizes]
+        return cls(
+            sizes, np.array([one.value for one in found]), np.array([one.draws for one in found]), tuple(one.n_seeds for one in found)
+        )
+
     def interval(self, size: int) -> stats.Interval:
         """At a label budget; the ends lie within the metric's range."""
         i = self.sizes.index(size)
         found = stats.percentile_interval(self.draws[i], float(self.values[i]))
         return stats.Interval(found.estimate, float(np.clip(found.low, 0, 1)), float(np.clip(found.high, 0, 1)))
-
-
-def curves(yardstick: Yardstick, scores: Mapping[tuple[str, int, int], Scores]) -> dict[str, Curve]:
-    """Learning curves from (arm, size, seed) -> what a guard says.
-
-    Guards whose value is undefined are left out; a size with fewer seeds than the others has redraws of its own.
-    """
-    known = [key for key, value in zip(scores, yardstick.values(list(scores.values())), strict=True) if not np.isnan(value)]
-    points: dict[tuple[str, int], list[Scores]] = {}
-    for key in sorted(known, key=lambda key: key[1:]):
-        points.setdefault(key[:2], []).append(scores[key])
-    means = [float(yardstick.values(group).mean()) for group in points.values()]
-    draws = yardstick.draws(list(points.values()))
-    result = {}
-    for arm in dict.fromkeys(arm for arm, _ in points):
-        rows = [i for i, (name, _) in enumerate(points) if name == arm]
-        sizes = tuple(size for name, size in points if name == arm)
-        n_seeds = tuple(len(group) for (name, _), group in points.items() if name == arm)
-        result[arm] = Curve(sizes, np.array(means)[rows], draws[rows], n_seeds)
-    return result
 
 
 def samples_to_target(
@@ -242,9 +246,9 @@ def _difference(first: Curve, second: Curve, sizes: Sequence[int]) -> dict[str, 
     return {"difference": estimate, "ci": [found.low, found.high], "p": stats.bootstrap_p_value(estimate, draws)}
 
 
-def _share(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(c, n) of 0 and 1, (b, n) -> (c, b) weighted shares."""
-    return values.astype(float) @ counts.T / counts.sum(axis=1)
+def _shares(draws: stats.GroupDraws, values: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """(c, m) of 0 and 1, of m units -> (c, b) means in every redraw."""
+    return draws.totals(values, units) / draws.totals(np.ones((1, len(units))), units)
 
 
 def _auroc(unsafe: np.ndarray, safe: np.ndarray, unsafe_counts: np.ndarray, safe_counts: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from guardkit.artifacts import KeyValueStore, write_json, written
+from guardkit.artifacts import KeyValueStore, write_json
 from guardkit.efficiency.cells import Cell, CellData, CellError, Stock
 from guardkit.efficiency.engine import Engine, FittedCell
 from guardkit.progress import progress
@@ -27,7 +27,8 @@ from guardkit.schema import InputError
 
 SETTINGS, CELLS, TABLE = "settings.json", "cells.sqlite", "cells.parquet"
 _LOCK = ".lock"
-_PART_BYTES = 64 << 20  # of embeddings that are fitted together; an engine needs several times as much
+_PART_BYTES = 64 << 20  # of embeddings and scores that are held together; an engine needs several times as much
+_ROWS_AT_ONCE = 1 << 14  # of the table
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class CellStore:
         """Those of the wanted cells that are finished."""
         found = self._store.get([cell.key for cell in cells])
         return {cell: _read(cell, found[cell.key]) for cell in cells if cell.key in found}
+
+    def known(self, cells: Sequence[Cell]) -> set[Cell]:
+        """Which of the wanted cells are finished; their scores are not read."""
+        found = self._store.known(cell.key for cell in cells)
+        return {cell for cell in cells if cell.key in found}
 
     def put(self, finished: Sequence[FinishedCell]) -> None:
         """Keeps cells, all or none of them."""
@@ -117,40 +123,37 @@ def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
         yield f"{name.rstrip('.')} was {before}, now {now}"
 
 
-def run_cells(
-    cells: Sequence[Cell], stock: Stock, engine: Engine, store: CellStore
-) -> tuple[dict[Cell, FinishedCell], dict[Cell, str], int]:
-    """Fits the cells that are not finished yet, those of one arm, head and size together.
+def run_cells(cells: Sequence[Cell], stock: Stock, engine: Engine, store: CellStore) -> tuple[dict[Cell, str], int]:
+    """Fits the cells that are not finished yet, those of one arm, head and size together, and stores them.
 
     Returns:
-        Finished cells, reasons by cell that could not be fitted, and how many were found finished.
+        Reasons by cell that could not be fitted, and how many were found finished.
     """
-    finished = store.get(cells)
-    n_found = len(finished)
+    known = store.known(cells)
     failed: dict[Cell, str] = {}
     blocks: dict[tuple[str, str, int], list[Cell]] = {}
     for cell in cells:
-        if cell not in finished:
+        if cell not in known:
             blocks.setdefault((cell.arm, cell.head, cell.n_unsafe), []).append(cell)
     for block in progress(list(blocks.values()), total=len(blocks), what="fitting heads"):
         for ready in _parts(block, stock, failed):
-            new = [_finish(cell, data, one) for (cell, data), one in zip(ready, engine.fit(ready, stock.test), strict=True)]
-            store.put(new)
-            finished |= {one.cell: one for one in new}
-    return finished, failed, n_found
+            fitted = engine.fit(ready, stock.test)
+            store.put([_finish(cell, data, one) for (cell, data), one in zip(ready, fitted, strict=True)])
+    return failed, len(known)
 
 
 def _parts(block: Sequence[Cell], stock: Stock, failed: dict[Cell, str]) -> Iterator[list[tuple[Cell, CellData]]]:
     """Cells with their images, as many at once as memory allows; what cannot be fitted goes to `failed`."""
     ready: list[tuple[Cell, CellData]] = []
     n_bytes = 0
+    n_scores = 4 * (len(stock.test.embeddings) + len(stock.test.twins))
     for cell in block:
         try:
             ready.append((cell, stock.data_of(cell)))
         except CellError as error:
             failed[cell] = str(error)
             continue
-        n_bytes += ready[-1][1].train["embeddings"].nbytes
+        n_bytes += ready[-1][1].train["embeddings"].nbytes + n_scores
         if n_bytes >= _PART_BYTES:
             yield ready
             ready, n_bytes = [], 0
@@ -182,38 +185,51 @@ def _read(cell: Cell, value: bytes) -> FinishedCell:
         return FinishedCell(cell, FittedCell(chosen=chosen, seconds=float(stored["seconds"]), **arrays), *counts)
 
 
-def write_table(
-    path: Path,
-    cells: Sequence[Cell],
-    finished: Mapping[Cell, FinishedCell],
-    failed: Mapping[Cell, str],
-    strengths: Sequence[float],
-    figures: Mapping[Cell, Mapping[str, float | None]],
-) -> None:
-    """cells.parquet: one row per cell and strength of regularisation; figures of the test set stand beside the one that was kept."""
-    names = sorted({name for one in figures.values() for name in one})
-    rows: list[dict[str, Any]] = []
-    for cell in cells:
-        base = {"arm": cell.arm, "head": cell.head, "n_unsafe": cell.n_unsafe, "seed": cell.seed}
-        if cell not in finished:
-            rows.append(base | {"reason": failed.get(cell, "not fitted")})
-            continue
-        one = finished[cell]
-        counts = {name: getattr(one, name) for name in _COUNTS} | {"seconds": one.fitted.seconds}
-        for i, l2 in enumerate(strengths):
-            kept = i == one.fitted.chosen
-            measured = {
-                "l2": float(l2),
-                "validation_loss": float(one.fitted.validation_losses[i]),
-                "objective": float(one.fitted.objectives[i]),
-                "gradient": None if np.isnan(one.fitted.gradients[i]) else float(one.fitted.gradients[i]),
-                "is_chosen": kept,
-            }
-            rows.append(base | counts | measured | (dict(figures[cell]) if kept else {}))
-    types = {"arm": pa.string(), "head": pa.string(), "n_unsafe": pa.int64(), "seed": pa.int64()}
-    types |= dict.fromkeys(_COUNTS, pa.int64()) | {"seconds": pa.float64()}
-    types |= dict.fromkeys(("l2", "validation_loss", "objective", "gradient"), pa.float64()) | {"is_chosen": pa.bool_()}
-    types |= dict.fromkeys(names, pa.float64()) | {"reason": pa.string()}
-    table = pa.table({name: pa.array([row.get(name) for row in rows], kind) for name, kind in types.items()})
-    with written(path) as temporary:
-        pq.write_table(table, temporary)
+class CellTable:
+    """cells.parquet: one row per cell and strength of regularisation; figures of the test set stand beside the one that was kept.
+
+    Args:
+        path: to write to.
+        strengths: of regularisation.
+        figures: names of the figures.
+    """
+
+    def __init__(self, path: Path, strengths: Sequence[float], figures: Sequence[str]) -> None:
+        types = {"arm": pa.string(), "head": pa.string(), "n_unsafe": pa.int64(), "seed": pa.int64()}
+        types |= dict.fromkeys(_COUNTS, pa.int64()) | {"seconds": pa.float64()}
+        types |= dict.fromkeys(("l2", "validation_loss", "objective", "gradient"), pa.float64()) | {"is_chosen": pa.bool_()}
+        types |= dict.fromkeys(figures, pa.float64()) | {"reason": pa.string()}
+        self._strengths, self._schema, self._rows = strengths, pa.schema(types), list[dict[str, Any]]()
+        self._writer = pq.ParquetWriter(path, self._schema)
+
+    def __enter__(self) -> CellTable:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._write()
+        self._writer.close()
+
+    def add(self, cell: Cell, one: FinishedCell | None, figures: Mapping[str, float | None], reason: str | None) -> None:
+        """The rows of a cell: finished, left out, or both, where it could be fitted but not measured."""
+        row: dict[str, Any] = {"arm": cell.arm, "head": cell.head, "n_unsafe": cell.n_unsafe, "seed": cell.seed, "reason": reason}
+        if one is None:
+            self._rows.append(row)
+        else:
+            row |= {name: getattr(one, name) for name in _COUNTS} | {"seconds": one.fitted.seconds}
+            for i, l2 in enumerate(self._strengths):
+                gradient = float(one.fitted.gradients[i])
+                measured = {
+                    "l2": float(l2),
+                    "validation_loss": float(one.fitted.validation_losses[i]),
+                    "objective": float(one.fitted.objectives[i]),
+                    "gradient": None if np.isnan(gradient) else gradient,
+                    "is_chosen": i == one.fitted.chosen,
+                }
+                self._rows.append(row | measured | (dict(figures) if i == one.fitted.chosen else {}))
+        if len(self._rows) >= _ROWS_AT_ONCE:
+            self._write()
+
+    def _write(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema))
+            self._rows.clear()

@@ -1,0 +1,167 @@
+"""What finished cells say of the test set. Their scores are read, measured and let go, one arm and label budget at a time,
+so that memory does not grow with the number of cells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from guardkit.data.datamodule import TestSet
+from guardkit.efficiency.cells import Cell
+from guardkit.efficiency.curves import METRICS, Curve, Point, Scores, Yardstick
+from guardkit.efficiency.plan import Plan
+from guardkit.efficiency.results import CellStore, CellTable, FinishedCell
+from guardkit.metrics import operating_points
+from guardkit.module import choose_threshold
+from guardkit.progress import progress
+from guardkit.stats import GroupDraws
+
+FIGURES = (*METRICS, "threshold_logit")
+
+
+class Yardsticks:
+    """The metric of a plan on the whole test set and on its parts, and every metric without redraws.
+
+    Args:
+        plan: has the metric and its redraws.
+        test: images and pairs.
+
+    Attributes:
+        overall: on all of it.
+        by_source: where test images come from.
+        by_category: the unsafe images of a category against all safe ones, as `guardkit.metrics.by_category` has it.
+    """
+
+    def __init__(self, plan: Plan, test: TestSet) -> None:
+        draws = GroupDraws([record.group for record in test.records], n_resamples=plan.n_resamples, seed=plan.draw_seed)
+        sources = np.array([record.source for record in test.records])
+        categories = np.array([record.category or "" if record.label else "" for record in test.records])
+        safe = np.array([record.label == 0 for record in test.records])
+        self.overall = Yardstick(plan.metric, test, draws)
+        self.by_source = {str(name): Yardstick(plan.metric, test, draws, sources == name) for name in sorted(set(sources))}
+        self.by_category = {
+            str(name): Yardstick(plan.metric, test, draws, (categories == name) | safe) for name in sorted(set(categories) - {""})
+        }
+        self._all = [Yardstick(metric, test) for metric in METRICS]
+
+    def figures(self, scores: Mapping[Cell, Scores]) -> dict[Cell, dict[str, float | None]]:
+        """`FIGURES` of every cell."""
+        columns = [yardstick.values(list(scores.values())) for yardstick in self._all]
+        rows = [[*values, one.threshold] for *values, one in zip(*columns, scores.values(), strict=True)]
+        known = [[None if np.isnan(value) else float(value) for value in row] for row in rows]
+        return {cell: dict(zip(FIGURES, row, strict=True)) for cell, row in zip(scores, known, strict=True)}
+
+
+@dataclass
+class Measured:
+    """What the cells of one head came to.
+
+    Attributes:
+        curves: by their names, in the order of the arms.
+        by_source: the same on the test images of each source.
+        by_category: the same on each category, at the one size of the table.
+        cost: labels, edits and seconds by curve and size, means over seeds.
+        chosen: how often each strength of regularisation was chosen, by curve.
+        n_cells, seconds: finished cells, and what fitting them took, in this run or before.
+        failed: reasons by cell that could be fitted but not measured.
+    """
+
+    curves: dict[str, Curve]
+    by_source: dict[str, dict[str, Curve]]
+    by_category: dict[str, dict[str, Curve]]
+    cost: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    chosen: dict[str, dict[str, int]] = field(default_factory=dict)
+    n_cells: int = 0
+    seconds: float = 0.0
+    failed: dict[Cell, str] = field(default_factory=dict)
+
+
+class _Points:
+    """Points of curves on one yardstick, as they come."""
+
+    def __init__(self, yardstick: Yardstick) -> None:
+        self._yardstick = yardstick
+        self._found: dict[str, dict[int, Point]] = {}
+
+    def add(self, name: str, size: int, scores: Sequence[Scores]) -> None:
+        point = self._yardstick.point(scores)
+        if point:
+            self._found.setdefault(name, {})[size] = point
+
+    def curves(self, names: Sequence[str]) -> dict[str, Curve]:
+        return {name: Curve.of(self._found[name]) for name in names if name in self._found}
+
+
+def measure(
+    plan: Plan,
+    head: str,
+    store: CellStore,
+    failed: Mapping[Cell, str],
+    yardsticks: Yardsticks,
+    strengths: Sequence[float],
+    table: CellTable,
+) -> Measured:
+    """Measures the finished cells of one head, and adds the rows of all its cells to the table.
+
+    Args:
+        failed: reasons by cell that could not be fitted.
+        strengths: of regularisation.
+    """
+    overall = _Points(yardsticks.overall)
+    by_source = {name: _Points(one) for name, one in yardsticks.by_source.items()}
+    by_category = {name: _Points(one) for name, one in yardsticks.by_category.items()}
+    measured = Measured({}, {}, {})
+    for block in progress(blocks := plan.blocks(head), total=len(blocks), what="measuring heads"):
+        name, size = plan.curve(block[0].arm, head), block[0].n_unsafe
+        finished = store.get(block)
+        scores = dict(_scores(plan, finished, measured.failed))
+        for points in (overall, *by_source.values(), *(by_category.values() if size == plan.table_size else ())):
+            points.add(name, size, list(scores.values()))
+        figures = yardsticks.figures(scores)
+        for cell in block:
+            reason = measured.failed.get(cell) or (None if cell in finished else failed.get(cell, "not fitted"))
+            table.add(cell, finished.get(cell), figures.get(cell, {}), reason)
+        if finished:
+            _count(measured, name, size, list(finished.values()), strengths)
+    names = plan.curves(head)
+    measured.curves = overall.curves(names)
+    measured.by_source = {source: points.curves(names) for source, points in by_source.items()}
+    measured.by_category = {category: points.curves(names) for category, points in by_category.items()}
+    return measured
+
+
+def _scores(plan: Plan, finished: Mapping[Cell, FinishedCell], failed: dict[Cell, str]) -> Iterator[tuple[Cell, Scores]]:
+    """Test logits with the threshold of each cell; where its validation images give none, the reason goes to `failed`."""
+    for cell, one in finished.items():
+        fitted = one.fitted
+        points = {}
+        if isinstance(plan.threshold, str):
+            points = operating_points(
+                fitted.validation_labels, 1 / (1 + np.exp(-np.clip(fitted.validation_logits.astype(float), -700, 700)))
+            )
+            if not points:
+                failed[cell] = f"threshold={plan.threshold} needs validation images of both labels"
+                continue
+        share = choose_threshold(plan.threshold, points)
+        logit = -math.inf if share <= 0 else math.inf if share >= 1 else math.log(share / (1 - share))
+        yield cell, Scores(fitted.logits, fitted.twin_logits, logit)
+
+
+def _count(measured: Measured, name: str, size: int, finished: Sequence[FinishedCell], strengths: Sequence[float]) -> None:
+    measured.n_cells += len(finished)
+    measured.seconds += sum(one.fitted.seconds for one in finished)
+    chosen = measured.chosen.setdefault(name, {f"{value:g}": 0 for value in strengths})
+    for one in finished:
+        chosen[f"{strengths[one.fitted.chosen]:g}"] += 1
+    costs: dict[str, Any] = {
+        "labels_safe": [one.n_safe for one in finished],
+        "edits_requested": [one.n_requested for one in finished],
+        "edits_accepted": [one.n_accepted for one in finished],
+        "fit_seconds": [one.fitted.seconds for one in finished],
+    }
+    mine = {"labels_unsafe": size} | {what: float(np.mean(values)) for what, values in costs.items()}
+    measured.cost.setdefault(name, {})[str(size)] = mine

@@ -1,0 +1,62 @@
+"""What a sweep compares, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from guardkit.data.datamodule import TestSet
+from guardkit.efficiency.cells import Cell
+from guardkit.efficiency.curves import METRICS, Yardstick
+from guardkit.module import choose_threshold
+from guardkit.schema import InputError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, and how it is measured.
+
+    Attributes:
+        arms, heads, sizes, seeds: the axes of the sweep.
+        baseline: the arm that others are compared with.
+        metric: one of `guardkit.efficiency.curves.METRICS`.
+        target_sizes: targets are the baseline's scores at these sizes.
+        target_scores: and these.
+        table_size: size of the tables by category.
+        threshold: a number in [0, 1], or the name of an operating point of each cell's validation images.
+        n_resamples, draw_seed: of the redraws behind the intervals.
+    """
+
+    arms: tuple[str, ...]
+    heads: tuple[str, ...]
+    baseline: str
+    sizes: tuple[int, ...]
+    seeds: tuple[int, ...]
+    metric: str
+    target_sizes: tuple[int, ...]
+    target_scores: tuple[float, ...]
+    table_size: int
+    threshold: float | str
+    n_resamples: int
+    draw_seed: int
+
+    def check(self, test: TestSet) -> None:
+        """Raises InputError where the metric is undefined on the test set, or the threshold is no number in [0, 1]."""
+        if not isinstance(self.threshold, str):
+            choose_threshold(self.threshold, {})
+        reason = Yardstick(self.metric, test).reason_against()
+        if reason:
+            fits = [name for name in METRICS if Yardstick(name, test).reason_against() is None]
+            instead = f"choose sweep.metric from {', '.join(fits)}" if fits else "give a source with test images of both labels"
+            raise InputError(f"sweep.metric={self.metric} is undefined: {reason} (pairs made by {test.pairs_made_by}); {instead}")
+
+    def blocks(self, head: str) -> list[list[Cell]]:
+        """The cells of a head: those of one arm and size together, sizes rising."""
+        return [[Cell(arm, head, size, seed) for seed in self.seeds] for size in self.sizes for arm in self.arms]
+
+    def curve(self, arm: str, head: str) -> str:
+        """The name of a curve."""
+        return arm if len(self.heads) == 1 else f"{arm}/{head}"
+
+    def curves(self, head: str) -> list[str]:
+        """The names of all curves of a head, in the order of the arms."""
+        return [self.curve(arm, head) for arm in self.arms]
