@@ -29,6 +29,14 @@ class EncodesTexts(Protocol):
         ...
 
 
+class KnowsImages(Protocol):
+    """What a head may know of images without labels."""
+
+    def whitening(self, n_images: int, shrinkage: float) -> np.ndarray:
+        """(d, d), see `guardkit.data.unlabelled`."""
+        ...
+
+
 class Head(nn.Module):
     """Interface of all heads.
 
@@ -40,6 +48,9 @@ class Head(nn.Module):
     kind: str
     settings: dict[str, Any]
 
+    def prepare(self, images: KnowsImages) -> None:
+        """Called once before training. Most heads need nothing but labelled images."""
+
 
 class LinearHead(Head):
     """A linear probe.
@@ -47,13 +58,17 @@ class LinearHead(Head):
     Args:
         dim: d, width of the embeddings.
         n_categories: k.
+        whitened: embeddings pass through a fixed (d, d) map first.
     """
 
     kind = "linear"
 
-    def __init__(self, dim: int, n_categories: int) -> None:
+    def __init__(self, dim: int, n_categories: int, *, whitened: bool = False) -> None:
         super().__init__()
-        self.settings = {"dim": dim, "n_categories": n_categories}
+        self.settings = {"dim": dim, "n_categories": n_categories, "whitened": whitened}
+        self._wanted: tuple[int, float] | None = None
+        self.map: Tensor | None
+        self.register_buffer("map", torch.eye(dim) if whitened else None)
         self.linear = nn.Linear(dim, 1 + n_categories)
         # a start at zero is the same for every seed, and the loss is convex
         nn.init.zeros_(self.linear.weight)
@@ -63,6 +78,26 @@ class LinearHead(Head):
     def build(cls, encoder: EncodesTexts, policy: Policy) -> LinearHead:
         """A new head for this encoder and policy."""
         return cls(encoder.dim, len(policy.categories))
+
+    @classmethod
+    def whitened(cls, encoder: EncodesTexts, policy: Policy, *, n_images: int = 512, shrinkage: float = 0.003) -> LinearHead:
+        """A head that sees embeddings in which images without labels vary alike in all directions.
+
+        What scenes have in common with each other, and not with safety, takes up most of the variance of embeddings, and
+        the penalty of a plain probe protects exactly those directions. Whitened, none is easier to use than another. The
+        map is estimated by `prepare` from training images whose labels are not looked at.
+
+        Args:
+            encoder: made the embeddings.
+            policy: has the categories.
+            n_images: to estimate the covariance from.
+            shrinkage: how much of the mean variance is added to every direction's, above 0.
+        """
+        if not isinstance(n_images, int) or n_images < 2 or shrinkage <= 0:
+            raise InputError(f"head=linear_whitened needs n_images >= 2 and shrinkage > 0, got n_images={n_images}, shrinkage={shrinkage}")
+        head = cls(encoder.dim, len(policy.categories), whitened=True)
+        head._wanted = n_images, shrinkage
+        return head
 
     @classmethod
     def from_texts(cls, encoder: EncodesTexts, policy: Policy, *, scale: float = 30.0, shrinkage: float = 1e-3) -> LinearHead:
@@ -85,7 +120,7 @@ class LinearHead(Head):
         head = cls.build(encoder, policy)
         safe = [*policy.safe_texts, *(text for category in policy.categories for text in category.safe_texts)]
         unsafe = [text for category in policy.categories for text in category.unsafe_texts]
-        vectors = encoder.encode_texts([*safe, *unsafe]).astype(np.float64) * head.scale
+        vectors = head.features(torch.from_numpy(encoder.encode_texts([*safe, *unsafe]).astype(np.float64))).numpy()
         there, elsewhere = vectors[len(safe) :], vectors[: len(safe)]
         within = np.concatenate([there - there.mean(axis=0), elsewhere - elsewhere.mean(axis=0)])
         covariance = within.T @ within / len(within)
@@ -99,14 +134,20 @@ class LinearHead(Head):
             head.linear.weight.copy_(torch.from_numpy(weights))
         return head
 
+    def prepare(self, images: KnowsImages) -> None:
+        """Whitens, if that is wanted."""
+        if self._wanted is not None and self.map is not None:
+            self.map.copy_(torch.from_numpy(images.whitening(*self._wanted)))
+
     def forward(self, embeddings: Tensor) -> Tensor:
         """(n, d) -> (n, 1 + k) logits."""
-        return self.linear(embeddings * self.scale)
+        return self.linear(self.features(embeddings))
 
-    @property
-    def scale(self) -> float:
-        """Unit vectors have coordinates of size d ** -0.5: brought to size 1, the learning rate suits any width."""
-        return self.linear.in_features**0.5
+    def features(self, embeddings: Tensor) -> Tensor:
+        """(n, d) -> (n, d): what the weights are multiplied with, a linear map of the embeddings."""
+        # unit vectors have coordinates of size d ** -0.5: brought to size 1, the learning rate suits any width
+        scaled = embeddings * self.linear.in_features**0.5
+        return scaled if self.map is None else scaled @ self.map.to(scaled)
 
 
 class MLPHead(Head):

@@ -19,6 +19,7 @@ from guardkit.artifacts import write_json
 from guardkit.counterfactual.pair_dataset import write_pair_dataset
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
 from guardkit.data.datamodule import GuardDataModule
+from guardkit.data.unlabelled import Unlabelled
 from guardkit.embedding_folder import write_embedding_folder
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
@@ -49,6 +50,7 @@ class Parts:
     store: EmbeddingStore
     pipeline: CounterfactualPipeline
     data: GuardDataModule
+    unlabelled: Unlabelled
 
 
 def build(cfg: DictConfig) -> Parts:
@@ -63,7 +65,7 @@ def build(cfg: DictConfig) -> Parts:
     pipeline = _pipeline(cfg, rules, store, cache)
     source = make(cfg.source, policy=rules)
     data: GuardDataModule = make(cfg.data, source=source, policy=rules, store=store, pipeline=pipeline, seed=cfg.seed)
-    return Parts(rules, encoder, store, pipeline, data)
+    return Parts(rules, encoder, store, pipeline, data, Unlabelled(data))
 
 
 def run(cfg: DictConfig, settings: Any, folder: Path) -> Report:
@@ -119,6 +121,7 @@ def build_head(cfg: DictConfig, parts: Parts) -> Head:
     """A new head; its first weights follow from the seed."""
     torch.manual_seed(cfg.seed)
     head: Head = make(cfg.head, encoder=parts.encoder, policy=parts.policy)
+    head.prepare(parts.unlabelled)
     return head
 
 

@@ -47,6 +47,17 @@ def test_the_optimum_of_the_training_objective(n, d):
         assert b.grad.abs() < 1e-7
 
 
+def test_an_image_that_counts_three_times_is_as_good_as_three():
+    embeddings, labels, pairs = problem()
+    counts = np.where(np.arange(len(labels)) % 2, 3, 1)
+    repeated = np.repeat(np.arange(len(labels)), counts)
+    penalties = np.array([0.01, 0.1])
+    once = fit_linear([decision_rows(embeddings, labels, pairs, counts=counts, prevalence=0.3)], penalties)
+    often = fit_linear([decision_rows(embeddings[repeated], labels[repeated], np.searchsorted(repeated, pairs), prevalence=0.3)], penalties)
+    np.testing.assert_allclose(once.weights, often.weights, atol=1e-6)
+    np.testing.assert_allclose(once.objective, often.objective, rtol=1e-12)
+
+
 def test_many_heads_are_the_same_as_one_by_one():
     """Problems of different sizes, with fewer rows than dimensions and with more, beside each other and alone."""
     problems = [decision_rows(*problem(n, 32, seed=n)) for n in (3, 20, 5, 40)]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from guardkit.data.unlabelled import Unlabelled
 from guardkit.heads import HEADS, LinearHead, MLPHead, PromptHead
 from guardkit.losses import category_loss, decision_loss, pair_loss
-from guardkit.schema import InputError
+from guardkit.schema import InputError, Record
 
 
 def softplus(x):
@@ -65,6 +66,82 @@ def test_untrained_prompt_head_is_zero_shot_classification(scenes_policy):
     cosine = image @ torch.from_numpy(Words().encode_texts(unsafe + safe)).T
     probability = torch.softmax(10.0 * cosine, dim=1)[0, : len(unsafe)].sum()
     assert torch.sigmoid(head(image)[0, 0]).item() == pytest.approx(float(probability), abs=1e-5)
+
+
+class Images:
+    """Stands in for a data module: images of 8 dimensions, of which the first varies most. Notes what is embedded."""
+
+    def __init__(self, n=400, relabel=lambda label: label):
+        vectors = np.random.default_rng(0).normal(size=(n, 8)) * np.array([5.0, *[0.3] * 7])
+        self.vectors = vectors.astype(np.float32)
+        self.records = [
+            Record(f"{i:03}", relabel(i % 2), None, "photo", str(i), None, embedding=vector) for i, vector in enumerate(self.vectors)
+        ]
+        self.views, self.seen = self, []
+
+    def load(self):
+        return self.records
+
+    def embed(self, records):
+        self.seen.append([record.id for record in records])
+        return np.array([record.embedding for record in records])
+
+
+def whitened(images, scenes_policy, **settings):
+    head = LinearHead.whitened(Words(), scenes_policy, **settings)
+    head.prepare(Unlabelled(images))
+    return head
+
+
+def test_a_whitened_head_sees_images_vary_alike_in_all_directions(scenes_policy):
+    images = Images()
+    head = whitened(images, scenes_policy, n_images=400, shrinkage=1e-9)
+    variances = np.linalg.eigvalsh(np.cov(head.features(torch.from_numpy(images.vectors)).numpy().T, bias=True))
+    assert variances.max() == pytest.approx(variances.min(), rel=1e-3)
+    # shrinkage leaves some of the differences
+    shrunk = whitened(images, scenes_policy, n_images=400, shrinkage=0.1)
+    variances = np.linalg.eigvalsh(np.cov(shrunk.features(torch.from_numpy(images.vectors)).numpy().T, bias=True))
+    assert variances.max() > 1.2 * variances.min()
+
+
+def test_whitening_looks_at_no_label_and_at_no_more_images_than_asked_for(scenes_policy):
+    images, swapped = Images(), Images(relabel=lambda label: 1 - label)
+    maps = [whitened(one, scenes_policy, n_images=50).map for one in (images, swapped)]
+    assert torch.equal(*maps)
+    assert [len(ids) for ids in images.seen] == [50]
+    assert len(set(images.seen[0])) == 50
+    few = Images(n=5)
+    assert torch.isfinite(whitened(few, scenes_policy).map).all()
+    assert [len(ids) for ids in few.seen] == [5]
+
+
+def test_images_are_embedded_once_for_heads_that_want_the_same(scenes_policy):
+    images = Images()
+    known = Unlabelled(images)
+    for settings in ({"n_images": 50}, {"n_images": 50}, {"n_images": 50, "shrinkage": 0.1}):
+        LinearHead.whitened(Words(), scenes_policy, **settings).prepare(known)
+    assert len(images.seen) == 2
+    LinearHead.build(Words(), scenes_policy).prepare(known)
+    assert len(images.seen) == 2
+
+
+def test_a_whitened_head_is_rebuilt_from_its_settings(scenes_policy):
+    head = whitened(Images(), scenes_policy)
+    torch.nn.init.normal_(head.linear.weight)
+    again = HEADS[head.kind](**head.settings)
+    again.load_state_dict(head.state_dict())
+    embeddings = torch.randn(5, 8)
+    assert torch.equal(again(embeddings), head(embeddings))
+    assert not torch.allclose(LinearHead(8, 9).features(embeddings), head.features(embeddings))
+    # guards that were saved before heads could be whitened
+    assert HEADS["linear"](dim=8, n_categories=9).map is None
+
+
+@pytest.mark.parametrize("wrong", [{"n_images": 1}, {"n_images": 2.5}, {"shrinkage": 0.0}])
+def test_wrong_settings_of_whitening_are_named(scenes_policy, wrong):
+    (name,) = wrong
+    with pytest.raises(InputError, match=f"head=linear_whitened needs .*{name}={wrong[name]}"):
+        LinearHead.whitened(Words(), scenes_policy, **wrong)
 
 
 def test_wrong_settings_are_named():

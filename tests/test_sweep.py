@@ -270,6 +270,19 @@ def test_memory_does_not_grow_with_the_number_of_cells(tmp_path):
     assert peak < 7 << 20
 
 
+def test_images_without_several_views_are_taken_once(tmp_path):
+    """Where only counterfactuals have several views, an image beside three of them is fitted once, with three times the weight."""
+    arms = [replace(arm, n_views=3) for arm in ARMS[:2]]
+    stock = Stock(World(), arms, (8,), (0,))
+    unpaired, pairs = (stock.data_of(Cell(arm.name, "linear", 8, 0)) for arm in arms)
+    n = len(stock.subset_of(Cell("pairs_aug", "linear", 8, 0)).unsafe.train)
+    assert len(unpaired.train["labels"]) == 2 * n
+    assert len(pairs.train["labels"]) == 6 * n
+    rows = engine().rows(pairs.train, LinearHead(DIM, 2))
+    assert sorted(np.round(rows.shares[rows.bias == 1] * n, 9)) == [0.5] * n
+    assert rows.shares.sum() == pytest.approx(2)  # decision and pairs
+
+
 # --- choosing and measuring ----------------------------------------------------------------------------------------------------
 
 
@@ -474,7 +487,7 @@ def test_an_editor_that_gives_nothing_and_too_few_images(sweep, caplog):
         (["sweep.sizes=[]"], "sweep.sizes is empty"),
         (["sweep.sizes=[4,x]"], "sweep.sizes must be whole numbers of at least 2 .* got 'x'"),
         (["sweep.arms=[pairs]"], "sweep.arms names 'pairs'; there are unpaired, pairs_aug"),
-        (["sweep.heads=[conv]"], "sweep.heads names 'conv'; there are linear, linear_texts, mlp, prompt"),
+        (["sweep.heads=[conv]"], "sweep.heads names 'conv'; there are linear, linear_whitened, linear_texts, mlp, prompt"),
         (["sweep.seeds=0"], "sweep.seeds must be a number of seeds of at least 1"),
         (["sweep.strengths=[0.1,-1]"], "sweep.strengths must be different numbers above 0"),
         (["sweep.metric=accuracy"], "sweep.metric must be one of pair_accuracy"),
@@ -550,7 +563,7 @@ def test_both_engines_make_the_same_decisions(sweep, tmp_path):
     """Linear heads at the optimum, MLP and prompt heads along the same steps (without dropout, whose coins differ)."""
     grid = (
         "sweep.seeds=1",
-        "sweep.heads=[linear,mlp,prompt]",
+        "sweep.heads=[linear,linear_whitened,mlp,prompt]",
         "heads.mlp.dropout=0",
         "trainer.max_epochs=30",
         "sweep.sizes=[4,16]",
@@ -558,7 +571,7 @@ def test_both_engines_make_the_same_decisions(sweep, tmp_path):
     )
     folders = {name: tmp_path / name for name in ("batched", "lightning")}
     reports = {name: sweep(*grid, f"sweep.engine={name}", folder=folder) for name, folder in folders.items()}
-    cells = [Cell(arm, head, size, 0) for arm in LISTED for head in ("linear", "mlp", "prompt") for size in (4, 16)]
+    cells = [Cell(arm, head, size, 0) for arm in LISTED for head in ("linear", "linear_whitened", "mlp", "prompt") for size in (4, 16)]
     batched, lightning = (CellStore(folders[name]).get(cells) for name in ("batched", "lightning"))
     assert len(batched) == len(lightning) == len(cells)
     same = []

@@ -98,6 +98,7 @@ class GuardDataModule(L.LightningDataModule):
         self.views = ViewMaker(store, pipeline, transform=transform, n_views=variants_per_image, counts=self.edits)
         self.other_edits = EditCounts()  # of the controls and of test pairs
         self.epoch = 0
+        self._candidates: list[Record] | None = None
         self._executor: ThreadPoolExecutor | None = None
 
     # --- choosing -----------------------------------------------------------------------------------------------------
@@ -132,14 +133,16 @@ class GuardDataModule(L.LightningDataModule):
         self._start(choice.others.train, choice.others.validation)
 
     def load(self) -> list[Record]:
-        """Loads the source, sets the test images aside and returns the pool to train on."""
-        self.loaded: Loaded = self.source.load()
-        self._check_embeddings(self.loaded)
-        if self.loaded.test is None:
-            pool, self.test = split_test(self.loaded.train, self.test_share, self.split_seed)
-            return pool
-        self.test = self.loaded.test
-        return self.loaded.train
+        """Loads the source, once, sets the test images aside and returns the pool to train on."""
+        if self._candidates is None:
+            self.loaded: Loaded = self.source.load()
+            self._check_embeddings(self.loaded)
+            if self.loaded.test is None:
+                self._candidates, test = split_test(self.loaded.train, self.test_share, self.split_seed)
+            else:
+                self._candidates, test = self.loaded.train, self.loaded.test
+            self.test: list[Record] = test
+        return self._candidates
 
     def _check_embeddings(self, loaded: Loaded) -> None:
         brought = next((record.embedding for record in loaded.train if record.embedding is not None), None)

@@ -204,8 +204,10 @@ class Stock:
             position = self._rows.get(table, {})
             mine = np.array([position[record.id] for record in records[kind]], int)
             if len(mine):
-                views[kind] = self._views[table]
-                rows[kind], turns[kind] = every_turn(mine, arm.n_views if every_view else 1)
+                views[kind], rows[kind] = self._views[table], mine
+        n_turns = max(one.vectors.shape[1] for one in views.values()) if every_view and views else 1
+        for kind, mine in rows.items():
+            rows[kind], turns[kind] = every_turn(mine, n_turns)
         return assemble(views, rows, turns, self._categories[self._table(arm, "unsafe")], len(self._names))
 
     def _edits(self, arm: Arm, choice: Choice) -> tuple[int, int]:

@@ -116,11 +116,12 @@ class BatchedEngine:
         return [replace(one, seconds=seconds) for one in fitted]
 
     def _fit_linear(self, head: LinearHead, data: Sequence[CellData], test: TestSet) -> list[FittedCell]:
-        scale = head.scale
         start = head.linear.weight[0].detach().double().numpy()
-        problems = [self.rows(one.train, scale) for one in data]
+        problems = [self.rows(one.train, head) for one in data]
         solved = fit_linear(problems, np.array(self._objective.strengths), start=start, device=self._device, tolerance=self._tolerance)
-        weights, bias = scale * solved.weights, solved.bias
+        # of the embeddings themselves: features are a linear map of them
+        weights = solved.weights @ head.features(torch.eye(len(start), dtype=torch.double)).numpy().T
+        bias = solved.bias
         on_validation = [one.validation["embeddings"].double().numpy() @ weights[i].T + bias[i] for i, one in enumerate(data)]
         losses = [
             np.array([self.loss(torch.from_numpy(logits[:, j].copy()), one.validation) for j in range(logits.shape[1])])
@@ -174,12 +175,17 @@ class BatchedEngine:
                 )
         return fitted
 
-    def rows(self, batch: Batch, scale: float) -> Rows:
-        """What a linear head is fitted to on a batch; `scale` is what the head multiplies embeddings by."""
+    def rows(self, batch: Batch, head: LinearHead) -> Rows:
+        """What a linear head is fitted to on a batch."""
+        # an image that stands beside several counterfactuals is several times in the batch; once with more weight is the same
+        images = torch.cat([batch["embeddings"], batch["labels"][:, None]], dim=1).numpy()
+        as_bytes = np.ascontiguousarray(images).view(np.dtype((np.void, images.itemsize * images.shape[1])))[:, 0]
+        _, first, place, counts = np.unique(as_bytes, return_index=True, return_inverse=True, return_counts=True)
         return decision_rows(
-            batch["embeddings"].double().numpy() * scale,
-            batch["labels"].numpy(),
-            torch.stack([batch["unsafe_rows"], batch["twin_rows"]], dim=1).numpy(),
+            head.features(batch["embeddings"][first].double()).numpy(),
+            batch["labels"].numpy()[first],
+            place[torch.stack([batch["unsafe_rows"], batch["twin_rows"]], dim=1).numpy()],
+            counts=counts,
             prevalence=self._objective.prevalence,
             pair_weight=self._objective.pair_weight,
             pair_margin=self._objective.pair_margin,

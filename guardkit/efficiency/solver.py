@@ -145,6 +145,7 @@ def decision_rows(
     labels: np.ndarray,
     pairs: np.ndarray,
     *,
+    counts: np.ndarray | None = None,
     prevalence: float = 0.5,
     pair_weight: float = 1.0,
     pair_margin: float = 1.0,
@@ -155,13 +156,15 @@ def decision_rows(
         embeddings: (n, d), scaled as the head scales them.
         labels: (n,) 1 = unsafe, 0 = safe.
         pairs: (p, 2) int: rows of an unsafe image and of its counterfactual.
+        counts: (n,) how often each image is in the set; None: once.
         prevalence: share of unsafe images to train for, in (0, 1).
         pair_weight: of the pair loss beside cross-entropy.
         pair_margin: between twins, in logits.
     """
     signs = np.where(labels == 1, 1.0, -1.0)
-    n_unsafe, n_safe = max(1, int((labels == 1).sum())), max(1, int((labels == 0).sum()))
-    shares = np.where(labels == 1, prevalence / n_unsafe, (1 - prevalence) / n_safe)
+    counts = np.ones(len(labels)) if counts is None else counts
+    n_unsafe, n_safe = max(1, counts[labels == 1].sum()), max(1, counts[labels == 0].sum())
+    shares = counts * np.where(labels == 1, prevalence / n_unsafe, (1 - prevalence) / n_safe)
     vectors, bias, margins = signs[:, None] * embeddings, signs, np.zeros(len(labels))
     if len(pairs) and pair_weight:
         vectors = np.concatenate([vectors, embeddings[pairs[:, 0]] - embeddings[pairs[:, 1]]])
