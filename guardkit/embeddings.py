@@ -46,6 +46,7 @@ class EmbeddingStore:
         self._memory: dict[str, bytes] = {}
         self._disk: KeyValueStore | None = None
         self._stopped = threading.Event()
+        self._turn = threading.Lock()  # of two threads that want the same image, the second finds it stored
 
     def stop(self) -> None:
         """Ends an `embed` that another thread is in after its present chunk, with CancelledError. For good."""
@@ -97,38 +98,42 @@ class EmbeddingStore:
     def _embed(self, contents: Sequence[Content], *, skip_unreadable: bool = False) -> tuple[np.ndarray, dict[int, ImageError]]:
         """(n, d) vectors, and by row why an image could not be read; such a row is zero. Without `skip_unreadable` it
         stops at the first of them, and the vectors are not to be used."""
-        started = time.perf_counter()
+        with self._turn:
+            started = time.perf_counter()
+            try:
+                return self._find_or_make(contents, skip_unreadable)
+            finally:
+                self.seconds += time.perf_counter() - started
+
+    def _find_or_make(self, contents: Sequence[Content], skip_unreadable: bool) -> tuple[np.ndarray, dict[int, ImageError]]:
         vectors = np.zeros((len(contents), self.encoder.dim), np.float32)
         failed: dict[int, ImageError] = {}
-        try:
-            with ThreadPoolExecutor(_LOADERS) as loaders:
-                # a key is a hash over a whole file
-                keys = [_outcome(future) for future in [loaders.submit(_key, content) for content in contents]]
-                found = self._get([key for key in keys if isinstance(key, str)], self.encoder.dim)
-                complete = self._complete(list(found))
-                rows: dict[str, list[int]] = {}
-                missing: dict[str, Content] = {}
-                for row, key in enumerate(keys):
-                    if isinstance(key, ImageError):
-                        failed[row] = key
-                        continue
-                    rows.setdefault(key, []).append(row)
-                    if key in complete:
-                        self.n_found += 1
-                        vectors[row] = np.frombuffer(found[key], "<f4")
-                    else:
-                        missing.setdefault(key, contents[row])
-                if failed and not skip_unreadable:
-                    return vectors, failed
-                for key, made in self._encode(list(missing.items()), loaders):
-                    if isinstance(made, ImageError):
-                        failed |= dict.fromkeys(rows[key], made)
-                        if not skip_unreadable:
-                            break
-                    else:  # a vector that only lacked its norm stays what it was, to the last bit
-                        vectors[rows[key]] = np.frombuffer(found[key], "<f4") if key in found else made
-        finally:
-            self.seconds += time.perf_counter() - started
+        with ThreadPoolExecutor(_LOADERS) as loaders:
+            # a key is a hash over a whole file
+            keys = [_outcome(future) for future in [loaders.submit(_key, content) for content in contents]]
+            found = self._get([key for key in keys if isinstance(key, str)], self.encoder.dim)
+            complete = self._complete(list(found))
+            rows: dict[str, list[int]] = {}
+            missing: dict[str, Content] = {}
+            for row, key in enumerate(keys):
+                if isinstance(key, ImageError):
+                    failed[row] = key
+                    continue
+                rows.setdefault(key, []).append(row)
+                if key in complete:
+                    self.n_found += 1
+                    vectors[row] = np.frombuffer(found[key], "<f4")
+                else:
+                    missing.setdefault(key, contents[row])
+            if failed and not skip_unreadable:
+                return vectors, failed
+            for key, made in self._encode(list(missing.items()), loaders):
+                if isinstance(made, ImageError):
+                    failed |= dict.fromkeys(rows[key], made)
+                    if not skip_unreadable:
+                        break
+                else:  # a vector that only lacked its norm stays what it was, to the last bit
+                    vectors[rows[key]] = np.frombuffer(found[key], "<f4") if key in found else made
         return vectors, failed
 
     def _encode(self, missing: list[tuple[str, Content]], loaders: ThreadPoolExecutor) -> Iterator[tuple[str, np.ndarray | ImageError]]:

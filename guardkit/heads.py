@@ -80,7 +80,7 @@ class LinearHead(Head):
         return cls(encoder.dim, len(policy.categories))
 
     @classmethod
-    def whitened(cls, encoder: EncodesTexts, policy: Policy, *, n_images: int = 512, shrinkage: float = 0.003) -> LinearHead:
+    def whitened(cls, encoder: EncodesTexts, policy: Policy, *, n_images: int = 2048, shrinkage: float = 0.003) -> LinearHead:
         """A head that sees embeddings in which images without labels vary alike in all directions.
 
         What scenes have in common with each other, and not with safety, takes up most of the variance of embeddings, and

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,6 +70,15 @@ def test_nothing_is_encoded_twice(tmp_path):
     second = EmbeddingStore(CountingEncoder(), tmp_path)
     np.testing.assert_array_equal(second.embed(CONTENTS[::-1]), vectors[10::-1])
     assert (second.encoder.n, second.n_found, second.n_encoded) == (0, 11, 0)
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_two_threads_that_want_the_same_images_encode_them_once(tmp_path, on_disk):
+    store = EmbeddingStore(CountingEncoder(pause=0.02), tmp_path if on_disk else None)
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(store.embed, [CONTENTS, CONTENTS[::-1]])
+    np.testing.assert_array_equal(first, second[::-1])
+    assert (store.n_encoded, store.n_found) == (11, 11)
 
 
 @pytest.mark.parametrize("cold", [[], [2, 5, 7], list(range(11))])

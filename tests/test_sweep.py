@@ -406,6 +406,7 @@ def test_the_folder_holds_what_the_contract_promises(sweep):
     assert summary["sizes"] == [4, 8, 16]
     assert summary["engine"]["fits"] == 6 * 3 * 2 * 3
     assert summary["engine"]["name"] == "batched"
+    assert summary["heads"] == ["linear_whitened"]
     for arm in LISTED:
         for size in ("4", "8", "16"):
             point = summary["curves"][arm][size]

@@ -153,26 +153,32 @@ class BatchedEngine:
         stacked = StackedHeads(
             self._schedule, prevalence=goal.prevalence, pair_weight=goal.pair_weight, pair_margin=goal.pair_margin, device=self._device
         )
+        n = len(goal.strengths)
+        trained = stacked.train(
+            [head for head in heads for _ in range(n)],
+            [cell for cell in data for _ in range(n)],
+            list(goal.strengths) * len(data),
+            [test.embeddings, test.twins],
+        )
         fitted = []
-        for head_group, data_group in stacked.chunks(heads, data, len(goal.strengths)):
-            result = stacked.train(head_group, data_group, goal.strengths)
-            best = [chosen(losses, goal.strengths) for losses in result.validation_losses]
-            logits = result.logits(best, test.embeddings)
-            twins = result.logits(best, test.twins)
-            for i, one in enumerate(data_group):
-                fitted.append(
-                    FittedCell(
-                        chosen=best[i],
-                        validation_losses=result.validation_losses[i],
-                        objectives=result.objectives[i],
-                        gradients=np.full(len(goal.strengths), np.nan),
-                        logits=logits[i],
-                        twin_logits=twins[i],
-                        validation_logits=result.validation_logits[i][best[i]],
-                        validation_labels=one.validation["labels"].numpy(),
-                        seconds=0.0,
-                    )
+        for i, cell in enumerate(data):
+            mine = trained[i * n : (i + 1) * n]
+            losses = np.array([one.validation_loss for one in mine])
+            best = chosen(losses, goal.strengths)
+            logits, twins = mine[best].test_logits
+            fitted.append(
+                FittedCell(
+                    chosen=best,
+                    validation_losses=losses,
+                    objectives=np.array([one.objective for one in mine]),
+                    gradients=np.full(n, np.nan),
+                    logits=logits,
+                    twin_logits=twins,
+                    validation_logits=mine[best].validation_logits,
+                    validation_labels=cell.validation["labels"].numpy(),
+                    seconds=0.0,
                 )
+            )
         return fitted
 
     def rows(self, batch: Batch, head: LinearHead) -> Rows:

@@ -96,7 +96,7 @@ def _lead(summary: dict[str, Any]) -> list[str]:
         f"Mean over {len(summary['seeds'])} labelled subsets, {n_test['units']} test {what} ({n_test['pairs_made_by']}), 95 % intervals over "
         f"subsets and test images ({summary['n_resamples']} redraws of both). A budget counts every labelled unsafe image, validation included; "
         "regularisation is chosen on the validation images of each budget, never on test images.",
-        f"Engine `{engine['name']}`: {engine['fits']} heads in {engine['seconds']:.1f} s.",
+        f"Head {', '.join(f'`{name}`' for name in summary['heads'])}. Engine `{engine['name']}`: {engine['fits']} fits in {engine['seconds']:.1f} s.",
     ]
 
 

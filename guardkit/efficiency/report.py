@@ -43,6 +43,7 @@ def write_report(
     yardsticks = Yardsticks(plan, stock.test)
     summary: dict[str, Any] = {
         "arms": [name for head in plan.heads for name in plan.curves(head)],
+        "heads": list(plan.heads),
         "sizes": list(plan.sizes),
         "seeds": list(plan.seeds),
         "metric": plan.metric,

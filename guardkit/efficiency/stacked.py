@@ -8,7 +8,8 @@ which epoch is kept and when to stop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from guardkit.data.arms import Batch
 from guardkit.efficiency.cells import CellData
 from guardkit.heads import Head
 
-_CHUNK_BYTES = 512 << 20
+_CHUNK_BYTES = 384 << 20
 # activations and their gradients, in numbers a row and input dimension: generous for the heads that there are
 _ACTIVATIONS = 16
 # parameters, gradients, two moments, the best so far, the start
@@ -75,33 +76,20 @@ class _Problems:
 
 
 @dataclass(frozen=True)
-class StackedResult:
-    """Trained heads: c cells, h strengths each.
+class Trained:
+    """A head that was kept.
 
     Attributes:
-        validation_losses: (c, h) the smallest seen, of the head that was kept.
-        objectives: (c, h) training loss with penalty of the head that was kept.
-        validation_logits: by cell and strength, (v,) decision logits.
+        validation_loss: the smallest seen.
+        objective: training loss with penalty.
+        validation_logits: (v,) decision logits.
+        test_logits: decision logits of each of the test's sets of embeddings.
     """
 
-    validation_losses: np.ndarray
-    objectives: np.ndarray
-    validation_logits: list[list[np.ndarray]]
-    _forward: Callable[[dict[str, Tensor], Tensor], Tensor]
-    _state: dict[str, Tensor]
-    _n_strengths: int
-    _device: str
-
-    def logits(self, chosen: Sequence[int], embeddings: np.ndarray) -> np.ndarray:
-        """(c, n) decision logits of n images, by each cell's chosen strength."""
-        rows = [i * self._n_strengths + j for i, j in enumerate(chosen)]
-        images = torch.from_numpy(np.asarray(embeddings, np.float32)).to(self._device)
-        found = []
-        with torch.inference_mode():
-            for row in rows:
-                one = {name: value[row : row + 1] for name, value in self._state.items()}
-                found.append(self._forward(one, images[None])[0].cpu().numpy())
-        return np.stack(found)
+    validation_loss: float
+    objective: float
+    validation_logits: np.ndarray
+    test_logits: list[np.ndarray]
 
 
 class StackedHeads:
@@ -117,37 +105,46 @@ class StackedHeads:
         self._schedule, self._device = schedule, device
         self._loss: dict[str, Any] = {"prevalence": prevalence, "pair_weight": pair_weight, "pair_margin": pair_margin, "device": device}
 
-    @staticmethod
-    def chunks(heads: Sequence[Head], data: Sequence[CellData], n_strengths: int) -> Iterator[tuple[list[Head], list[CellData]]]:
-        """As many cells at once as memory allows, at least one."""
-        start = 0
-        while start < len(heads):
+    def train(
+        self, heads: Sequence[Head], data: Sequence[CellData], strengths: Sequence[float], test: Sequence[np.ndarray]
+    ) -> list[Trained]:
+        """Trains heads, as many at once as memory allows.
+
+        Args:
+            heads: (p,) where each starts; the same one may start several.
+            data: (p,) what each is trained on.
+            strengths: (p,) of regularisation.
+            test: sets of (n, d) embeddings.
+        """
+        trained: list[Trained] = []
+        while len(trained) < len(heads):
+            start = len(trained)
             n_parameters = sum(value.numel() for value in heads[start].parameters())
             stop, longest = start, 0
             while stop < len(heads):
                 longest = max(longest, data[stop].train["embeddings"].numel())
-                if stop > start and 4 * (stop + 1 - start) * n_strengths * (_ACTIVATIONS * longest + _COPIES * n_parameters) > _CHUNK_BYTES:
+                if stop > start and 4 * (stop + 1 - start) * (_ACTIVATIONS * longest + _COPIES * n_parameters) > _CHUNK_BYTES:
                     break
                 stop += 1
-            yield list(heads[start:stop]), list(data[start:stop])
-            start = stop
+            trained += self._train(heads[start:stop], data[start:stop], strengths[start:stop], test)
+        return trained
 
-    def train(self, heads: Sequence[Head], data: Sequence[CellData], strengths: Sequence[float]) -> StackedResult:
-        """Trains a head for every cell and strength."""
-        h = len(strengths)
-        base = heads[0].to(self._device)
-        parameters, buffers = stack_module_state([head for head in heads for _ in strengths])
+    def _train(
+        self, heads: Sequence[Head], data: Sequence[CellData], strengths: Sequence[float], test: Sequence[np.ndarray]
+    ) -> list[Trained]:
+        base = copy.deepcopy(heads[0]).to(self._device)
+        parameters, buffers = stack_module_state(list(heads))
         state = {name: value.detach().to(self._device).requires_grad_() for name, value in parameters.items()}
         shared = {name: value[0].to(self._device) for name, value in buffers.items()}
         start = {name: value.detach().clone() for name, value in state.items() if value.ndim > 2}
-        l2 = torch.tensor(strengths, device=self._device).repeat(len(heads))
+        l2 = torch.tensor(strengths, device=self._device)
 
         def one(values: dict[str, Tensor], embeddings: Tensor) -> Tensor:
             return functional_call(base, {**values, **shared}, (embeddings,))[:, 0]
 
         forward = vmap(one, randomness="different")
-        train = _Problems([cell.train for cell in data for _ in strengths], **self._loss)
-        validation = _Problems([cell.validation for cell in data for _ in strengths], **self._loss)
+        train = _Problems([cell.train for cell in data], **self._loss)
+        validation = _Problems([cell.validation for cell in data], **self._loss)
 
         def objective() -> Tensor:
             losses = train.losses(forward(state, train.embeddings))
@@ -180,15 +177,13 @@ class StackedHeads:
             for name, value in state.items():
                 value.copy_(best[name])
             reached = objective()
-            logits = forward(best, validation.embeddings).cpu().numpy()
-            best_losses = validation.losses(torch.from_numpy(logits).to(self._device))
-        lengths = [len(cell.validation["labels"]) for cell in data]
-        return StackedResult(
-            best_losses.cpu().numpy().reshape(-1, h),
-            reached.cpu().numpy().reshape(-1, h),
-            [[logits[i * h + j, :length] for j in range(h)] for i, length in enumerate(lengths)],
-            forward,
-            best,
-            h,
-            self._device,
-        )
+            logits = forward(best, validation.embeddings)
+            best_losses = validation.losses(logits)
+            images = [torch.from_numpy(np.asarray(one, np.float32)).to(self._device) for one in test]
+            trained = []
+            for i, cell in enumerate(data):
+                alone = {name: value[i : i + 1] for name, value in best.items()}
+                on_test = [forward(alone, one[None])[0].cpu().numpy() for one in images]
+                on_validation = logits[i, : len(cell.validation["labels"])].cpu().numpy()
+                trained.append(Trained(float(best_losses[i]), float(reached[i]), on_validation, on_test))
+        return trained
