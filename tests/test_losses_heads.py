@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from guardkit.data.unlabelled import Unlabelled
 from guardkit.heads import HEADS, LinearHead, MLPHead, PromptHead
 from guardkit.losses import category_loss, decision_loss, pair_loss
-from guardkit.schema import InputError, Record
+from guardkit.schema import InputError, Record, Rejected
 
 
 def softplus(x):
@@ -68,23 +69,28 @@ def test_untrained_prompt_head_is_zero_shot_classification(scenes_policy):
     assert torch.sigmoid(head(image)[0, 0]).item() == pytest.approx(float(probability), abs=1e-5)
 
 
+FINE, BROKEN = object(), object()
+
+
 class Images:
     """Stands in for a data module: images of 8 dimensions, of which the first varies most. Notes what is embedded."""
 
-    def __init__(self, n=400, relabel=lambda label: label):
+    name = "vectors"
+
+    def __init__(self, n=400, relabel=lambda label: label, broken=lambda i: False):
         vectors = np.random.default_rng(0).normal(size=(n, 8)) * np.array([5.0, *[0.3] * 7])
         self.vectors = vectors.astype(np.float32)
-        self.records = [
-            Record(f"{i:03}", relabel(i % 2), None, "photo", str(i), None, embedding=vector) for i, vector in enumerate(self.vectors)
-        ]
-        self.views, self.seen = self, []
+        self.records = [Record(f"{i:03}", relabel(i % 2), None, "photo", str(i), BROKEN if broken(i) else FINE) for i in range(n)]
+        self.source, self.store, self.seen = self, self, []
 
     def load(self):
         return self.records
 
-    def embed(self, records):
+    def embed_readable(self, records):
         self.seen.append([record.id for record in records])
-        return np.array([record.embedding for record in records])
+        readable = [record for record in records if record.content is not BROKEN]
+        rejected = [Rejected(record.id, "not an image") for record in records if record.content is BROKEN]
+        return readable, self.vectors[[int(record.id) for record in readable]], rejected
 
 
 def whitened(images, scenes_policy, **settings):
@@ -113,6 +119,25 @@ def test_whitening_looks_at_no_label_and_at_no_more_images_than_asked_for(scenes
     few = Images(n=5)
     assert torch.isfinite(whitened(few, scenes_policy).map).all()
     assert [len(ids) for ids in few.seen] == [5]
+
+
+def test_an_unlabelled_image_that_cannot_be_read_is_left_out(scenes_policy, caplog):
+    head = whitened(Images(broken=lambda i: i == 7), scenes_policy, n_images=400)
+    assert "whitening leaves out 1 image(s) that cannot be read, the first is 007: not an image" in caplog.text
+    whole = whitened(Images(), scenes_policy, n_images=400)
+    assert not torch.equal(head.map, whole.map)
+    torch.testing.assert_close(head.map, whole.map, atol=0.05, rtol=0.05)
+    with pytest.raises(InputError, match="none of 10 images of source=vectors can be read"):
+        whitened(Images(broken=lambda i: True), scenes_policy, n_images=10)
+
+
+def test_embeddings_that_a_source_brings_are_taken_as_they_are(scenes_policy):
+    images, brought = Images(), Images()
+    brought.records = [
+        replace(record, content=None, embedding=vector) for record, vector in zip(images.records, images.vectors, strict=True)
+    ]
+    assert torch.equal(whitened(images, scenes_policy).map, whitened(brought, scenes_policy).map)
+    assert brought.seen == [[]]
 
 
 def test_images_are_embedded_once_for_heads_that_want_the_same(scenes_policy):

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 import numpy as np
 
 from guardkit.data.datamodule import GuardDataModule
 from guardkit.data.splits import nested_order
+from guardkit.schema import InputError, Record
+
+log = logging.getLogger(__name__)
 
 _ORDER_SEED = 0  # the same images whatever the seed of a run: its labelled subset says nothing about them
 
@@ -33,14 +39,32 @@ class Unlabelled:
         Returns:
             (d, d) float64, symmetric: C ** -0.5 of the shrunken covariance C, which is scaled to a mean variance of 1. The
             identity where images do not vary.
+        Raises:
+            InputError: no image can be read.
         """
         key = n_images, shrinkage
         if key not in self._whitenings:
-            images = nested_order(self._data.load(), _ORDER_SEED)[:n_images]
-            vectors = self._data.views.embed(images).astype(np.float64)
-            covariance = np.cov(vectors.T, bias=True)
-            mean = np.trace(covariance) / len(covariance)
-            values, axes = np.linalg.eigh(covariance / mean) if mean > 0 else (np.ones(len(covariance)), np.eye(len(covariance)))
+            vectors = self._embedded(nested_order(self._data.load(), _ORDER_SEED)[:n_images])
+            vectors = vectors - vectors.mean(axis=0)
+            covariance = vectors.T @ vectors
+            size = np.trace(covariance) / len(covariance)
+            values, axes = np.linalg.eigh(covariance / size if size > 0 else np.eye(len(covariance)))
             values = np.maximum(values, 0) + shrinkage  # rounding may leave a variance below zero
             self._whitenings[key] = (axes * (values.mean() / values) ** 0.5) @ axes.T
         return self._whitenings[key]
+
+    def _embedded(self, images: Sequence[Record]) -> np.ndarray:
+        """(n, d) float64. An image that cannot be read is no reason to stop: nobody asked for this very one."""
+        brought = [record.embedding for record in images if record.embedding is not None]
+        _, made, unreadable = self._data.store.embed_readable([record for record in images if record.embedding is None])
+        if unreadable:
+            log.warning(
+                "whitening leaves out %d image(s) that cannot be read, the first is %s: %s",
+                len(unreadable),
+                unreadable[0].id,
+                unreadable[0].reason,
+            )
+        vectors = np.concatenate([np.reshape(brought, (len(brought), made.shape[1])), made]).astype(np.float64)
+        if not len(vectors):
+            raise InputError(f"head=linear_whitened: none of {len(images)} images of source={self._data.source.name} can be read")
+        return vectors
