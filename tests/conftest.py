@@ -65,6 +65,16 @@ def scenes_encoder():
     return OpenClipEncoder(None, "guardkit:scenes_clip", batch_size=16)
 
 
+def strict_json(path: Path):
+    """What a JSON file holds, for a reader that knows neither NaN nor Infinity."""
+    import json
+
+    def refuse(constant):
+        raise ValueError(f"{path} holds {constant}, which is no JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
 def picture(seed: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
     """A smooth random picture that a perceptual hash can tell from others; size is (width, height)."""
     rng = np.random.default_rng(seed)

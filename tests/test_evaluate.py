@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import picture
+from conftest import picture, strict_json
 from sklearn import metrics as sk
 
 from guardkit.artifacts import fingerprint
@@ -463,7 +464,8 @@ def report(train, compose, tmp_path_factory):
 def test_the_folder_holds_what_the_contract_promises(report):
     names = {path.name for path in report.folder.iterdir()}
     assert {"effectiveness.parquet", "robustness.parquet", "summary.json", "report.html", "report.md"} <= names
-    found = json.loads((report.folder / "summary.json").read_text())
+    assert all(len(pd.read_parquet(report.folder / name)) for name in ("effectiveness.parquet", "robustness.parquet"))
+    found = strict_json(report.folder / "summary.json")
     assert set(found["classifiers"]) == {"pairs_aug", "pairs_aug 2", "zero_shot", "always_unsafe"}
     assert found["classifiers"]["always_unsafe"]["threshold"] == 0.4
     assert found["classifiers"]["pairs_aug"]["trained_on"] == ["scenes_photo"]

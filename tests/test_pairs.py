@@ -145,12 +145,12 @@ def test_killed_thirty_times_it_ends_as_if_undisturbed(tmp_path):
 
 def test_what_a_killed_writer_left_is_swept_away(scenes_policy, tmp_path):
     """A process killed while it writes an image leaves a temporary file, which is no part of the dataset."""
-    left = tmp_path / "d/images/.folder_0.1.2.tmp.png"
+    left = tmp_path / "d/images/.Folder_0.1.2.tmp.png"
     left.parent.mkdir(parents=True)
     left.touch()
     write_pair_dataset(photographs(2), pipeline(scenes_policy, CountingEditor(darker)), tmp_path / "d", made_from={})
     assert not left.exists()
-    assert (tmp_path / "d/images/folder_0.png").exists()
+    assert (tmp_path / "d/images/Folder_0.png").exists()
 
 
 def test_a_dataset_comes_back_as_a_source(scenes_policy, tmp_path):

@@ -8,9 +8,10 @@ from itertools import groupby
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from conftest import ROOT, strict_json
 
 from guardkit import stats
 from guardkit._hydra import user_error
@@ -400,7 +401,8 @@ def test_the_folder_holds_what_the_contract_promises(sweep):
     assert {"cells.parquet", "summary.json", "sample_efficiency.png", "report.md", "report.html"} <= {
         path.name for path in report.folder.iterdir()
     }
-    summary = json.loads((report.folder / "summary.json").read_text())
+    assert len(pd.read_parquet(report.folder / "cells.parquet"))
+    summary = strict_json(report.folder / "summary.json")
     assert {"arms", "sizes", "seeds", "metric", "curves", "samples_to_target", "engine"} <= set(summary)
     assert summary["arms"] == list(LISTED)
     assert summary["sizes"] == [4, 8, 16]

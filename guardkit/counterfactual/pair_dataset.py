@@ -7,7 +7,8 @@
     reviews.jsonl                       what people said of them, see review.py; the table's column `review` follows it
     manifest.json                       written last: its presence means that the dataset is complete
 
-The folder reads as a Hugging Face image folder. A stopped run goes on where it was, because every try lies in the
+The folder reads as a Hugging Face image folder: `datasets.load_dataset("imagefolder", data_dir=FOLDER)` gives `image`,
+`edited` (none where a try gave no image) and every other column. A stopped run goes on where it was, because every try lies in the
 pipeline's store: the finished dataset is the same, byte for byte, as that of a run nobody disturbed.
 """
 
@@ -36,6 +37,7 @@ from guardkit.schema import ImageError, InputError, Record, Rejected
 
 METADATA, MANIFEST, UNFINISHED, GALLERY = "metadata.parquet", "manifest.json", "manifest.unfinished.json", "gallery.html"
 REJECTED_INPUTS = "rejected.parquet"
+_FORMAT = 2  # counts up when the same settings give other files
 _LOCK, _LOCK_TIMEOUT_S = ".lock", 10.0
 PUBLISHED_YIELD = 0.23  # of tries, after a look at every one by hand: SafetyPairs (2025)
 _SCHEMA = pa.schema(
@@ -88,6 +90,7 @@ def write_pair_dataset(
     """
     folder = Path(folder)
     settings = {
+        "format": _FORMAT,
         "policy": pipeline.policy.name,
         "policy_digest": pipeline.policy.digest,
         "instructor": pipeline.instructor.name,
@@ -279,6 +282,9 @@ def _write_once(path: Path, data: bytes) -> None:
 def _file_name(record: Record, used: Counter[str]) -> str:
     """A name that is a file's everywhere and leads nowhere else, unique in the dataset."""
     name = re.sub(r"[^A-Za-z0-9-]+", "_", record.id.rsplit(".", 1)[0]).strip("_")[:80] or "image"
+    # loaders take a file with a word such as train, test or val in its name for one of that split, and leave the rest out;
+    # they look for small letters, so every word begins with a capital
+    name = re.sub(r"(?<![A-Za-z])[a-z]", lambda letter: letter[0].upper(), name)
     used[name.lower()] += 1
     return name if used[name.lower()] == 1 else f"{name}-{fingerprint(record.id)[:8]}"
 
