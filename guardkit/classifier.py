@@ -22,6 +22,8 @@ from guardkit.heads import HEADS, Head
 from guardkit.images import read_image
 from guardkit.policy import Policy
 from guardkit.schema import Decision, ImageError, InputError, Judgment
+from guardkit.seen import FILE as _SEEN
+from guardkit.seen import SeenImages
 
 FORMAT = 1
 ImageLike = str | Path | bytes | Image.Image | np.ndarray
@@ -39,6 +41,7 @@ class GuardClassifier:
         operating_points: named thresholds and what they gave on validation images.
         training: facts of the training, plain JSON (prevalence, label budget).
         metrics: measured on a test set, plain JSON.
+        training_images: those it was trained and validated on, so that it is tested on others; None: nobody knows.
 
     Attributes:
         name: for tables: the experiment it was trained in, else the kind of its head.
@@ -56,6 +59,7 @@ class GuardClassifier:
         operating_points: Mapping[str, dict] | None = None,
         training: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
+        training_images: SeenImages | None = None,
     ) -> None:
         self.head = head.eval()
         self.encoder = encoder
@@ -64,6 +68,7 @@ class GuardClassifier:
         self.operating_points = dict(operating_points or {})
         self.training = dict(training or {})
         self.metrics = dict(metrics or {})
+        self.training_images = training_images
         self.name = str(self.training.get("experiment", head.kind))
 
     @property
@@ -161,7 +166,7 @@ class GuardClassifier:
     # --- keeping ------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes `config.json`, `model.safetensors`, `policy.yaml` and a model card; config.json comes last.
+        """Writes `config.json`, `model.safetensors`, `policy.yaml`, `training_images.parquet` and a model card; config.json comes last.
 
         Returns:
             The folder.
@@ -170,6 +175,10 @@ class GuardClassifier:
         with written(folder / _WEIGHTS) as temporary:
             save_file({name: value.contiguous() for name, value in self.head.state_dict().items()}, temporary)
         self.policy.save(folder / _POLICY)
+        if self.training_images is not None:
+            self.training_images.save(folder / _SEEN)
+        else:
+            (folder / _SEEN).unlink(missing_ok=True)  # of another guard
         config: dict[str, Any] = {
             "format": FORMAT,
             "guardkit_version": __version__,
@@ -188,6 +197,7 @@ class GuardClassifier:
             "policy": {"name": self.policy.name, "digest": self.policy.digest},
             "metrics": self.metrics,
             "weights_sha256": hash_file(folder / _WEIGHTS),
+            "training_images_sha256": None if self.training_images is None else hash_file(folder / _SEEN),
         }
         config["digest"] = fingerprint(config)
         with written(folder / "README.md") as temporary:
@@ -245,7 +255,17 @@ class GuardClassifier:
             operating_points=config["operating_points"],
             training=config["training"],
             metrics=config["metrics"],
+            training_images=_seen_images(path, config.get("training_images_sha256")),
         )
+
+
+def _seen_images(path: Path, sha256: str | None) -> SeenImages | None:
+    """The list of training images; None for a guard of an earlier guardkit, which kept none."""
+    if sha256 is None:
+        return None
+    if not (path / _SEEN).is_file() or hash_file(path / _SEEN) != sha256:
+        raise InputError(f"{path / _SEEN} is missing or damaged (its SHA-256 does not match); copy the folder anew")
+    return SeenImages.load(path / _SEEN)
 
 
 def _locate(folder: str | Path) -> Path:
@@ -258,7 +278,7 @@ def _locate(folder: str | Path) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            return Path(snapshot_download(name, allow_patterns=[_CONFIG, _WEIGHTS, _POLICY]))
+            return Path(snapshot_download(name, allow_patterns=[_CONFIG, _WEIGHTS, _POLICY, _SEEN]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{name!r} is neither a folder here nor a guard on the Hub that can be reached ({reason})") from error

@@ -14,7 +14,7 @@ import guardkit
 
 LEVELS = {
     "schema": 0, "artifacts": 0, "policy": 0, "progress": 0,
-    "images": 1, "scenes": 1, "encoders": 1, "editors": 1, "heads": 1, "losses": 1, "metrics": 1, "stats": 1, "vlm": 1,
+    "images": 1, "scenes": 1, "encoders": 1, "editors": 1, "heads": 1, "losses": 1, "metrics": 1, "stats": 1, "vlm": 1, "seen": 1,
     "embeddings": 2, "embedding_folder": 2, "counterfactual": 2, "classifier": 2, "baselines": 2,
     "data": 3, "module": 3,
     "evaluation": 4, "efficiency": 4, "moderation": 4,

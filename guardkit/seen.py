@@ -1,0 +1,248 @@
+"""Which images a guard has seen: enough to know them again, nothing that shows them or names their files.
+
+An image is known again by its content (the hash of its bytes, or of a drawn scene's description), by its look (a
+perceptual hash that resizing and compression hardly change), by the group that its source listed it in, or, where only
+an embedding is there, by a few random projections of that. Knows no guard and reads no image.
+
+Images whose labels were not used (for whitening) are listed too, under a split of their own: a guard may be tested on
+them, because it was never told what they are, but it can be counted how many there were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from guardkit.artifacts import written
+from guardkit.schema import ImageError, InputError, Record
+
+FILE = "training_images.parquet"
+SPLITS = ("train", "validation", "unlabelled")
+NEAR = 4  # bits of a perceptual hash in which near-duplicates differ at most, unless a source says otherwise
+_HASH_BYTES = 16
+_PROJECTIONS, _STEPS = 32, 4096  # of a sketch; steps a unit, in 16 bits
+# Storing a unit vector in 16 bits moves it by about 0.0003, another order of sums by less; of drawn scenes, which the
+# shipped encoder finds more alike than any photographs, no two are closer than 0.02.
+_SAME_VECTOR = 0.005
+_SCHEMA = pa.schema(
+    {
+        "split": pa.string(),
+        "content": pa.binary(_HASH_BYTES),
+        "look": pa.uint64(),
+        "listed_group": pa.binary(_HASH_BYTES),
+        "sketch": pa.binary(2 * _PROJECTIONS),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Known:
+    """How an image is known again.
+
+    Attributes:
+        split: in which it was seen, one of `SPLITS`.
+        by: "content", "look", "group" or "embedding".
+    """
+
+    split: str
+    by: str
+
+
+class SeenImages:
+    """A table of images, a row each.
+
+    Args:
+        table: with the columns of `training_images.parquet`.
+        near: bits in which perceptual hashes of near-duplicates differ at most, in [0, 15].
+    """
+
+    def __init__(self, table: pa.Table, near: int = NEAR) -> None:
+        self.table, self.near = table, near
+
+    @classmethod
+    def of(cls, images: Iterable[tuple[str, Record, np.ndarray | None]], *, near: int = NEAR) -> SeenImages:
+        """Notes images.
+
+        Args:
+            images: (split, record, its (d,) unit vector under the guard's encoder, if it is known).
+            near: see the class.
+        """
+        rows = [(split, record, vector) for split, record, vector in images if vector is not None or _content(record) is not None]
+        vectors = {i: vector for i, (_, _, vector) in enumerate(rows) if vector is not None}
+        sketches: list[bytes | None] = [None] * len(rows)
+        if vectors:
+            for i, sketch in zip(vectors, _sketches(np.stack(list(vectors.values()))), strict=True):
+                sketches[i] = sketch.tobytes()
+        columns = {
+            "split": [split for split, _, _ in rows],
+            "content": [_content(record) for _, record, _ in rows],
+            "look": [record.look for _, record, _ in rows],
+            "listed_group": [_group(record) for _, record, _ in rows],
+            "sketch": sketches,
+        }
+        return cls(pa.table(columns, schema=_SCHEMA), near)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def count(self, split: str) -> int:
+        """How many images were seen in a split."""
+        return self.table.column("split").to_pylist().count(split)
+
+    @property
+    def has_vectors_only(self) -> bool:
+        """Whether some images are known by their embedding alone, so that others have to be embedded to be compared."""
+        return self.table.column("content").null_count > 0
+
+    # --- knowing again ------------------------------------------------------------------------------------------------
+
+    def find(self, records: Sequence[Record], vectors: np.ndarray | None = None) -> list[Known | None]:
+        """Says of each record whether its image was seen.
+
+        Embeddings are compared only where one side has nothing else: of two images, their bytes and looks decide.
+
+        Args:
+            records: images, or embeddings.
+            vectors: (n, d) their unit vectors under the guard's encoder, zero where they are not known; None: none is.
+        Returns:
+            (n,) how it is known; None for one that was not seen. Labelled splits go before "unlabelled".
+        """
+        found: list[Known | None] = [None] * len(records)
+        for labelled in (True, False):
+            splits = SPLITS[:2] if labelled else SPLITS[2:]
+            part = self.table.filter(pa.array([split in splits for split in self.table.column("split").to_pylist()], pa.bool_()))
+            open_rows = [i for i, known in enumerate(found) if known is None]
+            if not len(part) or not open_rows:
+                continue
+            again = self._find(part, [records[i] for i in open_rows], None if vectors is None else vectors[open_rows], labelled)
+            for i, known in zip(open_rows, again, strict=True):
+                found[i] = known
+        return found
+
+    def _find(self, part: pa.Table, records: list[Record], vectors: np.ndarray | None, labelled: bool) -> list[Known | None]:
+        splits = part.column("split").to_pylist()
+        contents, looks, groups, sketches = (part.column(name).to_pylist() for name in ("content", "look", "listed_group", "sketch"))
+        by_content = {value: row for row, value in enumerate(contents) if value is not None}
+        by_group = {value: row for row, value in enumerate(groups) if value is not None and labelled}
+        near = _nearest_looks([record.look for record in records], looks, self.near)
+        alike = _same_vectors(records, vectors, contents, sketches)
+        found: list[Known | None] = []
+        for i, record in enumerate(records):
+            ways = (
+                ("content", by_content.get(_content(record))),
+                ("look", near[i]),
+                ("group", by_group.get(_group(record))),
+                ("embedding", alike[i]),
+            )
+            found.append(next((Known(splits[row], by) for by, row in ways if row is not None), None))
+        return found
+
+    # --- keeping ------------------------------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        """Writes Parquet."""
+        about = {"format": "1", "near": str(self.near)}
+        with written(path) as temporary:
+            pq.write_table(self.table.replace_schema_metadata(about), temporary, compression="zstd")
+
+    @classmethod
+    def load(cls, path: Path) -> SeenImages:
+        """Reads what `save` wrote.
+
+        Raises:
+            InputError: a damaged file, or one with other columns, types or values.
+        """
+        try:
+            table = pq.read_table(path)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}); copy the folder anew") from error
+        about = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in (table.schema.metadata or {}).items()}
+        near = about.get("near", "")
+        if not table.schema.equals(_SCHEMA) or about.get("format") != "1" or near not in map(str, range(16)):
+            raise InputError(f"{path} is no list of training images as guardkit writes it; copy the folder anew")
+        bare = pc.and_(pc.is_null(table.column("content")), pc.is_null(table.column("sketch")))
+        if pc.any(bare).as_py():
+            raise InputError(f"{path} has a row by which no image can be known again; copy the folder anew")
+        unknown = set(table.column("split").to_pylist()) - set(SPLITS)
+        if unknown:
+            raise InputError(f"{path} has the split {sorted(map(str, unknown))[0]!r}, expected {', '.join(SPLITS)}; copy the folder anew")
+        return cls(table.replace_schema_metadata(None), int(near))
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:_HASH_BYTES]
+
+
+def _content(record: Record) -> bytes | None:
+    """Of what determines the pixels; None where there are none to be had, as of a file that is gone."""
+    if record.content is None:
+        return None
+    try:
+        # without the version of the reader, which stands before the hash: the same bytes are the same image
+        return _hash(record.content.key.rpartition(":")[2])
+    except ImageError:
+        return None
+
+
+def _group(record: Record) -> bytes | None:
+    return None if record.listed_group is None else _hash(record.listed_group)
+
+
+def _nearest_looks(mine: Sequence[int | None], seen: Sequence[int | None], near: int) -> list[int | None]:
+    """For each hash the row of a seen one in at most `near` bits of distance; None: there is none."""
+    found: list[int | None] = [None] * len(mine)
+    rows = [i for i, look in enumerate(mine) if look is not None]
+    values = np.array([mine[i] for i in rows], np.uint64)
+    first: dict[int, int] = {}
+    for row, look in enumerate(seen):
+        if look is not None:
+            first.setdefault(look, row)
+    for look, row in first.items():
+        for i in np.flatnonzero(np.bitwise_count(values ^ np.uint64(look)) <= near):
+            if found[rows[i]] is None:
+                found[rows[i]] = row
+    return found
+
+
+def _same_vectors(
+    records: Sequence[Record], vectors: np.ndarray | None, contents: Sequence[bytes | None], sketches: Sequence[bytes | None]
+) -> list[int | None]:
+    """For each record the row of a seen vector that is the same but for rounding; None: there is none."""
+    found: list[int | None] = [None] * len(records)
+    known = [row for row, sketch in enumerate(sketches) if sketch is not None]
+    if vectors is None or not known:
+        return found
+    from scipy.spatial import cKDTree
+
+    asked = [i for i in range(len(records)) if vectors[i].any()]
+    bare = [row for row in known if contents[row] is None]
+    for chosen, against in (
+        ([i for i in asked if records[i].content is None], known),
+        ([i for i in asked if records[i].content is not None], bare),
+    ):
+        if not chosen or not against:
+            continue
+        tree = cKDTree(np.frombuffer(b"".join(sketches[row] or b"" for row in against), "<i2").reshape(-1, _PROJECTIONS) / _STEPS)
+        # the mean square of a difference's projections is its own square
+        limit = _SAME_VECTOR * _PROJECTIONS**0.5
+        distances, nearest = tree.query(_sketches(vectors[chosen]) / _STEPS, distance_upper_bound=limit)
+        for i, distance, row in zip(chosen, distances, nearest, strict=True):
+            if distance <= limit:
+                found[i] = against[int(row)]
+    return found
+
+
+def _sketches(vectors: np.ndarray) -> np.ndarray:
+    """(n, d) unit vectors -> (n, 32) little-endian int16: projections on random directions, the same in every release."""
+    dim = vectors.shape[1]
+    bits = np.frombuffer(hashlib.shake_256(f"guardkit sketch {dim}".encode()).digest(dim * _PROJECTIONS // 8), np.uint8)
+    directions = np.where(np.unpackbits(bits).reshape(dim, _PROJECTIONS), 1.0, -1.0)
+    largest = np.iinfo(np.int16).max
+    return np.clip(np.rint(vectors.astype(np.float64) @ directions * _STEPS), -largest, largest).astype("<i2")
