@@ -6,6 +6,7 @@ saved guards.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from guardkit.policy import Policy
-from guardkit.schema import InputError
+from guardkit.schema import InputError, shortened
+
+_SAME_TEXT = 1e-6  # of the cosine, which rounding may keep below 1
 
 
 class EncodesTexts(Protocol):
@@ -120,7 +123,9 @@ class LinearHead(Head):
         head = cls.build(encoder, policy)
         safe = [*policy.safe_texts, *(text for category in policy.categories for text in category.safe_texts)]
         unsafe = [text for category in policy.categories for text in category.unsafe_texts]
-        vectors = head.features(torch.from_numpy(encoder.encode_texts([*safe, *unsafe]).astype(np.float64))).numpy()
+        encoded = encoder.encode_texts([*safe, *unsafe])
+        _check_sides(safe, encoded[: len(safe)], unsafe, encoded[len(safe) :])
+        vectors = head.features(torch.from_numpy(encoded.astype(np.float64))).numpy()
         there, elsewhere = vectors[len(safe) :], vectors[: len(safe)]
         within = np.concatenate([there - there.mean(axis=0), elsewhere - elsewhere.mean(axis=0)])
         covariance = within.T @ within / len(within)
@@ -217,12 +222,16 @@ class PromptHead(Head):
             texts += [*category.unsafe_texts, *category.safe_texts]
             rows += [2 + i] * len(category.unsafe_texts) + [1] * len(category.safe_texts)
         head = cls(encoder.dim, k, n_prompts=len(texts), scale=scale)
+        encoded = encoder.encode_texts(texts)
+        sides = [[i for i, row in enumerate(rows) if (row >= 2) == is_unsafe] for is_unsafe in (False, True)]
+        safe, unsafe = ([texts[i] for i in side] for side in sides)
+        _check_sides(safe, encoded[sides[0]], unsafe, encoded[sides[1]])
         row = torch.tensor(rows)
         for i in range(2 + k):
             head.members[i] = row == i
         head.members[0] = row >= 2
         with torch.no_grad():
-            head.prompts.copy_(torch.from_numpy(encoder.encode_texts(texts)))
+            head.prompts.copy_(torch.from_numpy(encoded))
         return head
 
     def forward(self, embeddings: Tensor) -> Tensor:
@@ -232,6 +241,17 @@ class PromptHead(Head):
         side = logits[:, None, :].masked_fill(~self.members, float("-inf")).logsumexp(dim=2)  # (n, 2 + k)
         against_safe = side - side[:, 1:2]
         return torch.cat([against_safe[:, :1], against_safe[:, 2:]], dim=1) + self.bias
+
+
+def _check_sides(safe: Sequence[str], safe_vectors: np.ndarray, unsafe: Sequence[str], unsafe_vectors: np.ndarray) -> None:
+    """Raises InputError where the encoder reads an unsafe text as it reads a safe one: it would pull both ways."""
+    same = np.argwhere(safe_vectors @ unsafe_vectors.T > 1 - _SAME_TEXT)
+    if len(same):
+        first, second = unsafe[same[0, 1]], safe[same[0, 0]]
+        raise InputError(
+            f"the policy's unsafe text {shortened(first)!r} and its safe text {shortened(second)!r} are the same to the encoder "
+            f"({len(same)} such pair(s)): they differ in nothing that it reads, or only beyond its context length; shorten or reword them"
+        )
 
 
 HEADS: dict[str, type[LinearHead] | type[MLPHead] | type[PromptHead]] = {head.kind: head for head in (LinearHead, MLPHead, PromptHead)}

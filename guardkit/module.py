@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +27,22 @@ from guardkit.progress import progress
 from guardkit.schema import InputError
 
 DEFAULT_THRESHOLD = 0.5
+
+
+class Diverged(InputError):
+    """Training left the finite numbers: there is no guard to be had of it."""
+
+
+def divergence(epoch: int, rate: float, l2: float) -> str:
+    """What is said of it.
+
+    Args:
+        epoch: in which it happened, counted from 1.
+        rate: learning rate.
+        l2: pull of the weights towards their start.
+    """
+    pull = f" or loss.l2 (now {l2:g})" if l2 else ""
+    return f"training diverged: the loss is not finite in epoch {epoch}; lower optimizer.lr (now {rate:g}){pull}"
 
 
 class GuardModule(L.LightningModule):
@@ -68,9 +85,15 @@ class GuardModule(L.LightningModule):
         self._start = {name: value.detach().clone() for name, value in head.named_parameters() if value.ndim > 1}
         self.curve: list[dict[str, float]] = []
         self._epoch_losses: list[float] = []
+        self._epoch = 0  # of the last step
         self.best_state: dict[str, Tensor] | None = None
         self.best_loss = float("inf")
         self.best_epoch = -1
+
+    def check_finite(self, loss: float) -> None:
+        """Raises Diverged unless the loss is a finite number."""
+        if not math.isfinite(loss):
+            raise Diverged(divergence(self._epoch + 1, self.trainer.optimizers[0].param_groups[0]["lr"], self.l2))
 
     def loss(self, batch: Batch) -> Tensor:
         """Decision, category and pair loss of a batch."""
@@ -95,12 +118,18 @@ class GuardModule(L.LightningModule):
         if self.l2:
             loss = loss + self.penalty()
         self._epoch_losses.append(float(loss.detach()))
+        self._epoch = self.current_epoch
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["labels"]))
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:  # noqa: ARG002
+        """Lightning's: after a step. Some optimizers ask for several losses a step, and only the last one counts."""
+        self.check_finite(self._epoch_losses[-1])
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:  # noqa: ARG002
         """Lightning's: the loss on all validation images; the head with the smallest is kept."""
         loss = float(self.loss(batch))
+        self.check_finite(loss)
         self.log("validation_loss", loss, batch_size=len(batch["labels"]))
         train = float(np.mean(self._epoch_losses)) if self._epoch_losses else float("nan")
         self.curve.append({"epoch": self.current_epoch, "train_loss": train, "validation_loss": loss})
@@ -150,6 +179,7 @@ def fit(
         policy: that the guard enforces.
         threshold: a number in [0, 1], or the name of an operating point.
     Raises:
+        Diverged: a loss is not finite.
         InputError: an unknown operating point, or no negative to train against.
     """
     started = time.perf_counter()
@@ -163,9 +193,12 @@ def fit(
                 raise KeyboardInterrupt from ended
         data.check_negatives()
     head = module.head.cpu().eval()
+    batch = data.validation_batch()
     if module.best_state is not None:
         head.load_state_dict(module.best_state)
-    batch = data.validation_batch()
+    elif trainer.max_epochs:  # it was never validated
+        with torch.inference_mode():
+            module.check_finite(float(module.loss(batch)))
     guard = GuardClassifier(
         head, encoder, policy, threshold=DEFAULT_THRESHOLD, training={"prevalence": module.prevalence, "n_unsafe": len(data.unsafe_train)}
     )
@@ -209,6 +242,13 @@ class EpochProgress(L.Callback):
 
     def on_train_end(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
         """Takes the bar away."""
+        self._close()
+
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:  # noqa: ARG002
+        """Takes the bar away before the error is shown."""
+        self._close()
+
+    def _close(self) -> None:
         close = getattr(self._epochs, "close", None)
         if close:
             close()

@@ -25,6 +25,12 @@ class ImageError(InputError):
     """An image cannot be read; the message is the reason."""
 
 
+def shortened(text: str, n: int = 60) -> str:
+    """A text in one line of at most `n` characters, for messages: its beginning and, where it is longer, its end."""
+    text = " ".join(text.split())
+    return text if len(text) <= n else f"{text[: n // 2]} … {text[-(n - n // 2 - 3) :]}"
+
+
 class Content(Protocol):
     """Pixels that are not read yet."""
 

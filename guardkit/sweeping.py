@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from guardkit import __version__
 from guardkit.data.datamodule import TestSet
-from guardkit.efficiency.cells import Arm, Cell, CellData, Stock, chosen_sizes
+from guardkit.efficiency.cells import Arm, Cell, CellData, CellError, Stock, chosen_sizes
 from guardkit.efficiency.curves import METRICS
 from guardkit.efficiency.engine import BatchedEngine, Engine, FittedCell, Objective, chosen
 from guardkit.efficiency.plan import Plan
@@ -24,7 +24,7 @@ from guardkit.efficiency.report import write_report
 from guardkit.efficiency.results import opened, run_cells
 from guardkit.efficiency.stacked import Schedule
 from guardkit.heads import Head, LinearHead
-from guardkit.module import quiet_lightning
+from guardkit.module import Diverged, quiet_lightning
 from guardkit.schema import InputError
 from guardkit.training import Parts, build, build_head, fit_guard, rebuild_data
 
@@ -261,9 +261,15 @@ class LightningEngine:
     def __init__(self, cfg: DictConfig, parts: Parts, heads: Mapping[str, DictConfig], objective: Objective) -> None:
         self._cfg, self._parts, self._heads, self._objective = cfg, parts, heads, objective
 
-    def fit(self, cells: Sequence[tuple[Cell, CellData]], test: TestSet) -> list[FittedCell]:
-        """One fitted cell each."""
-        return [self._fit_one(cell, test) for cell, _ in cells]
+    def fit(self, cells: Sequence[tuple[Cell, CellData]], test: TestSet) -> list[FittedCell | CellError]:
+        """One fitted cell each, or why there is none."""
+        fitted: list[FittedCell | CellError] = []
+        for cell, _ in cells:
+            try:
+                fitted.append(self._fit_one(cell, test))
+            except Diverged as error:
+                fitted.append(CellError(str(error)))
+        return fitted
 
     def _fit_one(self, cell: Cell, test: TestSet) -> FittedCell:
         started = time.perf_counter()

@@ -17,7 +17,7 @@ import torch
 
 from guardkit.data.arms import Batch
 from guardkit.data.datamodule import TestSet
-from guardkit.efficiency.cells import Cell, CellData
+from guardkit.efficiency.cells import Cell, CellData, CellError
 from guardkit.efficiency.solver import Rows, decision_rows, fit_linear
 from guardkit.efficiency.stacked import Schedule, StackedHeads
 from guardkit.heads import Head, LinearHead
@@ -72,8 +72,8 @@ class Engine(Protocol):
 
     name: str
 
-    def fit(self, cells: Sequence[tuple[Cell, CellData]], test: TestSet) -> list[FittedCell]:
-        """One fitted cell each."""
+    def fit(self, cells: Sequence[tuple[Cell, CellData]], test: TestSet) -> list[FittedCell | CellError]:
+        """One fitted cell each, or why there is none: with one of the strengths its training diverged."""
         ...
 
 
@@ -102,20 +102,21 @@ class BatchedEngine:
         self._objective, self._make_head, self._schedule = objective, make_head, schedule
         self._device, self._tolerance = device, tolerance
 
-    def fit(self, cells: Sequence[tuple[Cell, CellData]], test: TestSet) -> list[FittedCell]:
-        """One fitted cell each."""
+    def fit(self, cells: Sequence[tuple[Cell, CellData]], test: TestSet) -> list[FittedCell | CellError]:
+        """One fitted cell each, or why there is none."""
         started = time.perf_counter()
         data = [one for _, one in cells]
         first = self._make_head(cells[0][0].head, cells[0][0].seed)
+        fitted: Sequence[FittedCell | CellError]
         if isinstance(first, LinearHead):  # starts alike for every seed
             fitted = self._fit_linear(first, data, test)
         else:
             heads = [first, *(self._make_head(cell.head, cell.seed) for cell, _ in cells[1:])]
             fitted = self._fit_stacked(heads, data, test)
         seconds = (time.perf_counter() - started) / max(1, len(cells))
-        return [replace(one, seconds=seconds) for one in fitted]
+        return [one if isinstance(one, CellError) else replace(one, seconds=seconds) for one in fitted]
 
-    def _fit_linear(self, head: LinearHead, data: Sequence[CellData], test: TestSet) -> list[FittedCell]:
+    def _fit_linear(self, head: LinearHead, data: Sequence[CellData], test: TestSet) -> list[FittedCell | CellError]:
         start = head.linear.weight[0].detach().double().numpy()
         problems = [self.rows(one.train, head) for one in data]
         solved = fit_linear(problems, np.array(self._objective.strengths), start=start, device=self._device, tolerance=self._tolerance)
@@ -145,10 +146,12 @@ class BatchedEngine:
                 validation_labels=one.validation["labels"].numpy(),
                 seconds=0.0,
             )
+            if np.isfinite(losses[i]).all() and np.isfinite(solved.objective[i]).all()
+            else CellError("its loss is not finite; lower loss.pair_weight or loss.pair_margin")
             for i, one in enumerate(data)
         ]
 
-    def _fit_stacked(self, heads: Sequence[Head], data: Sequence[CellData], test: TestSet) -> list[FittedCell]:
+    def _fit_stacked(self, heads: Sequence[Head], data: Sequence[CellData], test: TestSet) -> list[FittedCell | CellError]:
         goal = self._objective
         stacked = StackedHeads(
             self._schedule, prevalence=goal.prevalence, pair_weight=goal.pair_weight, pair_margin=goal.pair_margin, device=self._device
@@ -160,9 +163,13 @@ class BatchedEngine:
             list(goal.strengths) * len(data),
             [test.embeddings, test.twins],
         )
-        fitted = []
+        fitted: list[FittedCell | CellError] = []
         for i, cell in enumerate(data):
             mine = trained[i * n : (i + 1) * n]
+            reason = next((one.diverged for one in mine if one.diverged), None)
+            if reason:
+                fitted.append(CellError(reason))
+                continue
             losses = np.array([one.validation_loss for one in mine])
             best = chosen(losses, goal.strengths)
             logits, twins = mine[best].test_logits

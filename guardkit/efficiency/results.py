@@ -137,8 +137,9 @@ def run_cells(cells: Sequence[Cell], stock: Stock, engine: Engine, store: CellSt
             blocks.setdefault((cell.arm, cell.head, cell.n_unsafe), []).append(cell)
     for block in progress(list(blocks.values()), total=len(blocks), what="fitting heads"):
         for ready in _parts(block, stock, failed):
-            fitted = engine.fit(ready, stock.test)
-            store.put([_finish(cell, data, one) for (cell, data), one in zip(ready, fitted, strict=True)])
+            outcomes = list(zip(ready, engine.fit(ready, stock.test), strict=True))
+            failed |= {cell: str(one) for (cell, _), one in outcomes if isinstance(one, CellError)}
+            store.put([_finish(cell, data, one) for (cell, data), one in outcomes if not isinstance(one, CellError)])
     return failed, len(known)
 
 

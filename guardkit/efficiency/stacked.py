@@ -22,6 +22,7 @@ from torch.nn import functional
 from guardkit.data.arms import Batch
 from guardkit.efficiency.cells import CellData
 from guardkit.heads import Head
+from guardkit.module import divergence
 
 _CHUNK_BYTES = 384 << 20
 # activations and their gradients, in numbers a row and input dimension: generous for the heads that there are
@@ -84,12 +85,14 @@ class Trained:
         objective: training loss with penalty.
         validation_logits: (v,) decision logits.
         test_logits: decision logits of each of the test's sets of embeddings.
+        diverged: why none of this means anything; None when training stayed finite.
     """
 
     validation_loss: float
     objective: float
     validation_logits: np.ndarray
     test_logits: list[np.ndarray]
+    diverged: str | None = None
 
 
 class StackedHeads:
@@ -156,15 +159,25 @@ class StackedHeads:
         best = {name: value.detach().clone() for name, value in state.items()}
         best_losses = torch.full((len(l2),), torch.inf, device=self._device)
         waited = torch.zeros(len(l2), dtype=torch.long, device=self._device)
+        left_finite = torch.zeros(len(l2), dtype=torch.long, device=self._device)  # in which epoch; 0: never
+
+        def watch(losses: Tensor, epoch: int) -> None:
+            # a head that has stopped goes on only because others do
+            new = ~losses.detach().isfinite() & (left_finite == 0) & (waited < self._schedule.patience)
+            left_finite[new] = epoch
+
         for epoch in range(1, self._schedule.max_epochs + 1):
             base.train()
             optimizer.zero_grad()
-            objective().sum().backward()
+            losses = objective()
+            watch(losses, epoch)
+            losses.sum().backward()
             optimizer.step()
             if epoch % self._schedule.check_every == 0:
                 base.eval()
                 with torch.no_grad():
                     losses = validation.losses(forward(state, validation.embeddings))
+                    watch(losses, epoch)
                     better = (losses < best_losses) & (waited < self._schedule.patience)
                     waited = torch.where(better, 0, waited + 1)
                     best_losses = torch.where(better, losses, best_losses)
@@ -185,5 +198,7 @@ class StackedHeads:
                 alone = {name: value[i : i + 1] for name, value in best.items()}
                 on_test = [forward(alone, one[None])[0].cpu().numpy() for one in images]
                 on_validation = logits[i, : len(cell.validation["labels"])].cpu().numpy()
-                trained.append(Trained(float(best_losses[i]), float(reached[i]), on_validation, on_test))
+                left = int(left_finite[i])
+                why = divergence(left, optimizer.param_groups[0]["lr"], strengths[i]) if left else None
+                trained.append(Trained(float(best_losses[i]), float(reached[i]), on_validation, on_test, why))
         return trained

@@ -70,8 +70,29 @@ class Encoder(Protocol):
         ...
 
     def encode_texts(self, texts: list[str]) -> np.ndarray:
-        """(n, d) float32 unit vectors."""
+        """(n, d) float32 unit vectors. Texts that are longer than the model reads are named in a warning."""
         ...
+
+
+def cut_texts(texts: Sequence[str], tokenize: Callable[[list[str], int], torch.Tensor], context_length: int) -> list[str]:
+    """The texts of which a model reads only the beginning.
+
+    It asks the tokenizer for one token more than the model reads, whatever kind of tokenizer it is. A text that fits has
+    padding there, and is the same before it.
+
+    Args:
+        texts: any.
+        tokenize: (n texts, length) -> (n, length) tokens, cut or padded.
+        context_length: tokens that the model reads, marks of beginning and end included.
+    """
+    wanted = ["", *texts]
+    here, longer = tokenize(wanted, context_length), tokenize(wanted, context_length + 1)
+    # some tokenizers put a mark at the very end, some pad on the left
+    for short, long in ((here, longer), (here[:, :-1], longer[:, :-1]), (here.flip(1), longer.flip(1))):
+        fits = (long[:, :-1] == short).all(dim=1) & (long[:, -1] == long[0, -1])
+        if fits[0]:
+            return [text for text, one in zip(wanted, fits.tolist(), strict=True) if not one]
+    return []
 
 
 def encode_in_batches(

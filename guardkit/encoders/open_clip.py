@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from guardkit.artifacts import fingerprint, shipped
-from guardkit.encoders.base import encode_in_batches, prepare_pixels
-from guardkit.schema import InputError
+from guardkit.encoders.base import cut_texts, encode_in_batches, prepare_pixels
+from guardkit.schema import InputError, shortened
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,9 @@ _PREPROCESS_FIELDS = ("size", "mean", "std", "interpolation", "resize_mode")
 _INTERPOLATIONS, _RESIZE_MODES = ("bicubic", "bilinear"), ("shortest", "longest", "squash")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")  # what open_clip looks for in a folder
 _HUB, _LOCAL = "hf-hub:", "local-dir:"
+_N_SHOWN = 3  # texts in a warning
+
+log = logging.getLogger(__name__)
 
 
 class OpenClipEncoder:
@@ -79,6 +82,7 @@ class OpenClipEncoder:
             self._check_file()
         self.name = weights if architecture is None else f"{architecture} ({Path(weights).name if self._is_file else weights})"
         self._lock = threading.Lock()
+        self._cut_before: set[str] = set()
 
     def _find_folder(self) -> Path | None:
         if (folder := shipped(self.weights)) is not None:
@@ -255,18 +259,34 @@ class OpenClipEncoder:
         return self.model.encode_image(prepare_pixels(pixels.to(self._device, torch.float32), self.preprocessing), normalize=normalize)
 
     def encode_texts(self, texts: list[str]) -> np.ndarray:
-        """(n, d) float32 unit vectors.
+        """(n, d) float32 unit vectors. A warning names, once, texts that are longer than the model reads.
 
         Raises:
-            InputError: the model's tokenizer is not at hand.
+            InputError: the model has no text encoder, or its tokenizer is not at hand.
         """
         import torch
 
         if not texts:
             return np.zeros((0, self.dim), np.float32)
+        self._warn_of_cut(texts)
         tokens = self._tokenizer(list(texts))
         with torch.inference_mode():
             return self.model.encode_text(tokens.to(self._device), normalize=True).float().cpu().numpy()
+
+    def _warn_of_cut(self, texts: Sequence[str]) -> None:
+        cut = [text for text in cut_texts(texts, self._tokenizer, self._tokenizer.context_length) if text not in self._cut_before]
+        self._cut_before.update(cut)
+        if cut:
+            shown = "; ".join(repr(shortened(text)) for text in cut[:_N_SHOWN]) + (
+                f"; and {len(cut) - _N_SHOWN} more" if cut[_N_SHOWN:] else ""
+            )
+            log.warning(
+                "encoder %s reads the first %d tokens of a text (its context length); of %d text(s) what is beyond is cut off: %s; shorten them",
+                self.name,
+                self._tokenizer.context_length,
+                len(cut),
+                shown,
+            )
 
     @cached_property
     def _tokenizer(self) -> Any:
