@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,6 @@ from conftest import ROOT
 from guardkit.images import decode_png
 from guardkit.schema import InputError
 from guardkit.vlm import base
-from guardkit.vlm import endpoint as endpoint_room
 from guardkit.vlm.base import Answer, Question, StoredVLM
 from guardkit.vlm.endpoint import OpenAIVLM
 from guardkit.vlm.local import TransformersVLM
@@ -104,7 +104,6 @@ class Endpoint:
 def endpoint(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(endpoint_room, "_BACKOFF_S", 0.02)
     one = Endpoint()
     yield one
     one.close()
@@ -164,7 +163,7 @@ def test_answers_keep_their_order_and_calls_overlap(endpoint):
     assert model(endpoint, api_key_env="GUARDKIT_NO_SUCH_KEY").ask([]) == []
 
 
-FAILING = (500, {"error": {"message": "out of order"}}, {})
+FAILING = (500, {"error": {"message": "out of order"}}, {"retry-after-ms": "20"})
 
 
 def test_failing_server_is_asked_again(endpoint):
@@ -179,13 +178,12 @@ def test_failing_server_is_given_up(endpoint):
     assert "out of order" in answer.detail
 
 
-def test_pauses_grow(endpoint, monkeypatch):
-    monkeypatch.setattr(endpoint_room, "_BACKOFF_S", 0.2)
-    endpoint.says(FAILING)
+def test_pauses_grow(endpoint):
+    endpoint.says((500, "{}", {}))
     ask(model(endpoint))
     first, second = np.diff(endpoint.starts)
-    assert first >= 0.1
-    assert second >= 0.2
+    assert first >= 0.3
+    assert second >= 0.7
 
 
 def test_retry_after_is_respected(endpoint):
@@ -225,13 +223,12 @@ def test_rate_limit_that_does_not_pass_is_not_waited_for(endpoint, headers, body
 def test_silence_is_a_timeout(endpoint):
     endpoint.delay_s = 1.0
     (answer,) = ask(model(endpoint, timeout_s=0.1, max_retries=1))
-    assert (answer.reason, answer.transient, answer.n_calls) == ("timeout: the endpoint was silent for 0.1 s", True, 2)
+    assert (answer.reason, answer.transient, answer.n_calls) == ("timeout: the endpoint gave no whole answer within 0.1 s", True, 2)
 
 
 def test_endpoint_that_is_down(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(endpoint_room, "_BACKOFF_S", 0.01)
     with socket.socket() as taken:  # bound and not listening: nobody else gets the port, and connections are refused
         taken.bind(("127.0.0.1", 0))
         (answer,) = ask(OpenAIVLM("tiny", base_url=f"http://127.0.0.1:{taken.getsockname()[1]}/v1", max_retries=1))
@@ -316,9 +313,8 @@ def test_what_every_question_would_meet_is_an_error(endpoint, status, message):
     assert len(endpoint.requests) < 10
 
 
-def test_error_ends_the_pauses_of_other_threads(endpoint, monkeypatch):
-    monkeypatch.setattr(endpoint_room, "_BACKOFF_S", 30.0)
-    endpoint.says(FAILING, (401, {"error": {"message": "wrong"}}, {}))
+def test_error_ends_the_pauses_of_other_questions(endpoint):
+    endpoint.says((500, "{}", {"retry-after": "30"}), (401, {"error": {"message": "wrong"}}, {}))
     started = time.monotonic()
     with pytest.raises(InputError, match="does not accept the key"):
         model(endpoint, concurrency=2, requests_per_minute=600).ask([question(str(i)) for i in range(2)])
@@ -347,6 +343,174 @@ def test_rate_limit_holds_across_threads(endpoint):
     model(endpoint, requests_per_minute=600, concurrency=8).ask([question(str(i)) for i in range(8)])
     assert endpoint.most_under_way > 1
     assert endpoint.starts[-1] - started >= 0.69
+
+
+def interruptible():
+    """In the background of a shell, SIGINT is handed down as ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Bad:
+    """A server that answers each connection as `answer(connection, number)` says, and counts the calls with their bodies."""
+
+    def __init__(self, answer):
+        self.calls = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/v1"
+        self.answer, self.threads = answer, []
+        self.threads.append(threading.Thread(target=self.accept))
+        self.threads[0].start()
+
+    def accept(self):
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            self.threads.append(threading.Thread(target=self.serve, args=(connection,)))
+            self.threads[-1].start()
+
+    def serve(self, connection):
+        with connection:
+            connection.settimeout(10)
+            try:
+                head, _, body = connection.recv(65536).partition(b"\r\n\r\n")
+                length = int(next(line.split(b":")[1] for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")))
+                while len(body) < length:
+                    body += connection.recv(65536)
+                self.calls.append(body)
+                self.answer(connection, len(self.calls))
+            except OSError:
+                pass  # the client left
+
+    def close(self):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        for thread in self.threads:
+            thread.join()
+
+
+@pytest.fixture
+def bad(monkeypatch):
+    """bad(answer) -> a server."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    servers = []
+
+    def start(answer):
+        servers.append(Bad(answer))
+        return servers[-1]
+
+    yield start
+    for one in servers:
+        one.close()
+
+
+OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_nothing_is_sent_to_where_an_endpoint_redirects(endpoint, bad, status):
+    """Another port of this machine is another origin; the message names it, without what a query may hold."""
+    elsewhere = f"{endpoint.url}/chat/completions?token=secret"
+    server = bad(lambda to, _: to.sendall(f"HTTP/1.1 {status} Moved\r\nlocation: {elsewhere}\r\ncontent-length: 0\r\n\r\n".encode()))
+    with pytest.raises(InputError, match=f"redirects to {endpoint.url}/chat/completions, and questions are not sent on") as caught:
+        ask(OpenAIVLM("tiny", base_url=server.url, max_retries=3))
+    assert "secret" not in str(caught.value)
+    assert endpoint.requests == []
+    assert len(server.calls) == 1
+
+
+def test_a_redirect_that_leads_to_itself_is_one_call(bad):
+    server = bad(lambda to, _: to.sendall(b"HTTP/1.1 307 Moved\r\nlocation: /v1/chat/completions\r\ncontent-length: 0\r\n\r\n"))
+    vlm = OpenAIVLM("tiny", base_url=server.url, max_retries=1, max_calls=3)
+    with pytest.raises(InputError, match="redirects to"):
+        ask(vlm)
+    assert len(server.calls) == vlm.n_calls == 1
+
+
+@pytest.mark.parametrize("start", [OK, OK + b"content-length: 1000\r\n\r\n", b""], ids=["in its head", "in its body", "from the start"])
+def test_a_dripping_answer_ends_in_time(bad, start):
+    def drip(connection, _):
+        connection.sendall(start)
+        while True:
+            connection.sendall(b"x" if start.endswith(b"\r\n\r\n") else b"H")
+            time.sleep(0.05)
+
+    server = bad(drip)
+    ask(OpenAIVLM("tiny", base_url=server.url, timeout_s=0.05, max_retries=0))  # imports
+    started = time.monotonic()
+    (answer,) = ask(OpenAIVLM("tiny", base_url=server.url, timeout_s=0.4, max_retries=1))
+    assert time.monotonic() - started < 4
+    assert (answer.reason, answer.transient) == ("timeout: the endpoint gave no whole answer within 0.4 s", True)
+    assert answer.n_calls == len(server.calls) - 1 == 2
+
+
+@pytest.mark.parametrize("declared", [b"content-length: 100000000\r\n\r\n", b"\r\n"], ids=["declared", "until it closes"])
+def test_an_endless_body_is_not_read_whole(bad, declared):
+    sent = []
+
+    def pour(connection, _):
+        connection.sendall(OK + declared)
+        for _ in range(1000):
+            connection.sendall(b" " * 100_000)
+            sent.append(100_000)
+
+    server = bad(pour)
+    (answer,) = ask(OpenAIVLM("tiny", base_url=server.url, max_retries=3))
+    assert (answer.reason, answer.transient, answer.n_calls) == ("endpoint sent more than 4 MB", True, 1)
+    assert sum(sent) < 50_000_000
+
+
+def test_a_compressed_answer_is_not_unpacked(bad):
+    import gzip
+
+    data = gzip.compress(b" " * 100_000_000, 1)
+    head = OK + b"content-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(data)
+    (answer,) = ask(OpenAIVLM("tiny", base_url=bad(lambda to, _: to.sendall(head + data)).url))
+    assert (answer.reason, answer.n_calls) == ("endpoint sent a compressed answer", 1)
+
+
+@pytest.mark.parametrize("part", [b"", OK, OK + b"content-length: 1000\r\n\r\n{"], ids=["nothing", "half a head", "half a body"])
+def test_every_attempt_on_a_closed_connection_is_counted(bad, part):
+    server = bad(lambda to, _: to.sendall(part))
+    vlm = OpenAIVLM("tiny", base_url=server.url, max_retries=5, max_calls=2)
+    (answer,) = ask(vlm)
+    assert (answer.reason, answer.transient, answer.n_calls) == ("budget of 2 calls is spent", True, 2)
+    assert len(server.calls) == vlm.n_calls == 2
+
+
+def test_questions_are_asked_where_an_event_loop_runs(endpoint):
+    import asyncio
+
+    async def notebook():
+        return ask(model(endpoint))
+
+    assert [answer.text for answer in asyncio.run(notebook())] == ["What is this?"]
+
+
+def test_ctrl_c_ends_the_pauses(bad, monkeypatch):
+    """An endpoint that wants to be left alone for a minute does not keep the program."""
+    code = (
+        "import sys, numpy as np; from guardkit.vlm.endpoint import OpenAIVLM; from guardkit.vlm.base import Question\n"
+        "OpenAIVLM('tiny', base_url=sys.argv[1]).ask([Question((), 'What?')])"
+    )
+    asked = threading.Event()
+
+    def busy(connection, _):
+        connection.sendall(b"HTTP/1.1 429 Busy\r\nretry-after: 60\r\ncontent-length: 2\r\n\r\n{}")
+        asked.set()
+
+    running = subprocess.Popen(
+        [sys.executable, "-c", code, bad(busy).url], stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=interruptible
+    )
+    assert asked.wait(60)
+    time.sleep(0.3)
+    started = time.monotonic()
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=50)
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert time.monotonic() - started < 10
 
 
 # --- missing things -----------------------------------------------------------------------------------------------------

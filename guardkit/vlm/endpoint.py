@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import logging
-import math
 import os
-import random
-import threading
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from guardkit.images import encode_png
 from guardkit.schema import InputError
 from guardkit.vlm.base import CUT_OFF, REFUSED, VERSION, Answer, Question, check_model, check_number, one_line, reply, shrink
+from guardkit.vlm.turns import Turns, calls_of_this_question
 
 if TYPE_CHECKING:
     import openai
 
 log = logging.getLogger(__name__)
 
-_BACKOFF_S, _MAX_BACKOFF_S, _MAX_RETRY_AFTER_S = 1.0, 30.0, 120.0
+T = TypeVar("T")
 _NO_COMPLETION = Answer(None, "endpoint sent no chat completion", transient=True)
 
 
@@ -43,10 +40,10 @@ class OpenAIVLM:
         max_image_px: the longer side of an image in pixels; larger ones are scaled down. Images travel as PNG.
         structured: passes the schema of a question on to the endpoint; switch off where it knows no JSON schemas.
         options: further fields of the request, such as {"max_completion_tokens": 1024, "reasoning_effort": "low"}.
-        timeout_s: the longest silence of the endpoint during a call, in seconds.
+        timeout_s: the longest that a call may take, to the last byte of its answer, in seconds.
         max_retries: further calls for a question that met a timeout, a broken connection, a rate limit or a failing server.
-            The pause before the n-th is 2^(n-1) s, half of it random (Brooker 2015, "Exponential backoff and jitter"), and
-            no shorter than the endpoint's Retry-After; one above 120 s ends the attempts.
+            The official client makes them, after a pause that grows from half a second to eight, or the endpoint's
+            Retry-After; one above two minutes ends the attempts.
         requests_per_minute: calls start at least 60 / this many seconds apart, over all threads; None for no limit.
         max_calls: the budget of this object, repetitions included; None for no limit.
         concurrency: calls under way at once.
@@ -91,10 +88,8 @@ class OpenAIVLM:
         self.temperature, self.max_tokens, self.max_image_px = temperature, max_tokens, max_image_px
         self.structured, self.options = structured, dict(options or {})
         self.timeout_s, self.max_retries, self.concurrency = timeout_s, max_retries, concurrency
-        self.requests_per_minute, self.max_calls, self.n_calls = requests_per_minute, max_calls, 0
-        self._lock = threading.Lock()
-        self._free_at = 0.0  # when the next call may start
-        self._jitter = random.Random()  # its own, because the global one belongs to seeded runs
+        self.requests_per_minute, self.max_calls = requests_per_minute, max_calls
+        self._turns = Turns(requests_per_minute, max_calls)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -106,22 +101,36 @@ class OpenAIVLM:
         """One answer per question, in order.
 
         Raises:
-            InputError: no client, no key, a key or a model that the endpoint does not accept.
+            InputError: no client, no key, a key or a model that the endpoint does not accept, an endpoint that redirects.
         """
-        if not questions:
-            return []
-        stop = threading.Event()
-        # a client per call, because one that is kept would be carried over into forked worker processes
-        with self._client() as client, ThreadPoolExecutor(self.concurrency, thread_name_prefix="guardkit-vlm") as executor:
-            try:
-                return list(executor.map(lambda question: self._answer(client, question, stop), questions))
-            except BaseException:
-                stop.set()  # what is under way ends with its present call
-                raise
+        return _run(self._ask_all(questions)) if questions else []
 
-    def _client(self) -> openai.OpenAI:
+    @property
+    def n_calls(self) -> int:
+        """Calls made so far, repetitions included."""
+        return self._turns.n_calls
+
+    async def _ask_all(self, questions: Sequence[Question]) -> list[Answer]:
+        free = asyncio.Semaphore(self.concurrency)
+
+        async def answer(question: Question) -> Answer:
+            async with free:
+                return await self._answer(client, question)
+
+        # a client per call, because one that is kept would be carried over into forked worker processes
+        async with self._client() as client:
+            tasks = [asyncio.create_task(answer(question)) for question in questions]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:  # after an error that every question would meet, or Ctrl-C
+                    task.cancel()
+
+    def _client(self) -> openai.AsyncOpenAI:
         try:
             import openai
+
+            from guardkit.vlm.outgoing import BoundedClient
         except ImportError as error:
             raise InputError('asking a model endpoint needs the openai client; install it with: pip install "guardkit[vlm]"') from error
         key = "none" if self.api_key_env is None else os.environ.get(self.api_key_env, "").strip()
@@ -130,35 +139,37 @@ class OpenAIVLM:
                 f"the environment variable {self.api_key_env} holds no key for {self.base_url}; set it, name another in vlm.api_key_env, "
                 "or give null for an endpoint without keys"
             )
-        return openai.OpenAI(api_key=key, base_url=self.base_url, timeout=self.timeout_s, max_retries=0)
+        bounded = BoundedClient(self._turns, self.timeout_s)
+        return openai.AsyncOpenAI(
+            api_key=key, base_url=self.base_url, timeout=self.timeout_s, max_retries=self.max_retries, http_client=bounded
+        )
 
-    def _answer(self, client: openai.OpenAI, question: Question, stop: threading.Event) -> Answer:
+    async def _answer(self, client: openai.AsyncOpenAI, question: Question) -> Answer:
         import openai
 
-        request = self._request(question)
-        failure = Answer(None)
-        for attempt in range(1 + self.max_retries):
-            if not self._take_turn(stop):
-                return Answer(None, f"budget of {self.max_calls} calls is spent", failure.reason or "", transient=True, n_calls=attempt)
-            try:
-                return replace(_read(client.chat.completions.create(**request)), n_calls=attempt + 1)
-            except (openai.AuthenticationError, openai.NotFoundError) as error:
-                stop.set()  # here, because answers are collected in order, and an earlier question may be in a long pause
-                what = "the key" if isinstance(error, openai.AuthenticationError) else f"the address or the model {self.name!r}"
-                raise InputError(
-                    f"{self.base_url} does not accept {what} ({self._said(error, client)}); check vlm.model, vlm.base_url and the "
-                    f"environment variable {self.api_key_env}"
-                ) from error
-            except openai.APIError as error:
-                failure = replace(self._failure(error), detail=self._said(error, client), n_calls=attempt + 1)
-                pause = self._pause(error, attempt) if _is_worth_repeating(error) else None
-            except (ValueError, RecursionError) as error:  # a body that says it is JSON and is not
-                failure, pause = replace(_NO_COMPLETION, detail=one_line(str(error)), n_calls=attempt + 1), None
-            if pause is None or attempt == self.max_retries:
-                break
-            stop.wait(pause)
-        log.warning("%s: %s (%s)", self.name, failure.reason, failure.detail)
-        return failure
+        from guardkit.vlm.outgoing import Ended
+
+        request = await asyncio.to_thread(self._request, question)
+        try:
+            answer = _read(await client.chat.completions.create(**request))
+        except Ended as end:
+            if isinstance(end.outcome, InputError):
+                raise end.outcome from None
+            answer = end.outcome
+        except (openai.AuthenticationError, openai.NotFoundError) as error:
+            what = "the key" if isinstance(error, openai.AuthenticationError) else f"the address or the model {self.name!r}"
+            raise InputError(
+                f"{self.base_url} does not accept {what} ({self._said(error, client)}); check vlm.model, vlm.base_url and the "
+                f"environment variable {self.api_key_env}"
+            ) from error
+        except openai.APIError as error:
+            answer = replace(self._failure(error), detail=self._said(error, client))
+        except (ValueError, RecursionError) as error:  # a body that says it is JSON and is not
+            answer = replace(_NO_COMPLETION, detail=one_line(str(error)))
+        answer = replace(answer, n_calls=calls_of_this_question())
+        if answer.transient and answer.n_calls:
+            log.warning("%s: %s (%s)", self.name, answer.reason, answer.detail)
+        return answer
 
     def _request(self, question: Question) -> dict[str, Any]:
         shown = [base64.b64encode(encode_png(shrink(image, self.max_image_px))).decode() for image in question.images]
@@ -175,39 +186,11 @@ class OpenAIVLM:
             request["response_format"] = {"type": "json_schema", "json_schema": form}
         return request
 
-    def _take_turn(self, stop: threading.Event) -> bool:
-        """Waits until a call may start and counts it; False when the budget is spent, or on a stop."""
-        while not stop.is_set():
-            with self._lock:
-                if self.max_calls is not None and self.n_calls >= self.max_calls:
-                    return False
-                now = time.monotonic()
-                if now >= self._free_at:
-                    self._free_at = now + (60 / self.requests_per_minute if self.requests_per_minute else 0.0)
-                    self.n_calls += 1
-                    return True
-                wait = self._free_at - now
-            stop.wait(wait)
-        return False
-
-    def _pause(self, error: openai.APIError, attempt: int) -> float | None:
-        """Seconds before the next attempt; None when the endpoint wants to be left alone for too long."""
-        pause = self._jitter.uniform(0.5, 1.0) * min(_MAX_BACKOFF_S, _BACKOFF_S * 2**attempt)
-        response = getattr(error, "response", None)
-        wanted = _retry_after(response.headers.get("retry-after")) if response is not None else None
-        if wanted is not None and wanted > _MAX_RETRY_AFTER_S:
-            return None
-        pause = max(pause, wanted or 0.0)
-        if getattr(error, "status_code", None) == 429:
-            with self._lock:  # what one thread is told holds for all
-                self._free_at = max(self._free_at, time.monotonic() + pause)
-        return pause
-
     def _failure(self, error: openai.APIError) -> Answer:
         import openai
 
         if isinstance(error, openai.APITimeoutError):
-            return Answer(None, f"timeout: the endpoint was silent for {self.timeout_s:g} s", transient=True)
+            return Answer(None, f"timeout: the endpoint gave no whole answer within {self.timeout_s:g} s", transient=True)
         if not isinstance(error, openai.APIStatusError):
             return Answer(None, "endpoint cannot be reached", transient=True)
         if error.status_code == 429:
@@ -217,7 +200,7 @@ class OpenAIVLM:
         what = "rejected the request" if error.status_code < 500 else "failed"
         return Answer(None, f"endpoint {what} (HTTP {error.status_code})", transient=True)
 
-    def _said(self, error: openai.APIError, client: openai.OpenAI) -> str:
+    def _said(self, error: openai.APIError, client: openai.AsyncOpenAI) -> str:
         return one_line(error.message.replace(client.api_key, "***") if self.api_key_env else error.message)
 
 
@@ -239,18 +222,11 @@ def _read(completion: Any) -> Answer:
     return reply(text or "")
 
 
-def _is_worth_repeating(error: openai.APIError) -> bool:
-    status = getattr(error, "status_code", None)  # none without a response
-    return error.code != "insufficient_quota" and (status is None or status in (408, 409, 429) or status >= 500)
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds, from a Retry-After header in either of its forms (RFC 9110, section 10.2.3)."""
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine, also where an event loop is running already, as in a notebook."""
     try:
-        seconds = float(value or "nan")
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value or "").timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return None
-    return None if math.isnan(seconds) else max(0.0, seconds)
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(asyncio.run, coroutine).result()
