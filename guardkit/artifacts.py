@@ -1,17 +1,17 @@
-"""What every store and every folder stands on: fingerprints, write-then-rename, a key-value file, and what ships.
+"""What every store and every folder stands on: fingerprints, write-then-rename, JSON from disk, and what ships.
 
-A stored thing is named by a fingerprint of all its inputs. Files appear under their name only when complete. The
-key-value store is one SQLite file: several processes may use it, and a process killed at any moment leaves it whole.
+A stored thing is named by a fingerprint of all its inputs. Files appear under their name only when complete. What is read
+back may have been damaged or made up by somebody: it is parsed within limits, and one line says what is wrong with it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,7 @@ from guardkit.schema import InputError
 
 _PACKAGE = Path(__file__).resolve().parent
 _SHIPPED = "guardkit:"
-_BUSY_TIMEOUT_S = 60.0
-_MAX_SQL_VARIABLES = 500
+_MAX_JSON_BYTES, _MAX_JSON_DEPTH = 256 << 20, 64
 
 
 def fingerprint(inputs: Any) -> str:
@@ -69,6 +68,69 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path, what: str, mend: str = "copy it anew") -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Args:
+        path: to read.
+        what: the file should be, such as "a guard's configuration".
+        mend: what to do when it is not.
+    Raises:
+        InputError: it cannot be read, or does not hold what `parse_json` gives, or no object.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"it has {path.stat().st_size} bytes, allowed are {_MAX_JSON_BYTES}")
+        value = parse_json(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__} instead of an object")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}), it should be {what}; {mend}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not {what} ({error}); {mend}") from error
+    return value
+
+
+def parse_json(text: bytes) -> Any:
+    """The value that a JSON text in UTF-8 stands for, of moderate depth and with numbers that a float holds.
+
+    Raises:
+        ValueError: it is none; what exactly is wrong, in one line.
+    """
+    try:
+        value = json.loads(text.decode("utf-8"), parse_constant=_no_number)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from error
+    _check_json(value)
+    return value
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _check_json(value: Any) -> None:
+    level, depth = [value], 0
+    while level:
+        if depth > _MAX_JSON_DEPTH:
+            raise ValueError(f"nested deeper than {_MAX_JSON_DEPTH}")
+        inside: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                inside += one.keys()
+                inside += one.values()
+            elif isinstance(one, list):
+                inside += one
+            elif isinstance(one, str):
+                if not one.isascii() and any("\ud800" <= c <= "\udfff" for c in one):
+                    raise ValueError("half a character in a text")
+            elif (isinstance(one, int) and one.bit_length() > 64) or (isinstance(one, float) and not math.isfinite(one)):
+                raise ValueError("a number that is too large")
+        level, depth = inside, depth + 1
+
+
 def shipped(weights: str) -> Path | None:
     """The folder of a model that comes with guardkit, for `weights` like "guardkit:scenes_clip"; None for all others.
 
@@ -84,65 +146,3 @@ def shipped(weights: str) -> Path | None:
     if root is None or name not in names:
         raise InputError(f"guardkit ships no model {name!r}; it ships {', '.join(names) or 'none'}")
     return root / name
-
-
-class KeyValueStore:
-    """Keys to bytes, on disk, for many readers and writers at once.
-
-    Args:
-        path: of the SQLite file; its folder is made.
-        about: what the stored bytes depend on besides their key. It is kept in the file in readable form, and a
-            file that was made with other inputs is refused.
-    Raises:
-        InputError: the file is not such a store, or was made with other inputs.
-    """
-
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._local = threading.local()
-        text = json.dumps(about, sort_keys=True)
-        try:
-            with self._connection() as connection:
-                connection.execute("CREATE TABLE IF NOT EXISTS items (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID")
-                connection.execute("CREATE TABLE IF NOT EXISTS about (one INTEGER PRIMARY KEY CHECK (one = 1), inputs TEXT NOT NULL)")
-                connection.execute("INSERT OR IGNORE INTO about VALUES (1, ?)", (text,))
-                (found,) = connection.execute("SELECT inputs FROM about").fetchone()
-        except sqlite3.DatabaseError as error:
-            raise InputError(f"{self.path} cannot be used as a store ({error}); delete it, it will be made anew") from error
-        if found != text:
-            raise InputError(f"{self.path} holds results for {found}, not for {text}; delete it or choose another cache_dir")
-
-    def get(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """The stored values of those keys that are there."""
-        return dict(self._select("key, value", keys))
-
-    def known(self, keys: Iterable[str]) -> set[str]:
-        """Those of the keys that are there; their values are not read."""
-        return {key for (key,) in self._select("key", keys)}
-
-    def put(self, items: Mapping[str, bytes]) -> None:
-        """Stores values, all or none of them. A key that is already there keeps its value."""
-        with self._connection() as connection:
-            connection.executemany("INSERT OR IGNORE INTO items VALUES (?, ?)", items.items())
-
-    def __len__(self) -> int:
-        (count,) = self._connection().execute("SELECT COUNT(*) FROM items").fetchone()
-        return int(count)
-
-    def _select(self, columns: str, keys: Iterable[str]) -> Iterator[Any]:
-        wanted = list(dict.fromkeys(keys))
-        connection = self._connection()
-        for start in range(0, len(wanted), _MAX_SQL_VARIABLES):
-            part = wanted[start : start + _MAX_SQL_VARIABLES]
-            marks = ",".join("?" * len(part))
-            yield from connection.execute(f"SELECT {columns} FROM items WHERE key IN ({marks})", part)
-
-    def _connection(self) -> sqlite3.Connection:
-        # one connection a thread and process: SQLite connections must not be shared across either
-        if getattr(self._local, "owner", None) != os.getpid():
-            connection = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S)
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-            self._local.connection, self._local.owner = connection, os.getpid()
-        return self._local.connection

@@ -6,7 +6,6 @@ last, that names the encoder.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -18,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from guardkit import __version__
-from guardkit.artifacts import write_json, written
+from guardkit.artifacts import read_json, write_json, written
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.progress import progress
+from guardkit.reading import read_array, read_table
 from guardkit.schema import InputError, Record, Rejected
 
 MANIFEST, REJECTED = "manifest.json", "rejected.parquet"
@@ -109,13 +109,7 @@ def _claim(folder: Path, encoder: Encoder) -> None:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); embed the images into another folder") from error
-    if not isinstance(manifest, dict):
-        raise InputError(f"{path} must hold a JSON object, got {type(manifest).__name__}; embed the images into another folder")
-    return manifest
+    return read_json(path, "the manifest of an embedding folder", "embed the images into another folder")
 
 
 def read_embedding_folder(folder: Path) -> tuple[np.ndarray, pa.Table, dict[str, Any] | None]:
@@ -124,12 +118,12 @@ def read_embedding_folder(folder: Path) -> tuple[np.ndarray, pa.Table, dict[str,
     Returns:
         (n, d) float32 unit vectors, the metadata table with n rows, and the manifest if there is one.
     Raises:
-        InputError: no such folder, shards that do not fit each other, or vectors that are not finite.
+        InputError: no such folder, shards that do not fit each other or the manifest, or vectors that are not finite.
     """
     folder = Path(folder)
     if (folder / UNFINISHED).is_file():
         raise InputError(f"{folder} is not complete; run python -m guardkit.embed with output_dir={folder} again")
-    manifest = _read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+    manifest = _checked_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
     vector_files, table_files = _numbered(folder, "img_emb", ".npy"), _numbered(folder, "metadata", ".parquet")
     if not vector_files:
         found = "holds no embeddings" if manifest else "is no embedding folder: img_emb/img_emb_0.npy is missing"
@@ -137,25 +131,25 @@ def read_embedding_folder(folder: Path) -> tuple[np.ndarray, pa.Table, dict[str,
     odd = sorted(set(vector_files) ^ set(table_files))
     if odd:
         raise InputError(f"{folder} has shards {odd} in only one of img_emb/ and metadata/; copy the folder anew")
-    if manifest and manifest.get("n_shards", len(vector_files)) != len(vector_files):
+    if manifest and manifest["n_shards"] != len(vector_files):
         raise InputError(f"{folder} has {len(vector_files)} shards, its {MANIFEST} says {manifest['n_shards']}; copy the folder anew")
     vectors: list[np.ndarray] = []
     tables: list[pa.Table] = []
     for number in sorted(vector_files):
         path = vector_files[number]
-        try:
-            shard = np.load(path, allow_pickle=False)
-            table = pq.read_table(table_files[number])
-        except (OSError, EOFError, ValueError, pa.ArrowException) as error:
-            raise InputError(f"shard {number} of {folder} cannot be read ({error}); copy it anew") from error
-        if not isinstance(shard, np.ndarray) or shard.dtype.kind != "f":
-            raise InputError(f"{path} must hold floating-point numbers, got {getattr(shard, 'dtype', 'an archive')}; copy the shard anew")
-        if shard.ndim != 2 or len(shard) != len(table):
-            raise InputError(f"{path} has shape {shard.shape}, its metadata {len(table)} rows; copy the shard anew")
+        shard = read_array(path, "copy the shard anew")
+        if shard.dtype.kind != "f":
+            raise InputError(f"{path} must hold floating-point numbers, got {shard.dtype}; copy the shard anew")
+        if shard.ndim != 2:
+            raise InputError(f"{path} has shape {shard.shape}, it must have two dimensions; copy the shard anew")
+        table = read_table(table_files[number], n_rows=len(shard), mend="copy the shard anew")
         if vectors and shard.shape[1] != vectors[0].shape[1]:
             raise InputError(f"{path} has {shard.shape[1]} columns, earlier shards {vectors[0].shape[1]}; all must come from one encoder")
-        shard = shard.astype(np.float32)
-        norms = np.linalg.norm(shard, axis=1, keepdims=True)
+        if manifest and shard.shape[1] != manifest["dim"]:
+            raise InputError(f"{path} has {shard.shape[1]} columns, {folder / MANIFEST} says {manifest['dim']}; copy the folder anew")
+        with np.errstate(over="ignore"):  # of numbers that float32 does not hold
+            shard = shard.astype(np.float32)
+            norms = np.linalg.norm(shard, axis=1, keepdims=True)
         bad = np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0))
         if len(bad):
             raise InputError(f"{path} row {bad[0]} is not a finite vector ({len(bad)} such rows); embed those images again")
@@ -165,7 +159,20 @@ def read_embedding_folder(folder: Path) -> tuple[np.ndarray, pa.Table, dict[str,
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise InputError(f"the tables of {folder}/metadata do not fit each other ({error}); all must come from one run") from error
+    if manifest and len(table) != manifest["written"]:
+        raise InputError(f"{folder} holds {len(table)} embeddings, its {MANIFEST} says {manifest['written']}; copy the folder anew")
     return np.concatenate(vectors), table, manifest
+
+
+def _checked_manifest(path: Path) -> dict[str, Any]:
+    manifest = _read_manifest(path)
+    counts = ("n_shards", "dim", "given", "written", "rejected")
+    wrong = [name for name in counts if type(manifest.get(name)) is not int or manifest[name] < 0]
+    wrong += ["encoder_fingerprint"] * (not isinstance(manifest.get("encoder_fingerprint"), str))
+    wrong += ["written + rejected = given"] * (not wrong and manifest["written"] + manifest["rejected"] != manifest["given"])
+    if wrong:
+        raise InputError(f"{path} is not as guardkit wrote it ({', '.join(wrong)}); copy the folder anew")
+    return manifest
 
 
 def _numbered(folder: Path, kind: str, suffix: str) -> dict[int, Path]:

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from guardkit.artifacts import KeyValueStore
 from guardkit.encoders.base import Encoder
 from guardkit.schema import Content, ImageError, InputError, Record, Rejected
+from guardkit.stores import KeyValueStore
 
 _NORM = "norm:"  # before a content's key: the length of its vector
+_UNIT_TOLERANCE = 0.01  # of a vector's length: an encoder may have normalized in half precision
 _LOADERS = 2  # threads that read or draw the next chunk while the model encodes the present one
 
 
@@ -36,6 +37,7 @@ class EmbeddingStore:
     Attributes:
         n_encoded: images encoded so far.
         n_found: images found in the store so far.
+        n_damaged: stored vectors so far that were none of this encoder's, and were made anew.
         seconds: spent in `embed`, reading and drawing included.
     """
 
@@ -43,10 +45,14 @@ class EmbeddingStore:
         self.encoder, self.keep_norms = encoder, keep_norms
         self.n_encoded, self.n_found, self.seconds = 0, 0, 0.0
         self._cache_dir = cache_dir
-        self._memory: dict[str, bytes] = {}
-        self._disk: KeyValueStore | None = None
+        self._opened: KeyValueStore | None = None
         self._stopped = threading.Event()
         self._turn = threading.Lock()  # of two threads that want the same image, the second finds it stored
+
+    @property
+    def n_damaged(self) -> int:
+        """See above."""
+        return self._opened.n_damaged if self._opened else 0
 
     def stop(self) -> None:
         """Ends an `embed` that another thread is in after its present chunk, with CancelledError. For good."""
@@ -90,10 +96,10 @@ class EmbeddingStore:
             ValueError: the store keeps no norms, or a content was not embedded yet.
         """
         keys = [_NORM + content.key for content in contents]
-        found = self._get(keys, 1)
+        found = self._store.get(keys, _norm)
         if not self.keep_norms or not found.keys() >= set(keys):
             raise ValueError("norms are known of what a store with keep_norms=True has embedded")
-        return np.array([np.frombuffer(found[key], "<f4")[0] for key in keys], np.float32)
+        return np.array([found[key] for key in keys], np.float32)
 
     def _embed(self, contents: Sequence[Content], *, skip_unreadable: bool = False) -> tuple[np.ndarray, dict[int, ImageError]]:
         """(n, d) vectors, and by row why an image could not be read; such a row is zero. Without `skip_unreadable` it
@@ -108,10 +114,10 @@ class EmbeddingStore:
     def _find_or_make(self, contents: Sequence[Content], skip_unreadable: bool) -> tuple[np.ndarray, dict[int, ImageError]]:
         vectors = np.zeros((len(contents), self.encoder.dim), np.float32)
         failed: dict[int, ImageError] = {}
-        with ThreadPoolExecutor(_LOADERS) as loaders:
+        with self._store, ThreadPoolExecutor(_LOADERS) as loaders:
             # a key is a hash over a whole file
             keys = [_outcome(future) for future in [loaders.submit(_key, content) for content in contents]]
-            found = self._get([key for key in keys if isinstance(key, str)], self.encoder.dim)
+            found = self._store.get([key for key in keys if isinstance(key, str)], self._vector)
             complete = self._complete(list(found))
             rows: dict[str, list[int]] = {}
             missing: dict[str, Content] = {}
@@ -122,7 +128,7 @@ class EmbeddingStore:
                 rows.setdefault(key, []).append(row)
                 if key in complete:
                     self.n_found += 1
-                    vectors[row] = np.frombuffer(found[key], "<f4")
+                    vectors[row] = found[key]
                 else:
                     missing.setdefault(key, contents[row])
             if failed and not skip_unreadable:
@@ -133,7 +139,7 @@ class EmbeddingStore:
                     if not skip_unreadable:
                         break
                 else:  # a vector that only lacked its norm stays what it was, to the last bit
-                    vectors[rows[key]] = np.frombuffer(found[key], "<f4") if key in found else made
+                    vectors[rows[key]] = found.get(key, made)
         return vectors, failed
 
     def _encode(self, missing: list[tuple[str, Content]], loaders: ThreadPoolExecutor) -> Iterator[tuple[str, np.ndarray | ImageError]]:
@@ -152,7 +158,7 @@ class EmbeddingStore:
                 self._check(vectors)
                 items = {key: vector.astype("<f4").tobytes() for key, vector in zip(images, vectors, strict=True)}
                 items |= {_NORM + key: norm.astype("<f4").tobytes() for key, norm in zip(images, norms, strict=False)}
-                self._put(items)
+                self._store.put(items)
                 self.n_encoded += len(images)
                 yield from zip(images, vectors, strict=True)
             yield from ((key, error) for (key, _), error in zip(chunk, outcomes, strict=True) if isinstance(error, ImageError))
@@ -173,7 +179,7 @@ class EmbeddingStore:
         return self.encoder.preprocess(content.load())
 
     def _check(self, vectors: np.ndarray) -> None:
-        if not np.isfinite(vectors).all() or not (np.linalg.norm(vectors, axis=1) > 0.5).all():
+        if vectors.shape[1:] != (self.encoder.dim,) or not _are_unit(vectors):
             raise InputError(
                 f"encoder {self.encoder.name} returned embeddings that are not finite unit vectors; check its weights and dtype"
             )
@@ -182,31 +188,42 @@ class EmbeddingStore:
         """Of keys whose vectors are stored, those that have a norm too, where norms are kept."""
         if not self.keep_norms:
             return set(keys)
-        return {key.removeprefix(_NORM) for key in self._get([_NORM + key for key in keys], 1)}
+        return {key.removeprefix(_NORM) for key in self._store.known([_NORM + key for key in keys], _norm)}
 
-    def _get(self, keys: list[str], width: int) -> dict[str, bytes]:
-        if self._cache_dir is None:
-            return {key: self._memory[key] for key in keys if key in self._memory}
-        return {key: value for key, value in self._open(self._cache_dir).get(keys).items() if len(value) == 4 * width}
+    def _vector(self, value: bytes) -> np.ndarray:
+        """The (d,) vector that a stored value is. Raises ValueError when it is none."""
+        vector = np.frombuffer(value, "<f4")
+        if len(vector) != self.encoder.dim or not _are_unit(vector[None]):
+            raise ValueError("not a unit vector of this encoder")
+        return vector
 
-    def _put(self, items: dict[str, bytes]) -> None:
-        if self._cache_dir is None:
-            self._memory.update(items)
-        else:
-            self._open(self._cache_dir).put(items)
-
-    def _open(self, cache_dir: Path) -> KeyValueStore:
-        if self._disk is None:
-            name = self.encoder.fingerprint
+    @property
+    def _store(self) -> KeyValueStore:
+        # opened at first use: an encoder's fingerprint may cost a hash over its weights
+        if self._opened is None:
             about = {
-                "encoder": name,
+                "encoder": self.encoder.fingerprint,
                 "preprocessing": self.encoder.preprocessing,
                 "dtype": "float32",
                 "batch_size": self.encoder.batch_size,
             }
             # another batch size may round differently, so it has a file of its own
-            self._disk = KeyValueStore(Path(cache_dir) / "embeddings" / f"{name[:16]}_{self.encoder.batch_size}.sqlite", about)
-        return self._disk
+            name = f"{self.encoder.fingerprint[:16]}_{self.encoder.batch_size}.sqlite"
+            self._opened = KeyValueStore(None if self._cache_dir is None else Path(self._cache_dir) / "embeddings" / name, about)
+        return self._opened
+
+
+def _are_unit(vectors: np.ndarray) -> bool:
+    # written so that NaN is not
+    return bool((np.abs(np.linalg.norm(vectors, axis=1) - 1) <= _UNIT_TOLERANCE).all())
+
+
+def _norm(value: bytes) -> np.float32:
+    """The length that a stored value is. Raises ValueError when it is none."""
+    (norm,) = np.frombuffer(value, "<f4")
+    if not 0 < norm < np.inf:
+        raise ValueError("not the length of a vector")
+    return norm
 
 
 def _key(content: Content) -> str:

@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, picture
+from tampering import resign, swap
 
-from guardkit.artifacts import KeyValueStore, fingerprint, write_json, written
+from guardkit.artifacts import fingerprint, write_json, written
 from guardkit.data.sources.embeddings import EmbeddingsSource
 from guardkit.embedding_folder import read_embedding_folder, write_embedding_folder
 from guardkit.embeddings import EmbeddingStore
@@ -153,23 +154,6 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
     np.testing.assert_array_equal(vectors, EmbeddingStore(CountingEncoder(), None).embed(CONTENTS))
 
 
-def test_a_damaged_store_says_so(tmp_path):
-    (tmp_path / "edits.sqlite").write_bytes(b"this is no database, but long enough to be taken for one" * 20)
-    with pytest.raises(InputError, match="cannot be used as a store .*delete it"):
-        KeyValueStore(tmp_path / "edits.sqlite", {"a": 1})
-    KeyValueStore(tmp_path / "other.sqlite", {"a": 1})
-    with pytest.raises(InputError, match=r'holds results for \{"a": 1\}, not for \{"a": 2\}'):
-        KeyValueStore(tmp_path / "other.sqlite", {"a": 2})
-
-
-def test_a_value_once_stored_stays(tmp_path):
-    store = KeyValueStore(tmp_path / "s.sqlite", {})
-    store.put({"a": b"1", "b": b"2"})
-    store.put({"a": b"3"})
-    assert store.get(["a", "b", "c"]) == {"a": b"1", "b": b"2"}
-    assert len(store) == 2
-
-
 def test_files_appear_whole_or_not_at_all(tmp_path):
     def fail():
         with written(tmp_path / "a.json") as temporary:
@@ -259,7 +243,7 @@ def test_rows_of_one_image_count_once_and_contradictions_never(tmp_path, scenes_
     ("vectors", "labels", "message"),
     [
         (np.full((2, 3), np.nan), ["safe", "unsafe"], "row 0 is not a finite vector .2 such rows"),
-        (np.ones((3, 3)), ["safe", "unsafe"], "its metadata 2 rows"),
+        (np.ones((3, 3)), ["safe", "unsafe"], "has 2 rows, expected are 3"),
         (np.ones((2, 3)), ["safe", "maybe"], "row 2 has label 'maybe'"),
     ],
 )
@@ -329,18 +313,28 @@ def test_reading_ahead_overlaps_encoding():
     assert store.seconds < 0.42
 
 
-def test_a_value_of_the_wrong_length_is_made_again(tmp_path):
-    store = EmbeddingStore(CountingEncoder(), tmp_path)
-    expected = store.embed(CONTENTS)
+@pytest.mark.parametrize(
+    "value",
+    [b"\0", np.zeros(12, "<f4"), np.full(12, np.nan, "<f4"), np.full(12, 3, "<f4"), np.ones(11, "<f4"), b"x" * 49],
+    ids=["short", "zero", "nan", "long vector", "other width", "odd bytes"],
+)
+def test_a_stored_value_that_is_no_vector_of_the_encoder_is_made_again(tmp_path, value):
+    expected = EmbeddingStore(CountingEncoder(), tmp_path).embed(CONTENTS)
     (path,) = (tmp_path / "embeddings").glob("*.sqlite")
-    import sqlite3
+    resign(path, CONTENTS[2].key, bytes(value))
+    for n_damaged in (1, 0):
+        again = EmbeddingStore(CountingEncoder(), tmp_path)
+        np.testing.assert_array_equal(again.embed(CONTENTS), expected)
+        assert again.n_damaged == again.encoder.n == n_damaged
 
-    with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE items SET value = x'00' WHERE key = ?", (CONTENTS[2].key,))
-    connection.close()
+
+def test_another_images_vector_is_not_taken(tmp_path):
+    expected = EmbeddingStore(CountingEncoder(), tmp_path).embed(CONTENTS)
+    (path,) = (tmp_path / "embeddings").glob("*.sqlite")
+    swap(path, CONTENTS[0].key, CONTENTS[1].key)
     again = EmbeddingStore(CountingEncoder(), tmp_path)
     np.testing.assert_array_equal(again.embed(CONTENTS), expected)
-    assert again.n_encoded == 1
+    assert again.n_damaged == 1
 
 
 def test_what_another_tool_wrote_is_not_overwritten(tmp_path):

@@ -109,7 +109,7 @@ class CounterfactualPipeline:
         """Like `make`, with every try of each record; empty where the source holds no image."""
         counts = EditCounts() if counts is None else counts
         # one caller at a time: editors are not expected to be thread-safe, and two callers must not make the same edit
-        with self._lock:
+        with self._lock, self._store:
             started = time.perf_counter()
             made: list[list[Try]] = [[] for _ in records]
             rows = [row for row, record in enumerate(records) if record.content is not None]

@@ -6,7 +6,6 @@ sizes, seeds, arms or heads goes on from there; anything else that would change 
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,14 +17,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
+from safetensors.numpy import load, save
 
-from guardkit.artifacts import KeyValueStore, write_json
+from guardkit.artifacts import fingerprint, read_json, write_json
 from guardkit.efficiency.cells import Cell, CellData, CellError, Stock
 from guardkit.efficiency.engine import Engine, FittedCell
 from guardkit.progress import progress
 from guardkit.schema import InputError
+from guardkit.stores import KeyValueStore
 
 SETTINGS, CELLS, TABLE = "settings.json", "cells.sqlite", "cells.parquet"
+_SETTINGS = ("shared", "arms", "heads")
 _LOCK = ".lock"
 _PART_BYTES = 64 << 20  # of embeddings and scores that are held together; an engine needs several times as much
 _ROWS_AT_ONCE = 1 << 14  # of the table
@@ -52,28 +54,52 @@ class FinishedCell:
 
 
 class CellStore:
-    """Finished cells of one output folder. Use `opened`.
+    """Finished cells of one output folder, each under its name and a hash of the settings it was made with.
 
     Args:
-        folder: of the sweep.
+        folder: of the sweep, with its settings.json.
+    Raises:
+        InputError: settings or cells are damaged.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._store = KeyValueStore(folder / CELLS, {"format": 1})
+        self._settings = _read_settings(folder)
+        self._store = KeyValueStore(folder / CELLS, {"format": 2})
+
+    def __enter__(self) -> CellStore:
+        self._store.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._store.__exit__(*error)
+
+    @property
+    def n_damaged(self) -> int:
+        """Cells so far whose stored scores did not pass their check, and are fitted anew."""
+        return self._store.n_damaged
 
     def get(self, cells: Sequence[Cell]) -> dict[Cell, FinishedCell]:
         """Those of the wanted cells that are finished."""
-        found = self._store.get([cell.key for cell in cells])
-        return {cell: _read(cell, found[cell.key]) for cell in cells if cell.key in found}
+        keys = self._keys(cells)
+        found = self._store.get(keys.values(), _read)
+        return {cell: FinishedCell(cell, *found[key]) for cell, key in keys.items() if key in found}
 
     def known(self, cells: Sequence[Cell]) -> set[Cell]:
-        """Which of the wanted cells are finished; their scores are not read."""
-        found = self._store.known(cell.key for cell in cells)
-        return {cell for cell in cells if cell.key in found}
+        """Which of the wanted cells are finished; one at a time is in memory."""
+        keys = self._keys(cells)
+        found = self._store.known(keys.values(), _read)
+        return {cell for cell, key in keys.items() if key in found}
 
     def put(self, finished: Sequence[FinishedCell]) -> None:
         """Keeps cells, all or none of them."""
-        self._store.put({one.cell.key: _written(one) for one in finished})
+        keys = self._keys([one.cell for one in finished])
+        self._store.put({keys[one.cell]: _written(one) for one in finished})
+
+    def _keys(self, cells: Sequence[Cell]) -> dict[Cell, str]:
+        kinds = {(cell.arm, cell.head) for cell in cells}
+        shared, arms, heads = (self._settings[name] for name in _SETTINGS)
+        made_with = {(arm, head): fingerprint([shared, arms.get(arm), heads.get(head)]) for arm, head in kinds}
+        return {cell: f"{cell.key}|{made_with[cell.arm, cell.head]}" for cell in cells}
 
 
 @contextmanager
@@ -90,7 +116,8 @@ def opened(folder: Path, settings: Mapping[str, Any]) -> Iterator[CellStore]:
     try:
         with FileLock(folder / _LOCK, timeout=0):
             _check(folder, json.loads(json.dumps(settings)))
-            yield CellStore(folder)
+            with CellStore(folder) as store:
+                yield store
     except Timeout as error:
         raise InputError(f"another sweep is at work in {folder}; wait for it or choose another output_dir") from error
 
@@ -98,10 +125,7 @@ def opened(folder: Path, settings: Mapping[str, Any]) -> Iterator[CellStore]:
 def _check(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS
     if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} cannot be read ({error}); delete the folder or choose another output_dir") from error
+        before = _read_settings(folder)
         changed = list(_changes(before["shared"], settings["shared"]))
         for group in ("arms", "heads"):
             for name in set(before[group]) & set(settings[group]):
@@ -113,6 +137,14 @@ def _check(folder: Path, settings: dict[str, Any]) -> None:
                 f"output_dir {folder} holds a sweep with other settings: {shown}. Choose another output_dir, or delete this one"
             )
     write_json(path, settings)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    what, mend = "the settings of a sweep", "choose another output_dir, or delete this one"
+    settings = read_json(folder / SETTINGS, what, mend)
+    if settings.keys() != set(_SETTINGS) or not all(isinstance(one, dict) for one in settings.values()):
+        raise InputError(f"{folder / SETTINGS} is not {what}: it must hold {', '.join(_SETTINGS)}; {mend}")
+    return settings
 
 
 def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
@@ -167,23 +199,44 @@ def _finish(cell: Cell, data: CellData, fitted: FittedCell) -> FinishedCell:
     return FinishedCell(cell, fitted, n_train, n_validation, data.n_safe, data.n_requested, data.n_accepted)
 
 
-_ARRAYS = ("validation_losses", "objectives", "gradients", "logits", "twin_logits", "validation_logits", "validation_labels")
+_BY_STRENGTH = ("validation_losses", "objectives", "gradients")
+_BY_IMAGE = ("logits", "twin_logits", "validation_logits", "validation_labels")
 _COUNTS = ("n_train", "n_validation", "n_safe", "n_requested", "n_accepted")
 
 
 def _written(one: FinishedCell) -> bytes:
-    buffer = io.BytesIO()
-    arrays: dict[str, Any] = {name: np.asarray(getattr(one.fitted, name)) for name in _ARRAYS}
-    counts = np.array([one.fitted.chosen, *(getattr(one, name) for name in _COUNTS)], np.int64)
-    np.savez(buffer, counts=counts, seconds=np.array(one.fitted.seconds), **arrays)
-    return buffer.getvalue()
+    arrays = {name: np.ascontiguousarray(getattr(one.fitted, name)) for name in (*_BY_STRENGTH, *_BY_IMAGE)}
+    arrays["counts"] = np.array([one.fitted.chosen, *(getattr(one, name) for name in _COUNTS)], np.int64)
+    return save(arrays | {"seconds": np.array(one.fitted.seconds, float)})
 
 
-def _read(cell: Cell, value: bytes) -> FinishedCell:
-    with np.load(io.BytesIO(value), allow_pickle=False) as stored:
-        chosen, *counts = (int(number) for number in stored["counts"])
-        arrays = {name: stored[name] for name in _ARRAYS}
-        return FinishedCell(cell, FittedCell(chosen=chosen, seconds=float(stored["seconds"]), **arrays), *counts)
+def _read(value: bytes) -> tuple[Any, ...]:
+    """What a `FinishedCell` holds besides its cell. Raises ValueError when the value is none."""
+    try:
+        arrays = load(value)
+    except Exception as error:  # a damaged header names types that there are not, and more
+        raise ValueError(str(error)) from error
+    names = {*_BY_STRENGTH, *_BY_IMAGE, "counts", "seconds"}
+    if arrays.keys() != names or arrays["counts"].dtype != np.int64 or arrays["counts"].shape != (1 + len(_COUNTS),):
+        raise ValueError("not a finished cell")
+    chosen, *counts = (int(number) for number in arrays.pop("counts"))
+    seconds = arrays.pop("seconds")
+    strengths = {arrays[name].shape for name in _BY_STRENGTH}
+    labels = arrays["validation_labels"]
+    is_cell = (
+        all(one.dtype.kind in "fiub" and one.ndim == 1 for one in arrays.values())
+        and seconds.shape == ()
+        and 0 <= seconds < np.inf
+        and len(strengths) == 1
+        and 0 <= chosen < len(arrays["objectives"])
+        and min(counts) >= 0
+        and len(arrays["validation_logits"]) == len(labels)
+        and bool(np.isin(labels, (0, 1)).all())
+        and all(np.isfinite(arrays[name]).all() for name in ("validation_losses", *_BY_IMAGE))
+    )
+    if not is_cell:
+        raise ValueError("not a finished cell")
+    return FittedCell(chosen=chosen, seconds=float(seconds), **arrays), *counts
 
 
 class CellTable:

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from guardkit.artifacts import KeyValueStore
+from guardkit.artifacts import parse_json
 from guardkit.schema import Content, Guard, ImageError, Judgment
+from guardkit.stores import KeyValueStore
 
 _JUDGED_AT_ONCE = 8  # images of full size in memory
 _READERS = 2
@@ -33,22 +34,23 @@ class JudgmentStore:
     def __init__(self, guard: Guard, cache_dir: Path | None) -> None:
         self.guard = guard
         self.n_asked = self.n_found = 0
-        self._memory: dict[str, bytes] = {}
-        self._disk = (
-            None
-            if cache_dir is None
-            else KeyValueStore(Path(cache_dir) / "judgments" / f"{guard.fingerprint[:16]}.sqlite", {"guard": guard.fingerprint})
-        )
+        path = None if cache_dir is None else Path(cache_dir) / "judgments" / f"{guard.fingerprint[:16]}.sqlite"
+        self._store = KeyValueStore(path, {"guard": guard.fingerprint})
+
+    @property
+    def n_damaged(self) -> int:
+        """Stored judgments so far that did not pass their check, and were asked for again."""
+        return self._store.n_damaged
 
     def judge(self, contents: Sequence[Content]) -> list[Judgment | ImageError]:
         """One judgment a content, or why its image cannot be read. A few images are judged at a time, and kept at once."""
         keys = [_attempt(lambda content: content.key, content) for content in contents]
         names = [key for key in keys if isinstance(key, str)]
-        known = {name: _parsed(value) for name, value in (self._disk.get(names) if self._disk else self._memory).items()}
+        known = self._store.get(names, _parsed)
         self.n_found += sum(name in known for name in names)
         missing = {key: content for key, content in zip(keys, contents, strict=True) if isinstance(key, str) and key not in known}
         failed: dict[str, ImageError] = {}
-        with ThreadPoolExecutor(_READERS) as readers:
+        with self._store, ThreadPoolExecutor(_READERS) as readers:
             for chunk in _chunks(missing.items(), _JUDGED_AT_ONCE):
                 images = dict(zip([key for key, _ in chunk], readers.map(lambda item: _attempt(_load, item[1]), chunk), strict=True))
                 failed |= {key: image for key, image in images.items() if isinstance(image, ImageError)}
@@ -56,20 +58,12 @@ class JudgmentStore:
                 if readable:
                     made = dict(zip(readable, self.guard.judge(list(readable.values())), strict=True))
                     self.n_asked += len(made)
-                    self._put(
-                        {key: json.dumps([_finite(one.score), one.reason]).encode() for key, one in made.items() if not one.transient}
-                    )
+                    self._store.put({key: _stored(one) for key, one in made.items() if not one.transient and _is_valid(one)})
                     known |= made
         outcomes: list[Judgment | ImageError] = []
         for key in keys:
             outcomes.append(key if isinstance(key, ImageError) else failed[key] if key in failed else known[key])
         return outcomes
-
-    def _put(self, items: dict[str, bytes]) -> None:
-        if self._disk is None:
-            self._memory |= items
-        else:
-            self._disk.put(items)
 
 
 def _attempt(work: Callable[[Any], Any], content: Content) -> Any:
@@ -83,13 +77,23 @@ def _load(content: Content) -> np.ndarray:
     return content.load()
 
 
+def _is_valid(one: Judgment) -> bool:
+    """Whether it is a score, or says why there is none. Any other is shown as what it is, and asked for again."""
+    return 0 <= one.score <= 1 if one.reason is None else math.isnan(one.score)
+
+
+def _stored(one: Judgment) -> bytes:
+    return json.dumps([None if one.reason else float(one.score), one.reason]).encode()
+
+
 def _parsed(value: bytes) -> Judgment:
-    score_, reason = json.loads(value)
-    return Judgment(math.nan if score_ is None else score_, reason)
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    """Raises ValueError when the value is no judgment."""
+    match parse_json(value):
+        case [float() | int() as score, None] if not isinstance(score, bool) and 0 <= score <= 1:
+            return Judgment(float(score))
+        case [None, str() as reason] if reason:
+            return Judgment(math.nan, reason)
+    raise ValueError("not a judgment")
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -19,13 +19,15 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
-from guardkit.artifacts import KeyValueStore, fingerprint
+from guardkit.artifacts import fingerprint, parse_json
 from guardkit.images import ArrayContent
 from guardkit.schema import InputError
+from guardkit.stores import KeyValueStore
 
 VERSION = 1  # counts up when the same question reaches a model in another form
 _MAX_REPLY_CHARS = 50_000
 _STORE_BLOCK = 32
+_STORED = ("text", "reason", "detail")
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +117,7 @@ class StoredVLM:
 
     def __init__(self, vlm: VLM, cache_dir: Path | None) -> None:
         self.vlm, self.name = vlm, vlm.name
-        self._memory: dict[str, bytes] = {}
-        self._disk = None if cache_dir is None else KeyValueStore(Path(cache_dir) / "answers.sqlite", {"format": 1})
+        self._store = KeyValueStore(None if cache_dir is None else Path(cache_dir) / "answers.sqlite", {"format": 1})
 
     @property
     def config(self) -> dict[str, Any]:
@@ -131,26 +132,30 @@ class StoredVLM:
         """
         config = self.config
         keys = [_key(config, question) for question in questions]
-        answers = {key: replace(Answer(**json.loads(value)), cached=True) for key, value in self._get(keys).items()}
-        missing = list({key: question for key, question in zip(keys, questions, strict=True) if key not in answers}.items())
-        # stored block by block, so that a run that is stopped has paid for little in vain
-        for start in range(0, len(missing), _STORE_BLOCK):
-            block = missing[start : start + _STORE_BLOCK]
-            new = dict(zip((key for key, _ in block), self.vlm.ask([question for _, question in block]), strict=True))
-            self._put({key: answer for key, answer in new.items() if not answer.transient})
-            answers |= new
+        with self._store:
+            answers = {key: replace(answer, cached=True) for key, answer in self._store.get(keys, _parsed).items()}
+            missing = list({key: question for key, question in zip(keys, questions, strict=True) if key not in answers}.items())
+            # stored block by block, so that a run that is stopped has paid for little in vain
+            for start in range(0, len(missing), _STORE_BLOCK):
+                block = missing[start : start + _STORE_BLOCK]
+                new = dict(zip((key for key, _ in block), self.vlm.ask([question for _, question in block]), strict=True))
+                self._store.put({key: _stored(answer) for key, answer in new.items() if not answer.transient})
+                answers |= new
         return [answers[key] for key in keys]
 
-    def _get(self, keys: Sequence[str]) -> dict[str, bytes]:
-        return self._disk.get(keys) if self._disk is not None else {key: self._memory[key] for key in keys if key in self._memory}
 
-    def _put(self, answers: Mapping[str, Answer]) -> None:
-        said = {key: {"text": answer.text, "reason": answer.reason, "detail": answer.detail} for key, answer in answers.items()}
-        items = {key: json.dumps(value).encode() for key, value in said.items()}
-        if self._disk is None:
-            self._memory.update(items)
-        else:
-            self._disk.put(items)
+def _stored(answer: Answer) -> bytes:
+    return json.dumps({name: getattr(answer, name) for name in _STORED}).encode()
+
+
+def _parsed(value: bytes) -> Answer:
+    """Raises ValueError when the value is no answer: a text, or why there is none."""
+    said = parse_json(value)
+    if not isinstance(said, dict) or said.keys() != set(_STORED) or not isinstance(said["detail"], str):
+        raise ValueError("not an answer")
+    if sorted((type(said["text"]).__name__, type(said["reason"]).__name__)) != ["NoneType", "str"]:
+        raise ValueError("neither a text nor a reason, or both")
+    return Answer(**said)
 
 
 def _key(config: Mapping[str, Any], question: Question) -> str:

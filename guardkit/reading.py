@@ -1,0 +1,103 @@
+"""Arrays and tables from disk, which may be damaged or made up by somebody: read within the limits of their files.
+
+What a header claims is compared with what is there before memory is taken for it, and types are checked once, here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from guardkit.schema import InputError
+
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def read_array(path: Path, mend: str = "copy it anew") -> np.ndarray:
+    """The array of numbers in a .npy file.
+
+    Args:
+        path: to read.
+        mend: what to do when it cannot be read.
+    Raises:
+        InputError: it cannot be read, holds something else, or less or more than its header says.
+    """
+    try:
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            if version not in _HEADERS:
+                raise ValueError(f"version {version} of the format holds more than numbers")
+            shape, is_fortran, dtype = _HEADERS[version](file)
+            if dtype.kind not in "biuf" or dtype.hasobject or any(length < 0 for length in shape):
+                raise ValueError(f"{shape} of {dtype} are no numbers")
+            claimed, found = math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size - file.tell()
+            if claimed != found:
+                raise ValueError(f"its header says {claimed} bytes, it has {found}")
+            return np.fromfile(file, dtype).reshape(shape, order="F" if is_fortran else "C")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); {mend}") from error
+    # a header is a Python literal: damaged ones raise whatever the parser raises
+    except Exception as error:
+        raise InputError(f"{path} is not an array of numbers ({' '.join(str(error).split())[:200]}); {mend}") from error
+
+
+def read_table(path: Path, schema: pa.Schema | None = None, *, n_rows: int | None = None, mend: str = "copy it anew") -> pa.Table:
+    """A Parquet table.
+
+    Args:
+        path: to read.
+        schema: columns that must be there, in types that theirs can be cast to without loss; a field that is not
+            nullable must have a value in each row. Further columns may be there.
+        n_rows: that the table must have, if known: compared before anything is read.
+        mend: what to do when it cannot be read.
+    Raises:
+        InputError: it cannot be read, or something above does not hold.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            if n_rows is not None and file.metadata.num_rows != n_rows:
+                raise InputError(f"{path} has {file.metadata.num_rows} rows, expected are {n_rows}; {mend}")
+            names = file.schema_arrow.names
+            missing = [name for name in (schema.names if schema else ()) if name not in names]
+            if missing:
+                raise InputError(f"{path} lacks the columns {', '.join(missing)}; {mend}")
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise InputError(f"{path} has the column {twice[0]!r} more than once; {mend}")
+            table = file.read()
+        table.validate(full=True)  # texts that are not UTF-8 among others
+    except OSError as error:
+        raise InputError(f"{path} cannot be read as a table ({_line(error)}); {mend}") from error
+    except InputError:
+        raise
+    # beside ArrowException, pyarrow lets out what the schema of a damaged file leads to
+    except (pa.ArrowException, ValueError, TypeError, KeyError, OverflowError, MemoryError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as a table ({_line(error)}); {mend}") from error
+    for field in schema or ():
+        column = table[field.name]
+        if pa.types.is_string(field.type) and not _is_text(column.type):
+            raise InputError(f"{path} column {field.name} must hold texts, got {column.type}; {mend}")
+        try:
+            column = column.cast(field.type)
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            raise InputError(f"{path} column {field.name} must hold {field.type}, got {column.type} ({_line(error)}); {mend}") from error
+        if not field.nullable and column.null_count:
+            raise InputError(f"{path} column {field.name} is empty in {column.null_count} row(s); {mend}")
+        table = table.set_column(table.column_names.index(field.name), field.name, column)
+    return table
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    # a column without any value has the type null
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_null(kind)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
