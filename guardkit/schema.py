@@ -59,7 +59,7 @@ class Record:
         caption: what it shows, in words; may be empty.
         twins: counterfactuals that the source brings along; where there are some, no editor is asked.
         embedding: (d,) float32 unit vector, when the source holds embeddings instead of images.
-        look: its 64-bit perceptual hash, where somebody looked at it; None for a drawn scene, whose content says all.
+        perceptual_hash: 64 bits, by which near-duplicates are found; None where the image was not looked at.
         listed_group: the group that the source lists it in, by its own name; None where `group` is only derived.
     """
 
@@ -73,7 +73,7 @@ class Record:
     caption: str = ""
     twins: tuple[Content, ...] = ()
     embedding: np.ndarray | None = field(default=None, compare=False, repr=False)
-    look: int | None = field(default=None, compare=False, repr=False)
+    perceptual_hash: int | None = field(default=None, compare=False)
     listed_group: str | None = field(default=None, compare=False)
 
 

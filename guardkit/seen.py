@@ -1,6 +1,6 @@
 """Which images a guard has seen: enough to know them again, nothing that shows them or names their files.
 
-An image is known again by its content (the hash of its bytes, or of a drawn scene's description), by its look (a
+An image is known again by its content (the hash of its bytes, or of a drawn scene's description), by its looks (a
 perceptual hash that resizing and compression hardly change), by the group that its source listed it in, or, where only
 an embedding is there, by a few random projections of that. Knows no guard and reads no image.
 
@@ -35,7 +35,7 @@ _SCHEMA = pa.schema(
     {
         "split": pa.string(),
         "content": pa.binary(_HASH_BYTES),
-        "look": pa.uint64(),
+        "perceptual_hash": pa.uint64(),
         "listed_group": pa.binary(_HASH_BYTES),
         "sketch": pa.binary(2 * _PROJECTIONS),
     }
@@ -48,7 +48,7 @@ class Known:
 
     Attributes:
         split: in which it was seen, one of `SPLITS`.
-        by: "content", "look", "group" or "embedding".
+        by: "content", "near-duplicate", "group" or "embedding".
     """
 
     split: str
@@ -83,7 +83,7 @@ class SeenImages:
         columns = {
             "split": [split for split, _, _ in rows],
             "content": [_content(record) for _, record, _ in rows],
-            "look": [record.look for _, record, _ in rows],
+            "perceptual_hash": [record.perceptual_hash for _, record, _ in rows],
             "listed_group": [_group(record) for _, record, _ in rows],
             "sketch": sketches,
         }
@@ -106,7 +106,7 @@ class SeenImages:
     def find(self, records: Sequence[Record], vectors: np.ndarray | None = None) -> list[Known | None]:
         """Says of each record whether its image was seen.
 
-        Embeddings are compared only where one side has nothing else: of two images, their bytes and looks decide.
+        Embeddings are compared only where one side has nothing else: of two images, their bytes and perceptual hashes decide.
 
         Args:
             records: images, or embeddings.
@@ -128,16 +128,18 @@ class SeenImages:
 
     def _find(self, part: pa.Table, records: list[Record], vectors: np.ndarray | None, labelled: bool) -> list[Known | None]:
         splits = part.column("split").to_pylist()
-        contents, looks, groups, sketches = (part.column(name).to_pylist() for name in ("content", "look", "listed_group", "sketch"))
+        contents, hashes, groups, sketches = (
+            part.column(name).to_pylist() for name in ("content", "perceptual_hash", "listed_group", "sketch")
+        )
         by_content = {value: row for row, value in enumerate(contents) if value is not None}
         by_group = {value: row for row, value in enumerate(groups) if value is not None and labelled}
-        near = _nearest_looks([record.look for record in records], looks, self.near)
+        near = _nearest([record.perceptual_hash for record in records], hashes, self.near)
         alike = _same_vectors(records, vectors, contents, sketches)
         found: list[Known | None] = []
         for i, record in enumerate(records):
             ways = (
                 ("content", by_content.get(_content(record))),
-                ("look", near[i]),
+                ("near-duplicate", near[i]),
                 ("group", by_group.get(_group(record))),
                 ("embedding", alike[i]),
             )
@@ -195,17 +197,17 @@ def _group(record: Record) -> bytes | None:
     return None if record.listed_group is None else _hash(record.listed_group)
 
 
-def _nearest_looks(mine: Sequence[int | None], seen: Sequence[int | None], near: int) -> list[int | None]:
+def _nearest(mine: Sequence[int | None], seen: Sequence[int | None], near: int) -> list[int | None]:
     """For each hash the row of a seen one in at most `near` bits of distance; None: there is none."""
     found: list[int | None] = [None] * len(mine)
-    rows = [i for i, look in enumerate(mine) if look is not None]
+    rows = [i for i, value in enumerate(mine) if value is not None]
     values = np.array([mine[i] for i in rows], np.uint64)
     first: dict[int, int] = {}
-    for row, look in enumerate(seen):
-        if look is not None:
-            first.setdefault(look, row)
-    for look, row in first.items():
-        for i in np.flatnonzero(np.bitwise_count(values ^ np.uint64(look)) <= near):
+    for row, value in enumerate(seen):
+        if value is not None:
+            first.setdefault(value, row)
+    for value, row in first.items():
+        for i in np.flatnonzero(np.bitwise_count(values ^ np.uint64(value)) <= near):
             if found[rows[i]] is None:
                 found[rows[i]] = row
     return found

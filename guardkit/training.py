@@ -19,6 +19,7 @@ from guardkit.artifacts import write_json
 from guardkit.counterfactual.pair_dataset import write_pair_dataset
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
 from guardkit.data.datamodule import GuardDataModule
+from guardkit.data.training_images import training_images
 from guardkit.data.unlabelled import Unlabelled
 from guardkit.embedding_folder import write_embedding_folder
 from guardkit.embeddings import EmbeddingStore
@@ -98,6 +99,7 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> Report:
             "sources": sorted({record.source for record in parts.data.unsafe_train}),
             **{key: metrics[key] for key in ("n_unsafe", "n_safe", "n_counterfactuals")},
         }
+        fitted.guard.training_images = training_images(parts.data, parts.unlabelled)
         fitted.guard.metrics = {key: metrics[key] for key in ("test", "pairs", "always_unsafe")}
         fitted.guard.save_pretrained(folder / "guard")
         write_predictions(folder / "predictions.parquet", measured)

@@ -38,11 +38,11 @@ def unit(n, dim=64, seed=0):
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def test_an_image_is_known_by_content_look_group_or_embedding(tmp_path):
+def test_an_image_is_known_by_content_looks_group_or_embedding(tmp_path):
     vectors = unit(6)
     seen = SeenImages.of(
         [
-            ("train", record("file-1:aa", look=0b1111, listed_group="street"), vectors[0]),
+            ("train", record("file-1:aa", perceptual_hash=0b1111, listed_group="street"), vectors[0]),
             ("validation", record("file-1:bb"), vectors[1]),
             ("train", record(embedding=vectors[2]), vectors[2]),
             ("unlabelled", record("file-1:cc", listed_group="field"), vectors[3]),
@@ -54,8 +54,8 @@ def test_an_image_is_known_by_content_look_group_or_embedding(tmp_path):
     stored = (vectors[0].astype(np.float16)).astype(np.float32)
     asked = [
         (record("file-2:aa"), 0, Known("train", "content")),  # another reader, the same bytes
-        (record("file-1:zz", look=0b0000), 0, Known("train", "look")),
-        (record("file-1:zz", look=0b11110000), 0, None),
+        (record("file-1:zz", perceptual_hash=0b0000), 0, Known("train", "near-duplicate")),
+        (record("file-1:zz", perceptual_hash=0b11110000), 0, None),
         (record("file-1:zz", listed_group="street"), 0, Known("train", "group")),
         (record("file-1:bb"), 0, Known("validation", "content")),
         (record("file-1:cc"), 0, Known("unlabelled", "content")),
@@ -70,17 +70,17 @@ def test_an_image_is_known_by_content_look_group_or_embedding(tmp_path):
     for one in (seen, SeenImages.load(tmp_path / FILE)):
         assert one.find([record for record, _, _ in asked], table) == [known for _, _, known in asked]
     assert seen.find([record("file-1:aa"), record()]) == [Known("train", "content"), None]
-    assert replace(record("file-1:aa"), look=7) == record("file-1:aa")
+    assert replace(record("file-1:aa"), perceptual_hash=7) == record("file-1:aa")
 
 
 def test_nothing_in_the_file_shows_an_image_or_its_name(tmp_path):
     seen = SeenImages.of([("train", replace(record("file-1:aa", listed_group="Frau Muster"), id="IMG_1234.jpg"), unit(1)[0])])
     seen.save(tmp_path / FILE)
-    assert pq.read_table(tmp_path / FILE).column_names == ["split", "content", "look", "listed_group", "sketch"]
+    assert pq.read_table(tmp_path / FILE).column_names == ["split", "content", "perceptual_hash", "listed_group", "sketch"]
     data = (tmp_path / FILE).read_bytes()
     assert b"IMG_1234" not in data
     assert b"Muster" not in data
-    many = SeenImages.of([("train", record(f"file-1:{i}", look=i), vector) for i, vector in enumerate(unit(500))])
+    many = SeenImages.of([("train", record(f"file-1:{i}", perceptual_hash=i), vector) for i, vector in enumerate(unit(500))])
     many.save(tmp_path / FILE)
     assert (tmp_path / FILE).stat().st_size < 500 * 120
 
@@ -105,8 +105,14 @@ def test_a_guard_brings_its_list_along(guard, scenes_encoder, tmp_path):
 
 
 def _columns(**changed):
-    columns = {"split": ["train"], "content": [b"0" * 16], "look": [None], "listed_group": [None], "sketch": [None]} | changed
-    types = {"split": pa.string(), "content": pa.binary(16), "look": pa.uint64(), "listed_group": pa.binary(16), "sketch": pa.binary(64)}
+    columns = {"split": ["train"], "content": [b"0" * 16], "perceptual_hash": [None], "listed_group": [None], "sketch": [None]} | changed
+    types = {
+        "split": pa.string(),
+        "content": pa.binary(16),
+        "perceptual_hash": pa.uint64(),
+        "listed_group": pa.binary(16),
+        "sketch": pa.binary(64),
+    }
     return pa.table({name: pa.array(values, types[name]) for name, values in columns.items()}).replace_schema_metadata(
         {"format": "1", "near": "4"}
     )
@@ -115,13 +121,13 @@ def _columns(**changed):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (_columns().drop_columns("look"), "is no list of training images"),
+        (_columns().drop_columns("perceptual_hash"), "is no list of training images"),
         (_columns().replace_schema_metadata({"format": "1", "near": "64"}), "is no list of training images"),
         (_columns().replace_schema_metadata({"format": "1"}), "is no list of training images"),
         (_columns(split=["test"]), r"has the split 'test', expected train, validation, unlabelled"),
         (_columns(split=[None]), r"has the split 'None'"),
         (_columns(content=[None]), r"has a row by which no image can be known again"),
-        (_columns().set_column(2, "look", pa.array(["1"])), "is no list of training images"),
+        (_columns().set_column(2, "perceptual_hash", pa.array(["1"])), "is no list of training images"),
     ],
 )
 def test_a_list_that_is_none_is_refused(tmp_path, table, message):

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import lightning as L
@@ -130,7 +130,8 @@ class GuardDataModule(L.LightningDataModule):
             raise InputError(f"{where} has no other unsafe images left for experiment=shuffled_pairs; lower data.n_unsafe")
         self.unsafe_train, self.unsafe_validation = choice.unsafe.train, choice.unsafe.validation
         self.safe_train, self.safe_validation = choice.natural.train, choice.natural.validation
-        self._start(choice.others.train, choice.others.validation)
+        self.others_train, self.others_validation = choice.others.train, choice.others.validation
+        self._start()
 
     def load(self) -> list[Record]:
         """Loads the source, once, sets the test images aside and returns the pool to train on."""
@@ -155,14 +156,14 @@ class GuardDataModule(L.LightningDataModule):
                 f"({encoder.dim}-d, {encoder.fingerprint[:12]}); choose the encoder= that made them"
             )
 
-    def _start(self, others_train: list[Record], others_validation: list[Record]) -> None:
+    def _start(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guardkit-data")
         self._train: dict[str, Pool] = {"unsafe": self._pool(self.unsafe_train, self.views.originals, 13)}
         self._validation: dict[str, Pool] = {"unsafe": self._pool(self.unsafe_validation, self.views.originals, 13)}
         sources = {
             "natural": (self.safe_train, self.safe_validation, self.views.originals, 14),
             "counterfactual": (self.unsafe_train, self.unsafe_validation, self.views.counterfactuals, 13),
-            "shuffled": (others_train, others_validation, self.views.counterfactuals, 14),
+            "shuffled": (self.others_train, self.others_validation, self.views.counterfactuals, 14),
         }
         for name in self.negatives:
             train, validation, make, stream = sources[name]
@@ -221,6 +222,18 @@ class GuardDataModule(L.LightningDataModule):
     def controls(self) -> dict[str, Control]:
         """Unsafe training images, untouched and after each step that should not matter; see guardkit.data.controls."""
         return self._controls.result()
+
+    def used_images(self) -> list[tuple[str, Record]]:
+        """("train" or "validation", image) of all that this arm was given, and of the counterfactuals that a source brought along."""
+        parts = {
+            "train": (self.unsafe_train, self.safe_train, self.others_train),
+            "validation": (self.unsafe_validation, self.safe_validation, self.others_validation),
+        }
+        used = [(split, record) for split, records in parts.items() for part in records for record in part]
+        if {"counterfactual", "shuffled"} & set(self.negatives):
+            twins = [(split, record, content) for split, record in used for content in record.twins]
+            used += [(split, replace(record, content=content, twins=(), perceptual_hash=None)) for split, record, content in twins]
+        return used
 
     def labelled(self) -> tuple[np.ndarray, np.ndarray]:
         """All embeddings that training saw, (n, d), and their labels, (n,): the first view of each."""

@@ -21,10 +21,14 @@ class Unlabelled:
 
     Args:
         data: has the source and the store of embeddings.
+
+    Attributes:
+        images: those that were asked for and could be read.
     """
 
     def __init__(self, data: GuardDataModule) -> None:
         self._data = data
+        self.images: list[Record] = []
         self._whitenings: dict[tuple[int, float], np.ndarray] = {}
 
     def whitening(self, n_images: int, shrinkage: float) -> np.ndarray:
@@ -56,7 +60,8 @@ class Unlabelled:
     def _embedded(self, images: Sequence[Record]) -> np.ndarray:
         """(n, d) float64. An image that cannot be read is no reason to stop: nobody asked for this very one."""
         brought = [record.embedding for record in images if record.embedding is not None]
-        _, made, unreadable = self._data.store.embed_readable([record for record in images if record.embedding is None])
+        read, made, unreadable = self._data.store.embed_readable([record for record in images if record.embedding is None])
+        self.images += [*(record for record in images if record.embedding is not None), *read]
         if unreadable:
             log.warning(
                 "whitening leaves out %d image(s) that cannot be read, the first is %s: %s",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 from guardkit.data.sources.base import Loaded, Source
@@ -22,9 +22,11 @@ class Benchmark:
         twins: counterfactuals, as records labelled safe, in the group of their original.
         twin_of: for each twin, the row of its original in `records`.
         rejected: what the source could not use, with reasons.
-        given: records + rejected; twins are not counted.
+        given: records + rejected + n_left_out; twins are not counted.
         chosen: which of the source's images these are, in words.
+        twins_are_the_safe_images: whether the source has no safe image but the counterfactuals, as pair datasets have.
         encoder_fingerprint: of the encoder that made the records' embeddings, where they bring some and it is known.
+        n_left_out: records that are not tested on because a guard was trained or validated on them.
     """
 
     name: str
@@ -34,12 +36,24 @@ class Benchmark:
     rejected: list[Rejected]
     given: int
     chosen: str
+    twins_are_the_safe_images: bool
     encoder_fingerprint: str | None = None
+    n_left_out: int = 0
 
-    @property
-    def twins_are_the_safe_images(self) -> bool:
-        """Whether the source has no safe image but the counterfactuals, as pair datasets have."""
-        return bool(self.twins) and not any(record.label == SAFE for record in self.records)
+    def without(self, groups: Set[str]) -> Benchmark:
+        """The same without the images of some groups, and their twins."""
+        kept = [row for row, record in enumerate(self.records) if record.group not in groups]
+        place = {row: i for i, row in enumerate(kept)}
+        pairs = [
+            (twin, place[row]) for twin, row in zip(self.twins, self.twin_of, strict=True) if row in place and twin.group not in groups
+        ]
+        return replace(
+            self,
+            records=[self.records[row] for row in kept],
+            twins=[twin for twin, _ in pairs],
+            twin_of=[row for _, row in pairs],
+            n_left_out=self.n_left_out + len(self.records) - len(kept),
+        )
 
 
 def read_benchmark(source: Source, *, split: str = "test", test_share: float = 0.3, split_seed: int = 0) -> Benchmark:
@@ -48,7 +62,7 @@ def read_benchmark(source: Source, *, split: str = "test", test_share: float = 0
     Args:
         source: of images or embeddings.
         split: "test": the source's own test images; where it has none, the share that training on this source with the
-            same two settings below holds out. "all": everything, training images included.
+            same two settings below holds out. "all": everything, those that training would choose from included.
         test_share: fraction in (0, 1).
         split_seed: of that share.
     Raises:
@@ -77,6 +91,7 @@ def read_benchmark(source: Source, *, split: str = "test", test_share: float = 0
         rejected=list(loaded.rejected),
         given=len(records) + len(loaded.rejected),
         chosen=chosen,
+        twins_are_the_safe_images=bool(twins) and not any(record.label == SAFE for record in records),
         encoder_fingerprint=loaded.encoder_fingerprint,
     )
 

@@ -17,6 +17,7 @@ from guardkit import __version__
 from guardkit.artifacts import write_json, written
 from guardkit.evaluation.benchmark import Benchmark
 from guardkit.evaluation.effectiveness import Row, Sheet, uncovered_categories
+from guardkit.evaluation.held_out import Seen
 from guardkit.evaluation.resampling import DECIDING, PAIRED, RANKING
 from guardkit.evaluation.scoring import Contender, Scored
 from guardkit.metrics import always_unsafe_f1
@@ -64,6 +65,8 @@ class Evaluation:
         prevalence: share of unsafe images that precision is stated for.
         settings: that lead to the same evaluation again, plain JSON.
         command: the same as a line to type.
+        seen: what guards with a list of their training images had seen of the benchmark.
+        notes: what a reader must know before the figures, in sentences.
         timing_s: seconds by stage.
     """
 
@@ -77,6 +80,8 @@ class Evaluation:
     prevalence: float
     settings: Mapping[str, Any]
     command: str
+    seen: Mapping[str, Seen] = field(default_factory=dict)
+    notes: Sequence[str] = ()
     timing_s: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -159,6 +164,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
             "policy": evaluation.policy.name,
             "given": benchmark.given,
             "scored": sheet.n_natural,
+            "n_seen_left_out": benchmark.n_left_out,
             "rejected": [{"id": one.id, "reason": one.reason} for one in [*benchmark.rejected, *scored.rejected]],
             "n": len(labels),
             "n_unsafe": int((labels == 1).sum()),
@@ -169,6 +175,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
             "sources": evaluation.sources,
             "categories_nobody_covers": uncovered_categories(sheet),
         },
+        "notes": list(evaluation.notes),
         "prevalence": evaluation.prevalence,
         "always_unsafe": {"f1": always_unsafe_f1(labels)},
         "classifiers": {one.name: _classifier_summary(evaluation, column) for column, one in enumerate(sheet.contenders)},
@@ -187,7 +194,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
 
 def _classifier_summary(evaluation: Evaluation, column: int) -> dict[str, Any]:
     contender, scored = evaluation.contenders[column], evaluation.scored
-    guard = contender.guard
+    guard, seen = contender.guard, evaluation.seen.get(contender.name)
 
     def figures(metrics: Sequence[str], **cut: Any) -> dict[str, Any]:
         found = {metric: evaluation.figure(contender.name, metric, **cut) for metric in metrics}
@@ -202,6 +209,11 @@ def _classifier_summary(evaluation: Evaluation, column: int) -> dict[str, Any]:
         "threshold": float(guard.threshold),
         "points": {name: float(value) for name, value in contender.points.items()},
         "trained_on": sorted(contender.trained_on) if contender.trained_on is not None else None,
+        "policy": {"name": contender.policy.name, "digest": contender.policy.digest} if contender.policy is not None else None,
+        # null: it brings no list of its training images
+        "n_seen_left_out": seen.n if seen is not None else None,
+        "seen_left_out_by": seen.by if seen is not None else None,
+        "n_seen_unlabelled": seen.n_unlabelled if seen is not None else None,
         "n_abstained": len(scored.reasons[column]),
         "abstentions": scored.abstentions(column),
         "effectiveness": figures(images),
@@ -242,6 +254,7 @@ def short_table(evaluation: Evaluation) -> str:
             + "  ".join(f"{shown(row):>6}" for row in values)
             + f"  {len(evaluation.scored.reasons[column]):>9}{mark}"
         )
+    lines += [f"  {note}" for note in evaluation.notes]
     lines.append(f"  F1 of flagging everything: {_number(always_unsafe_f1(sheet.labels[sheet.counted]))}")
     return "\n".join(lines)
 

@@ -54,6 +54,7 @@ def markdown(evaluation: Evaluation, facts: dict[str, Any]) -> str:
         f"{about['n']} images, {about['n_unsafe']} unsafe, {about['n_pairs']} pairs, policy `{about['policy']}`: {about['chosen']}. "
         f"{len(about['rejected'])} of {about['given']} inputs could not be used. F1 of flagging everything: {plain(facts['always_unsafe']['f1'])}. "
         "Intervals are 95 %, from a bootstrap of groups (a pair, near-duplicates).",
+        *(f"\n**{note}**" for note in facts["notes"]),
     ]
     header = ["classifier", "n", "threshold", *(TITLES[metric] for metric in GLANCE), "F1 of flagging everything", "abstained"]
     for title, scope in (("What each classifier covers", "covered"), ("All images, whatever a classifier covers", "all")):

@@ -19,8 +19,10 @@ import numpy as np
 
 from guardkit.embeddings import EmbeddingStore
 from guardkit.evaluation.judgments import JudgmentStore
+from guardkit.policy import Policy
 from guardkit.progress import progress
 from guardkit.schema import Content, Guard, ImageError, Judgment, Record, Rejected
+from guardkit.seen import SeenImages
 
 _BLOCK = 512  # records between two looks at the clock
 _HELD_BYTES = 1 << 30  # images of a block that are kept for a second consumer; more are read again
@@ -36,6 +38,8 @@ class Contender:
         points: named thresholds that were chosen before this benchmark was seen.
         trained_on: sources of its training images; None: unknown.
         origin: where it comes from, for the report.
+        policy: under which it was trained; None: none, or unknown.
+        training_images: those it was trained and validated on; None: unknown.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Contender:
     points: Mapping[str, float] = field(default_factory=dict)
     trained_on: frozenset[str] | None = None
     origin: str = ""
+    policy: Policy | None = None
+    training_images: SeenImages | None = None
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,7 @@ def _score_block(
     held = _Held(reads, keep=len(stores) + len(judges) > 1)
     wrapped = [record if record.content is None else replace(record, content=_ReadOnce(record.content, held)) for record in records]
     unreadable: dict[int, str] = {}
-    vectors = {name: _embed(wrapped, store, unreadable) for name, store in stores.items()}
+    vectors = {name: embed(wrapped, store, unreadable) for name, store in stores.items()}
     judgments = {name: _judge(wrapped, judge, unreadable) for name, judge in judges.items()}
     scores = np.full((len(records), len(contenders)), np.nan)
     reasons: list[dict[int, str]] = [{} for _ in contenders]
@@ -211,7 +217,7 @@ def _score_block(
     )
 
 
-def _embed(records: Sequence[Record], store: EmbeddingStore, unreadable: dict[int, str]) -> np.ndarray:
+def embed(records: Sequence[Record], store: EmbeddingStore, unreadable: dict[int, str]) -> np.ndarray:
     """(n, d) unit vectors; zero where there is none. Adds rows that cannot be read to `unreadable`."""
     matrix = np.zeros((len(records), store.encoder.dim), np.float32)
     rows = [row for row, record in enumerate(records) if record.content is not None and row not in unreadable]

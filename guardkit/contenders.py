@@ -1,0 +1,260 @@
+"""Which classifiers an evaluation measures, and under which policy: from a configuration to guards and baselines.
+
+Whatever cannot be had is found before the long part and said of all classifiers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from guardkit._hydra import compose_group, make, policy
+from guardkit.artifacts import fingerprint
+from guardkit.classifier import GuardClassifier
+from guardkit.encoders.base import Encoder
+from guardkit.evaluation.scoring import Contender
+from guardkit.policy import Policy
+from guardkit.schema import Guard, InputError
+
+_DEFAULT_POLICY = "scenes"
+T = TypeVar("T")
+
+
+def build_contenders(cfg: DictConfig) -> tuple[Policy, list[Contender], list[str]]:
+    """Guards and baselines that the configuration names, each under a name of its own; equal encoders are one object.
+
+    What cannot be had is said of all of them at once, and before the encoder of any baseline is loaded.
+
+    Returns:
+        The policy to measure under, the classifiers, and what a reader must know of them.
+    Raises:
+        InputError: nothing is named, a folder is no guard, there is no such baseline or no such weights, or guards were
+            trained under different policies and none is chosen.
+    """
+    asked = _named_baselines(cfg.baselines)
+    places = _named_guards(cfg.guard)
+    if not asked and not places:
+        raise InputError("nothing to evaluate: give guard=DIR (the folder guard/ that training wrote), or baselines=[zero_shot,...]")
+    problems = _Problems(len(asked) + len(places))
+    composed = [problems.catch(_composed, name, settings, cfg.cache_dir) for name, settings in asked]
+    problems.check()
+    encoders: dict[str, Encoder] = {}
+    trained_on = None if cfg.trained_on is None else frozenset(str(source) for source in cfg.trained_on)
+    guards = [problems.catch(_guard, name, place, encoders, trained_on) for name, place in places]
+    found: list[Contender] = [guard for guard in guards if guard is not None]
+    rules = _rules(cfg, found) if not problems.found else None
+    baselines = [one for one in composed if one is not None]
+    if rules is not None:
+        tried = [problems.catch(_tried, one, rules) for one in baselines]
+        problems.check()
+        built = [problems.catch(_built, one, rules, encoders, ready) for one, ready in zip(baselines, tried, strict=True)]
+        found += [Contender(guard.name, guard, origin=f"baseline {one.name}") for one, guard in zip(baselines, built, strict=True) if guard]
+    problems.check()
+    assert rules is not None
+    names: set[str] = set()
+    unique = []
+    for one in found:
+        number = 2
+        name = one.name
+        while name in names:
+            name, number = f"{one.name} {number}", number + 1
+        names.add(name)
+        one.guard.name = name  # rows of robustness carry the guard's own
+        unique.append(replace(one, name=name))
+    return rules, unique, _notes(rules, unique)
+
+
+def _rules(cfg: DictConfig, guards: Sequence[Contender]) -> Policy:
+    """The policy that was asked for, else that of the guards, else the scenes'."""
+    if cfg.policy_file is not None or cfg.get("policy") is not None:
+        return policy(cfg)
+    own = {one.policy.digest: (one.name, one.policy) for one in guards if one.policy is not None}
+    if len(own) > 1:
+        which = ", ".join(f"{name} under {rules.name}" for name, rules in own.values())
+        raise InputError(
+            f"the guards were trained under different policies ({which}); choose one with policy=NAME or policy_file=GUARD/policy.yaml"
+        )
+    if own:
+        return next(iter(own.values()))[1]
+    return Policy.from_dict(OmegaConf.to_container(compose_group("policy", _DEFAULT_POLICY, [], root={}), resolve=True))
+
+
+def _notes(rules: Policy, contenders: Sequence[Contender]) -> list[str]:
+    """Of guards whose figures have to be read with care."""
+    notes = []
+    for one in contenders:
+        if one.policy is not None and one.policy.digest != rules.digest:
+            notes.append(
+                f"{one.name} was trained under the policy {one.policy.name}, not under {rules.name} as given "
+                f"(digests {one.policy.digest[:12]} and {rules.digest[:12]}); without policy= and policy_file= it is measured under its own."
+            )
+        if isinstance(one.guard, GuardClassifier) and one.training_images is None:
+            notes.append(
+                f"{one.name} keeps no list of its training images, as guards of an earlier guardkit: whether it is tested on some of them is not known."
+            )
+    return notes
+
+
+def _named_guards(value: Any) -> list[tuple[str | None, str]]:
+    """guard=DIR, guard=[DIR, DIR] or guard={name: DIR}."""
+    if value is None:
+        return []
+    if isinstance(value, DictConfig):
+        return [(str(name), str(place)) for name, place in value.items()]
+    if isinstance(value, ListConfig):
+        return [(None, str(place)) for place in value]
+    return [(None, str(value))]
+
+
+def _guard(name: str | None, place: str, encoders: dict[str, Encoder], trained_on: frozenset[str] | None) -> Contender:
+    folder = Path(place).expanduser()
+    guard = GuardClassifier.from_pretrained(folder if folder.is_dir() else place, encoder=encoders.get(_encoder_of(folder)))
+    encoders.setdefault(guard.encoder.fingerprint, guard.encoder)
+    said = guard.training.get("sources")
+    return Contender(
+        name or guard.name,
+        guard,
+        {point: float(figures["threshold"]) for point, figures in guard.operating_points.items()},
+        frozenset(said) if said is not None else trained_on,
+        place,
+        guard.policy,
+        guard.training_images,
+    )
+
+
+def _encoder_of(folder: Path) -> str:
+    """The fingerprint of the encoder that a guard folder names, to load no encoder twice; "" where it cannot be told."""
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["encoder"]["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""  # `from_pretrained` says what is wrong
+
+
+def _named_baselines(value: Any) -> list[tuple[str, dict[str, Any]]]:
+    """baselines=[name, {name: {setting: value}}]."""
+    plain = OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value
+    if not isinstance(plain, list):
+        raise InputError(f"baselines must be a list such as [zero_shot,always_unsafe], got {value!r}")
+    found: list[tuple[str, dict[str, Any]]] = []
+    for one in plain:
+        if isinstance(one, str):
+            found.append((one, {}))
+        elif isinstance(one, dict) and all(isinstance(settings, dict) for settings in one.values()):
+            found += [(str(name), dict(settings)) for name, settings in one.items()]
+        else:
+            raise InputError(f"baselines may hold names and {{name: {{setting: value}}}}, got {one!r}")
+    return found
+
+
+@dataclass(frozen=True)
+class _Baseline:
+    """A baseline whose settings are checked; nothing of it is loaded."""
+
+    name: str
+    cfg: DictConfig
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        return frozenset(inspect.signature(get_object(self.cfg._target_)).parameters)
+
+    def make(self, rules: Policy, encoder: Any = None) -> Guard:
+        given: dict[str, Any] = {"policy": rules} if "policy" in self.parameters else {}
+        cfg = self.cfg.copy()
+        if "encoder" in self.parameters:
+            given["encoder"] = encoder
+            with open_dict(cfg):
+                del cfg.encoder
+        guard: Guard = make(cfg, **given)
+        return guard
+
+
+def _composed(name: str, settings: dict[str, Any], cache: str | None) -> _Baseline:
+    chosen = settings.pop("encoder") if isinstance(settings.get("encoder"), str) else None
+    cfg = compose_group("baseline", name, [f"encoder@baseline.encoder={chosen}"] if chosen else [], root={"cache_dir": cache})
+    try:
+        cfg.merge_with(settings)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"baseline {name} does not take {settings} ({reason}); it has {', '.join(cfg)}: see conf/baseline/{name}.yaml"
+        ) from error
+    missing = sorted(key.removeprefix("baseline.") for key in OmegaConf.missing_keys(cfg))
+    if missing:
+        nested = f"{missing[0].replace('.', ': {')}: VALUE" + "}" * missing[0].count(".")
+        raise InputError(f"baseline {name} needs {', '.join(missing)}; give baselines=[{{{name}: {{{nested}}}}}]")
+    return _Baseline(name, cfg)
+
+
+class _EncoderNeeded(Exception):
+    """Everything that comes before the encoder is there."""
+
+
+class _NoEncoder:
+    """Stands in for an encoder that is not to be loaded yet."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise _EncoderNeeded(name)
+
+
+def _tried(baseline: _Baseline, rules: Policy) -> Guard | None:
+    """Makes a baseline up to the point where it needs its encoder: its weights, its packages and its settings are there.
+
+    Returns:
+        The baseline, if it has no encoder of ours.
+    """
+    if "encoder" not in baseline.parameters:
+        return baseline.make(rules)
+    make(baseline.cfg.encoder)  # says if its files are not there; loads none
+    with contextlib.suppress(_EncoderNeeded):
+        baseline.make(rules, _NoEncoder())
+    return None
+
+
+def _built(baseline: _Baseline, rules: Policy, encoders: dict[str, Encoder], ready: Guard | None) -> Guard:
+    return ready if ready is not None else baseline.make(rules, _shared_encoder(baseline.cfg.encoder, encoders))
+
+
+def _shared_encoder(cfg: DictConfig, encoders: dict[str, Encoder]) -> Encoder:
+    """An encoder that was built before from the same settings or with the same weights, or a new one."""
+    key = fingerprint(OmegaConf.to_container(cfg, resolve=True))
+    if key not in encoders:
+        encoder: Encoder = make(cfg)
+        encoders[key] = encoders.setdefault(encoder.fingerprint, encoder)
+    return encoders[key]
+
+
+class _Problems:
+    """Collects what is wrong with several things, to say it all at once.
+
+    Args:
+        n: how many things there are.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.found: list[InputError] = []
+        self._n = n
+
+    def catch(self, run: Callable[..., T], *arguments: Any) -> T | None:
+        """What it gives; None where the user's input is at fault."""
+        try:
+            return run(*arguments)
+        except InputError as error:
+            self.found.append(error)
+            return None
+
+    def check(self) -> None:
+        """Raises InputError if there was a problem."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            each = "; ".join(f"({number}) {error}" for number, error in enumerate(self.found, 1))
+            raise InputError(f"{len(self.found)} of {self._n} classifiers cannot be had, and nothing was measured: {each}")

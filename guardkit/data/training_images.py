@@ -1,0 +1,36 @@
+"""What a training run notes of the images it used, so that its guard is never tested on them unnoticed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from guardkit.data.datamodule import GuardDataModule
+from guardkit.data.unlabelled import Unlabelled
+from guardkit.schema import Record
+from guardkit.seen import NEAR, SeenImages
+
+
+def training_images(data: GuardDataModule, unlabelled: Unlabelled) -> SeenImages:
+    """The images of a run that has ended.
+
+    Args:
+        data: which it trained and validated on.
+        unlabelled: which it looked at without their labels.
+    """
+    used = data.used_images()
+    # found in the store, but for those that an arm saw in another form only
+    vectors = _embedded(data, [record for _, record in used])
+    labelled = [(split, record, vector) for (split, record), vector in zip(used, vectors, strict=True)]
+    # of those nothing is left out but a count is given: embedding them all once more for that would be too much
+    others: list[tuple[str, Record, np.ndarray | None]] = [("unlabelled", record, record.embedding) for record in unlabelled.images]
+    return SeenImages.of([*labelled, *others], near=getattr(data.source, "near_duplicate_distance", NEAR))
+
+
+def _embedded(data: GuardDataModule, records: list[Record]) -> list[np.ndarray | None]:
+    vectors: dict[int, np.ndarray] = {row: record.embedding for row, record in enumerate(records) if record.embedding is not None}
+    rows = [row for row in range(len(records)) if row not in vectors]
+    # by numbers, which are unique whatever the source calls its images
+    numbered = [Record(str(row), 0, None, "", "", records[row].content) for row in rows]
+    read, made, _ = data.store.embed_readable(numbered)
+    vectors |= {int(record.id): vector for record, vector in zip(read, made, strict=True)}
+    return [vectors.get(row) for row in range(len(records))]
