@@ -8,8 +8,6 @@ import os
 import stat
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,28 +15,18 @@ from typing import BinaryIO
 
 import cv2
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from guardkit.limits import MAX_PIXELS, check_bytes, check_size
+from guardkit.pixels import as_shown
 from guardkit.schema import ImageError
 
-MAX_PIXELS = 100_000_000
 SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
 # raster formats that Pillow decodes itself; never those that call another program (EPS, PDF)
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-_WHITE = (255, 255, 255, 255)
-_READER = 1  # counts up when the same bytes are read as other pixels
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+_READER = 2  # counts up when the same bytes are read as other pixels
 
 ImageLike = str | Path | bytes | Image.Image | np.ndarray
 
@@ -46,9 +34,10 @@ ImageLike = str | Path | bytes | Image.Image | np.ndarray
 def read_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Reads an image as a viewer would show it.
 
-    The type follows from the bytes, not from the name. EXIF rotation is applied, CMYK is converted through its colour
-    profile if it has a valid one, 16-bit values are scaled, transparency lies on white, of an animation the first
-    frame counts.
+    The type follows from the bytes, not from the name. EXIF rotation is applied, colours are converted to sRGB through an
+    embedded profile if it is a valid one for such pixels, or by a PNG's gamma and primaries, 16-bit values are scaled,
+    transparency lies on white, of an animation the first frame counts. Greyscale integers of 32 bits have no fixed
+    white: it is 255 where no value is larger, else 65,535. What cannot be worked on is rejected (see `limits`).
 
     Args:
         source: a path, encoded bytes, a PIL image, or an (h, w, 3) or (h, w) uint8 array.
@@ -62,11 +51,11 @@ def read_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> np.ndarray
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
     try:
-        with _without_pillow_warnings():
+        with _quietly():
             if isinstance(source, Image.Image):
-                return _convert(source, max_pixels)
+                return as_shown(source, max_pixels)
             with _opened(source) as file, Image.open(file, formats=_FORMATS) as image:
-                return _convert(image, max_pixels)
+                return as_shown(image, max_pixels)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -77,39 +66,56 @@ def read_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> np.ndarray
         raise ImageError(f"damaged image: {' '.join(str(error).split())[:120] or type(error).__name__}") from error
 
 
-_quiet_lock = threading.Lock()
-_quiet_readers = 0
-_quiet_filters: warnings.catch_warnings | None = None
-
-
-@contextmanager
-def _without_pillow_warnings() -> Iterator[None]:
-    """Silences what Pillow says about an image, for as long as some thread reads one.
+class _Quiet:
+    """Silences what Pillow and OpenCV say about an image, for as long as some thread reads one.
 
     `warnings.catch_warnings` alone is not safe here: of two threads that overlap, the one that leaves last restores
     the filters of the other, for good. So the first reader sets the filter and the last one takes it away.
     """
-    global _quiet_readers, _quiet_filters
-    with _quiet_lock:
-        if not _quiet_readers:
-            _quiet_filters = warnings.catch_warnings()
-            _quiet_filters.__enter__()
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-        _quiet_readers += 1
-    try:
-        yield
-    finally:
-        with _quiet_lock:
-            _quiet_readers -= 1
-            if not _quiet_readers and _quiet_filters is not None:
-                _quiet_filters.__exit__(None, None, None)
-                _quiet_filters = None
+
+    def __init__(self) -> None:
+        self.readers = 0
+        self._lock = threading.Lock()
+        self._filters = warnings.catch_warnings()
+        self._level = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self.readers:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+                self._level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+            self.readers += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.readers -= 1
+            if not self.readers:
+                self._filters.__exit__(None, None, None)
+                cv2.utils.logging.setLogLevel(self._level)
+
+
+_quiet = _Quiet()
+
+
+def _quietly() -> _Quiet:
+    return _quiet
+
+
+def _start_anew() -> None:
+    # a lock that another thread held when a process was forked is never released in the child
+    global _quiet
+    _quiet = _Quiet()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
 
 
 def _opened(source: str | Path | bytes) -> BinaryIO:
     if isinstance(source, (bytes, bytearray, memoryview)):
-        if not len(source):
-            raise ImageError("empty file")
+        check_bytes(len(source))
         return io.BytesIO(source)
     if isinstance(source, (str, os.PathLike)):
         return _open_file(Path(source))
@@ -120,94 +126,23 @@ def _open_file(path: Path) -> io.BufferedReader:
     try:
         status = path.stat()
         # only a regular file is opened: a pipe would block, a device might never end
-        file = open(path, "rb") if stat.S_ISREG(status.st_mode) and status.st_size else None  # noqa: SIM115 - the caller closes it
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError("is a folder, not a file" if stat.S_ISDIR(status.st_mode) else "is a pipe or device, not a file")
+        check_bytes(status.st_size)
+        return open(path, "rb")
+    except ImageError:
+        raise
     except FileNotFoundError as error:
         raise ImageError("file does not exist") from error
     except (OSError, ValueError) as error:
         raise ImageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if file is None:
-        if stat.S_ISDIR(status.st_mode):
-            raise ImageError("is a folder, not a file")
-        raise ImageError("empty file" if stat.S_ISREG(status.st_mode) else "is a pipe or device, not a file")
-    return file
 
 
 def _from_array(array: np.ndarray, max_pixels: int) -> np.ndarray:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
         raise ImageError(f"array must be (h, w, 3) or (h, w) uint8, got {array.dtype} of shape {array.shape}")
-    _check_size(array.shape[1], array.shape[0], max_pixels)
+    check_size(array.shape[1], array.shape[0], max_pixels)
     return np.ascontiguousarray(array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=2))
-
-
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if not width or not height:
-        raise ImageError("image has no pixels")
-    if width * height > max_pixels:
-        raise ImageError(f"{width}x{height} is more than {max_pixels} pixels")
-
-
-def _convert(image: Image.Image, max_pixels: int) -> np.ndarray:
-    _check_size(*image.size, max_pixels)
-    image.load()
-    turn = _turn(image)
-    rgb = _to_rgb(image)
-    # a copy, because the array that Pillow lends is read-only, which torch warns about
-    return np.array(rgb if turn is None else rgb.transpose(turn))
-
-
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns the pixels upright. To be asked after loading: Pillow turns TIFF files itself, and clears the tag."""
-    try:
-        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF data raise anything, and do not make the pixels worthless: a viewer shows them unturned
-        return None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    mode = image.mode
-    if mode.startswith("I"):
-        return _grey16_to_rgb(image)
-    if mode == "F":
-        raise ImageError("floating-point pixels, which have no defined white")
-    if mode == "LAB":
-        raise ImageError("Lab colours, which are not supported")
-    if mode == "CMYK":
-        return _cmyk_to_rgb(image)
-    if mode == "La":
-        image = image.convert("LA")
-    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, _WHITE), rgba).convert("RGB")
-    return image if mode == "RGB" else image.convert("RGB")
-
-
-def _grey16_to_rgb(image: Image.Image) -> Image.Image:
-    """Scales, where Pillow would clip at 255, and sees to what Pillow does for 8-bit greyscale only."""
-    values = np.asarray(image)
-    tags = getattr(image, "tag_v2", {})
-    white = 4095 if tags.get(_TIFF_BITS) == (12,) else 65535
-    if values.min() < 0 or values.max() > white:
-        raise ImageError(f"greyscale values outside 0 to {white}, which have no defined white")
-    grey = np.rint(values.astype(np.float32) * (255 / white)).astype(np.uint8)
-    if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        grey = 255 - grey
-    if "transparency" in image.info:
-        grey[values == image.info["transparency"]] = 255
-    return Image.fromarray(grey).convert("RGB")
-
-
-def _cmyk_to_rgb(image: Image.Image) -> Image.Image:
-    profile = image.info.get("icc_profile")
-    if profile:
-        try:
-            converted = ImageCms.profileToProfile(
-                image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
-            )
-            if converted is not None:
-                return converted
-        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-            pass  # a broken profile does not make the pixels worthless: a viewer falls back to the plain formula
-    return image.convert("RGB")
 
 
 def bytes_key(data: bytes) -> str:

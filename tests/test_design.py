@@ -13,8 +13,8 @@ from conftest import ROOT
 import guardkit
 
 LEVELS = {
-    "schema": 0, "artifacts": 0, "policy": 0, "progress": 0, "reading": 0, "stores": 0,
-    "images": 1, "scenes": 1, "encoders": 1, "editors": 1, "heads": 1, "losses": 1, "metrics": 1, "stats": 1, "vlm": 1, "seen": 1,
+    "schema": 0, "artifacts": 0, "policy": 0, "progress": 0, "reading": 0, "stores": 0, "colour": 0, "limits": 0,
+    "pixels": 1, "images": 1, "scenes": 1, "encoders": 1, "editors": 1, "heads": 1, "losses": 1, "metrics": 1, "stats": 1, "vlm": 1, "seen": 1,
     "embeddings": 2, "embedding_folder": 2, "counterfactual": 2, "classifier": 2, "baselines": 2,
     "data": 3, "module": 3,
     "evaluation": 4, "efficiency": 4, "moderation": 4,
@@ -23,6 +23,7 @@ LEVELS = {
 # rooms of one level that may lean on each other, with the reason
 ALLOWED = {
     ("artifacts", "schema"), ("policy", "schema"), ("policy", "artifacts"), ("reading", "schema"), ("stores", "schema"),  # the ground floor
+    ("limits", "schema"), ("images", "pixels"),  # a file is opened, then its pixels are shown
     ("vlm", "images"),  # images travel as PNG
     ("editors", "scenes"),  # the exact editor belongs to the world it edits
     ("counterfactual", "embeddings"),  # a verifier shares the embeddings of the training

@@ -1,0 +1,108 @@
+"""How much work one image may make: its pixels, its sides, its bytes, and the pixels that all threads decode at once."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from guardkit.schema import ImageError
+
+MAX_PIXELS = 100_000_000
+MAX_SIDE = 32_768  # pixels
+MAX_ASPECT = 300  # longer side over shorter side: resized to a model's shorter side, the longer one must still fit into memory
+MAX_BYTES = 1 << 30  # of an encoded image
+DECODING_BYTES = 1 << 30  # of pixels that are being decoded at once, in all threads together
+_LARGE_BYTES = 64 << 20  # what is freed of an image below this size, the allocator may keep
+_BYTES_PER_PIXEL = 8  # a decoder's own four, what becomes of them, and some room
+
+
+def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Whether an image of that size can be worked on.
+
+    Raises:
+        ImageError: it has no pixels, more than `max_pixels`, a side longer than MAX_SIDE, or is thinner than 1 : MAX_ASPECT.
+    """
+    if not width or not height:
+        raise ImageError("image has no pixels")
+    if width * height > max_pixels:
+        raise ImageError(f"{width}x{height} is more than {max_pixels} pixels")
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(f"{width}x{height} has a side of more than {MAX_SIDE} pixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(f"{width}x{height} is longer than {MAX_ASPECT} times its shorter side")
+
+
+def check_bytes(n_bytes: int) -> None:
+    """Whether so many encoded bytes are read at all.
+
+    Raises:
+        ImageError: none, or more than MAX_BYTES.
+    """
+    if not n_bytes:
+        raise ImageError("empty file")
+    if n_bytes > MAX_BYTES:
+        raise ImageError(f"{n_bytes} encoded bytes are more than {MAX_BYTES}")
+
+
+class _Budget:
+    """Bytes that are taken and given back by all threads. Who wants more than there is waits, but never alone."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.taken = limit, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, n_bytes: int) -> Iterator[None]:
+        with self._changed:
+            # what is larger than the whole budget goes when nothing else is under way
+            self._changed.wait_for(lambda: not self.taken or self.taken + n_bytes <= self.limit)
+            self.taken += n_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.taken -= n_bytes
+                self._changed.notify_all()
+
+
+_decoding = _Budget(DECODING_BYTES)
+
+
+@contextmanager
+def decoding(width: int, height: int) -> Iterator[None]:
+    """Waits until an image of that size may be decoded beside those that other threads decode; one always may."""
+    n_bytes = width * height * _BYTES_PER_PIXEL
+    with _decoding.take(n_bytes):
+        if n_bytes > _LARGE_BYTES:
+            _return_freed_memory()
+        yield
+
+
+def _return_freed_memory() -> None:
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    """glibc's; without it each thread's heap keeps an image that it has freed. None on other systems."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def _start_anew() -> None:
+    # threads that were decoding when a process was forked do not live in the child, and would never give back
+    global _decoding
+    _decoding = _Budget(DECODING_BYTES)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
