@@ -87,7 +87,7 @@ def read_json(path: Path, what: str, mend: str = "copy it anew") -> dict[str, An
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}), it should be {what}; {mend}") from error
     except ValueError as error:
-        raise InputError(f"{path} is not {what} ({error}); {mend}") from error
+        raise InputError(f"{path} is damaged ({error}), it should be {what}; {mend}") from error
     return value
 
 

@@ -145,8 +145,6 @@ def read_embedding_folder(folder: Path) -> tuple[np.ndarray, pa.Table, dict[str,
         table = read_table(table_files[number], n_rows=len(shard), mend="copy the shard anew")
         if vectors and shard.shape[1] != vectors[0].shape[1]:
             raise InputError(f"{path} has {shard.shape[1]} columns, earlier shards {vectors[0].shape[1]}; all must come from one encoder")
-        if manifest and shard.shape[1] != manifest["dim"]:
-            raise InputError(f"{path} has {shard.shape[1]} columns, {folder / MANIFEST} says {manifest['dim']}; copy the folder anew")
         with np.errstate(over="ignore"):  # of numbers that float32 does not hold
             shard = shard.astype(np.float32)
             norms = np.linalg.norm(shard, axis=1, keepdims=True)
@@ -159,6 +157,10 @@ def read_embedding_folder(folder: Path) -> tuple[np.ndarray, pa.Table, dict[str,
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise InputError(f"the tables of {folder}/metadata do not fit each other ({error}); all must come from one run") from error
+    if manifest and vectors[0].shape[1] != manifest["dim"]:
+        raise InputError(
+            f"{folder} has vectors of {vectors[0].shape[1]} columns, its {MANIFEST} says {manifest['dim']}; copy the folder anew"
+        )
     if manifest and len(table) != manifest["written"]:
         raise InputError(f"{folder} holds {len(table)} embeddings, its {MANIFEST} says {manifest['written']}; copy the folder anew")
     return np.concatenate(vectors), table, manifest

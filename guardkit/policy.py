@@ -20,6 +20,7 @@ _RESERVED = ("safe", "unsafe", "decision")
 # aliases in a YAML file can make a small text a value that is huge when written out in an error
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2
+_MAX_NODES = 100_000  # of a YAML file
 _SNAKE_CASE = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -104,7 +105,7 @@ class Policy:
             InputError: naming the file, the field and the fix.
         """
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            data = _parsed(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise InputError(f"{path}: there is no such policy file; give the path of a YAML file") from error
         except (OSError, UnicodeDecodeError) as error:
@@ -143,6 +144,30 @@ class Policy:
             safe_texts=_texts(given.get("safe_texts", []), where, "safe_texts", least=0),
             source=_text(given.get("source", ""), where, "source", may_be_empty=True),
         )
+
+
+def _parsed(text: str) -> Any:
+    """Plain data from YAML. Raises ValueError when its aliases make a small text a large value."""
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is not None:
+            _written_out(root, {})
+        return None if root is None else loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many nodes there would be without aliases; `known` has those of each node that was looked at."""
+    known[id(node)] = _MAX_NODES  # an alias of what it stands in has no end
+    parts = node.value if isinstance(node, yaml.CollectionNode) else []
+    inside = [part for item in parts for part in (item if isinstance(item, tuple) else (item,))]
+    n = 1 + sum(known.get(id(part)) or _written_out(part, known) for part in inside)
+    if n > _MAX_NODES:
+        raise ValueError("aliases that never end, or are too many")
+    known[id(node)] = n
+    return n
 
 
 def _category(data: Any, where: str, field: str) -> Category:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,13 +47,15 @@ def read_array(path: Path, mend: str = "copy it anew") -> np.ndarray:
         raise InputError(f"{path} is not an array of numbers ({' '.join(str(error).split())[:200]}); {mend}") from error
 
 
-def read_table(path: Path, schema: pa.Schema | None = None, *, n_rows: int | None = None, mend: str = "copy it anew") -> pa.Table:
+def read_table(
+    path: Path, schema: pa.Schema | None = None, *, required: Sequence[str] = (), n_rows: int | None = None, mend: str = "copy it anew"
+) -> pa.Table:
     """A Parquet table.
 
     Args:
         path: to read.
-        schema: columns that must be there, in types that theirs can be cast to without loss; a field that is not
-            nullable must have a value in each row. Further columns may be there.
+        schema: columns that must be there, in types that theirs can be cast to without loss. Further ones may be there.
+        required: columns of the schema that must have a value in each row.
         n_rows: that the table must have, if known: compared before anything is read.
         mend: what to do when it cannot be read.
     Raises:
@@ -80,23 +83,30 @@ def read_table(path: Path, schema: pa.Schema | None = None, *, n_rows: int | Non
         raise InputError(f"{path} cannot be read as a table ({_line(error)}); {mend}") from error
     for field in schema or ():
         column = table[field.name]
-        if pa.types.is_string(field.type) and not _is_text(column.type):
-            raise InputError(f"{path} column {field.name} must hold texts, got {column.type}; {mend}")
+        if not _may_become(column.type, field.type):
+            raise InputError(f"{path} column {field.name} must hold {field.type}, got {column.type}; {mend}")
         try:
             column = column.cast(field.type)
         except (pa.ArrowException, UnicodeDecodeError) as error:
             raise InputError(f"{path} column {field.name} must hold {field.type}, got {column.type} ({_line(error)}); {mend}") from error
-        if not field.nullable and column.null_count:
+        if field.name in required and column.null_count:
             raise InputError(f"{path} column {field.name} is empty in {column.null_count} row(s); {mend}")
         table = table.set_column(table.column_names.index(field.name), field.name, column)
     return table
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    # a column without any value has the type null
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_null(kind)
+def _may_become(found: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether a column of the one type may stand for the other: numbers for numbers, texts for texts, and no value for any."""
+    kind = found.value_type if pa.types.is_dictionary(found) else found
+    if pa.types.is_null(kind):
+        return True
+    if pa.types.is_string(wanted):
+        return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return kind == wanted or (_is_number(kind) and _is_number(wanted))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
 def _line(error: BaseException) -> str:

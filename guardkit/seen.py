@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from guardkit.artifacts import written
+from guardkit.reading import read_table
 from guardkit.schema import ImageError, InputError, Record
 
 FILE = "training_images.parquet"
@@ -161,10 +162,7 @@ class SeenImages:
         Raises:
             InputError: a damaged file, or one with other columns, types or values.
         """
-        try:
-            table = pq.read_table(path)
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}); copy the folder anew") from error
+        table = read_table(path, mend="copy the folder anew")
         about = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in (table.schema.metadata or {}).items()}
         near = about.get("near", "")
         if not table.schema.equals(_SCHEMA) or about.get("format") != "1" or near not in map(str, range(16)):

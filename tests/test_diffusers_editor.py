@@ -693,7 +693,7 @@ def test_a_negative_prompt_without_effect_is_refused(saved, name):
         ),
         ({"_class_name": ["my_code", "Mine"]}, "hold a ['my_code', 'Mine'], which editor=diffusers cannot call"),
         ({}, "names no pipeline"),
-        ("not json", "names no pipeline"),
+        ("not json", "model_index.json is damaged (Expecting value"),
     ],
 )
 def test_folders_of_unknown_pipelines_are_refused(tmp_path, index, message):

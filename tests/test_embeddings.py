@@ -424,8 +424,8 @@ def break_shard(folder, how):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("empty", "shard 0 of .* cannot be read"),
-        ("pickle", "shard 0 of .* cannot be read"),
+        ("empty", "img_emb_0.npy is not an array of numbers"),
+        ("pickle", "img_emb_0.npy is not an array of numbers"),
         ("whole numbers", "img_emb_0.npy must hold floating-point numbers, got int64"),
         ("width", "img_emb_1.npy has 12 columns, earlier shards 13"),
         ("twice", "has no number of its own"),

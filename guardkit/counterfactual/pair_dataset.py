@@ -14,7 +14,6 @@ pipeline's store: the finished dataset is the same, byte for byte, as that of a 
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,19 +26,22 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from guardkit import __version__
-from guardkit.artifacts import fingerprint, remove_leftovers, write_json, written
+from guardkit.artifacts import fingerprint, read_json, remove_leftovers, write_json, written
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.counterfactual.review import REVIEWS, VERDICTS, ReviewLog, combined, current_reviews
 from guardkit.counterfactual.store import Try
 from guardkit.images import encode_png
 from guardkit.progress import progress
+from guardkit.reading import read_table
 from guardkit.schema import ImageError, InputError, Record, Rejected
 
 METADATA, MANIFEST, UNFINISHED, GALLERY = "metadata.parquet", "manifest.json", "manifest.unfinished.json", "gallery.html"
 REJECTED_INPUTS = "rejected.parquet"
 _FORMAT = 2  # counts up when the same settings give other files
+_MEND = "copy the folder anew, or make the dataset anew"
 _LOCK, _LOCK_TIMEOUT_S = ".lock", 10.0
 PUBLISHED_YIELD = 0.23  # of tries, after a look at every one by hand: SafetyPairs (2025)
+_REQUIRED = ("pair_id", "file_name", "label", "status")  # have a value in each row
 _SCHEMA = pa.schema(
     [
         ("pair_id", pa.string()),
@@ -206,8 +208,8 @@ def _fill_reviews(folder: Path, rows: list[dict[str, Any]], otherwise: dict[str,
 def _written_reviews(folder: Path) -> dict[str, str | None]:
     """The column `review` as an earlier run, or somebody's own program, left it."""
     try:
-        table = pq.read_table(folder / METADATA, columns=["pair_id", "review"])
-    except (OSError, pa.ArrowException):
+        table = read_table(folder / METADATA, pa.schema([_SCHEMA.field("pair_id"), _SCHEMA.field("review")]))
+    except InputError:
         return {}  # there is none yet, or none that can be read: it is written anew
     return dict(zip(table["pair_id"].to_pylist(), table["review"].to_pylist(), strict=True))
 
@@ -220,15 +222,48 @@ def _read_table(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
             else f"is no pair dataset: {MANIFEST} is missing; give a folder that python -m guardkit.synthesize wrote"
         )
         raise InputError(f"{folder} {state}")
-    manifest = _json(folder / MANIFEST)
-    try:
-        table = pq.read_table(folder / METADATA)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{folder / METADATA} cannot be read ({' '.join(str(error).split())[:200]}); make the dataset anew") from error
-    missing = sorted(set(_SCHEMA.names) - set(table.column_names))
-    if missing:
-        raise InputError(f"{folder / METADATA} lacks the columns {', '.join(missing)}; make the dataset anew with this version")
+    manifest = _checked_manifest(folder / MANIFEST)
+    table = read_table(folder / METADATA, _SCHEMA, required=_REQUIRED, n_rows=manifest["tries"], mend=_MEND)
+    _check_rows(folder / METADATA, table, manifest)
     return table, manifest
+
+
+def _checked_manifest(path: Path) -> dict[str, Any]:
+    manifest = _read_manifest(path)
+    counts: list[Any] = [manifest.get(name) for name in ("given", "edited", "unreadable", "tries", "accepted")]
+    rejected = manifest.get("rejected")
+    if not isinstance(rejected, dict) or any(type(one) is not int or one < 0 for one in [*counts, *rejected.values()]):
+        raise InputError(f"{path} lacks counts that guardkit writes; {_MEND}")
+    given, edited, unreadable, tries, accepted = counts
+    if edited + unreadable != given or accepted + sum(rejected.values()) != tries:
+        raise InputError(f"{path} has counts that do not add up; {_MEND}")
+    return manifest
+
+
+def _check_rows(path: Path, table: pa.Table, manifest: dict[str, Any]) -> None:
+    """Raises InputError for a row that no run wrote: what is missing or no number would count as safe further on."""
+    ids = table["pair_id"].to_pylist()
+    if len(set(ids)) < len(ids):
+        raise InputError(f"{path} has the pair_id {Counter(ids).most_common(1)[0][0]!r} more than once; {_MEND}")
+    for row in table.to_pylist():
+        box = [row[name] for name in ("x_min", "y_min", "x_max", "y_max")]
+        shares = [row[name] for name in ("flip_score", "preservation_score") if row[name] is not None]
+        wrong = [
+            what
+            for what, is_right in (
+                (f"label {row['label']}", row["label"] in (0, 1)),
+                (f"status {row['status']!r}", row["status"] in ("accepted", "rejected")),
+                ("no edited image, and was accepted", row["status"] != "accepted" or row["edited_file_name"] is not None),
+                (f"scores {shares}", all(0 <= share <= 1 for share in shares)),
+                (f"box {box}", box == [None] * 4 or (None not in box and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1)),
+            )
+            if not is_right
+        ]
+        if wrong:
+            raise InputError(f"{path} pair {row['pair_id']!r} has {wrong[0]}; {_MEND}")
+    accepted = sum(status == "accepted" for status in table["status"].to_pylist())
+    if accepted != manifest["accepted"]:
+        raise InputError(f"{path} has {accepted} accepted pairs, {MANIFEST} says {manifest['accepted']}; {_MEND}")
 
 
 def _edit(block: list[Record], pipeline: CounterfactualPipeline, variants: int, counts: EditCounts) -> Iterator[tuple[Record, list[Try]]]:
@@ -302,7 +337,7 @@ def _claimed(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
         mark = {"settings": fingerprint(settings)}
         for name in (MANIFEST, UNFINISHED):
             if (folder / name).is_file():
-                found = _json(folder / name)
+                found = _read_manifest(folder / name)
                 theirs = found.get("settings") if name == UNFINISHED else fingerprint({key: found.get(key) for key in settings})
                 if theirs != mark["settings"]:
                     raise InputError(f"{folder} holds a pair dataset that was made with other settings; choose another output_dir")
@@ -316,14 +351,8 @@ def _claimed(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
         lock.release()
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); choose another output_dir") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object, got {type(value).__name__}; choose another output_dir")
-    return value
+def _read_manifest(path: Path) -> dict[str, Any]:
+    return read_json(path, "the manifest of a pair dataset", "choose another output_dir")
 
 
 def gallery(rows: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> str:

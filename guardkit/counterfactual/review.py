@@ -26,7 +26,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from guardkit.artifacts import fingerprint
+from guardkit.artifacts import fingerprint, parse_json
 from guardkit.images import FileContent
 from guardkit.schema import ImageError, InputError
 
@@ -148,7 +148,10 @@ def reviewer_name(name: Any) -> str:
 
 def image_file(folder: Path, name: str) -> Path:
     """The path of a dataset's image. Raises ImageError for a name that leads out of the folder."""
-    path = (folder / name).resolve()
+    try:
+        path = (folder / name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a circle of links, a null character
+        raise ImageError(f"no file can have the name {name[:80]!r}") from error
     if not path.is_relative_to(folder.resolve()):
         raise ImageError("path outside the folder")
     return path
@@ -332,7 +335,7 @@ def _kappa(first: list[str], second: list[str]) -> float | None:
 def _parse(line: bytes) -> Review | None:
     """The verdict that a line holds; None when it holds none."""
     try:
-        value = json.loads(line)
+        value = parse_json(line)
         texts = [value[name] for name in Review.__dataclass_fields__]
     except (ValueError, TypeError, KeyError):
         return None

@@ -5,7 +5,6 @@ Knows no request and no image.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -13,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guardkit.artifacts import fingerprint, hash_file, shipped
+from guardkit.artifacts import fingerprint, hash_file, read_json, shipped
 from guardkit.progress import bars_on_terminals_only
 from guardkit.schema import InputError
 
@@ -101,13 +100,11 @@ class PipelineWeights:
         Raises:
             InputError: it cannot be had or read.
         """
-        try:
-            index = json.loads(self._index_file.read_text(encoding="utf-8"))
-            return {"_class_name": index["_class_name"], **index}
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{self._index_file} names no pipeline ({one_line(error)}); give a folder in diffusers' layout") from error
+        mend = "give a folder in diffusers' layout"
+        index = read_json(self._index_file, "the index of a pipeline", mend)
+        if "_class_name" not in index:
+            raise InputError(f"{self._index_file} names no pipeline; {mend}")
+        return index
 
     def kind(self, wanted: str) -> str:
         """Which of KINDS the weights hold.
