@@ -191,7 +191,7 @@ def fit(
             except SystemExit as ended:
                 # Lightning turns Ctrl-C into an exit with status 1
                 raise KeyboardInterrupt from ended
-        data.check_negatives()
+        data.check_both_sides()
     head = module.head.cpu().eval()
     batch = data.validation_batch()
     if module.best_state is not None:

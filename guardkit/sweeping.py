@@ -19,12 +19,13 @@ from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import Arm, Cell, CellData, CellError, Stock, chosen_sizes
 from guardkit.efficiency.curves import METRICS
 from guardkit.efficiency.engine import BatchedEngine, Engine, FittedCell, Objective, chosen
-from guardkit.efficiency.plan import Plan
+from guardkit.efficiency.plan import Plan, in_sentences
 from guardkit.efficiency.report import write_report
 from guardkit.efficiency.results import opened, run_cells
 from guardkit.efficiency.stacked import Schedule
 from guardkit.heads import Head, LinearHead
 from guardkit.module import Diverged, quiet_lightning
+from guardkit.preflight import check_parts, check_settings
 from guardkit.schema import InputError
 from guardkit.training import Parts, build, build_head, fit_guard, rebuild_data
 
@@ -55,17 +56,19 @@ def run_sweep(cfg: DictConfig, settings: Any, folder: Path) -> SweepReport:
     started = time.perf_counter()
     plan, arms, heads = _plan(cfg)
     objective = _objective(cfg)
+    check_settings(cfg, optimizers=("optimizer", "linear_optimizer"))
     parts = build(_cell_cfg(cfg, arms[0].name, next(iter(heads.values()))))
     try:
+        check_parts(parts.encoder, parts.pipeline, parts.policy, heads.values())
+        engine = _engine(cfg, parts, heads, objective)
         with opened(folder, _shared_settings(cfg, parts, arms, heads, objective)) as store:
             stock = Stock(parts.data, arms, plan.sizes, plan.seeds)
             plan.check(stock.test)
             cells = [cell for head in plan.heads for block in plan.blocks(head) for cell in block]
-            for reason in dict.fromkeys(
-                f"{cell.arm} with n_unsafe={cell.n_unsafe} {reason}" for cell in cells if (reason := stock.reason_against(cell))
-            ):
-                log.warning("left out: %s (set sweep.sizes)", reason)
-            engine = _engine(cfg, parts, heads, objective)
+            known = plan.left_out({cell: reason for cell in cells if (reason := stock.reason_against(cell))})
+            curves = [name for head in plan.heads for name in plan.curves(head)]
+            for sentence in in_sentences(known, curves, plan.sizes, len(plan.seeds)):
+                log.warning("%s (set sweep.sizes)", sentence)
             prepared = time.perf_counter()
             failed, n_found = run_cells(cells, stock, engine, store)
             fitted = time.perf_counter()
@@ -74,11 +77,14 @@ def run_sweep(cfg: DictConfig, settings: Any, folder: Path) -> SweepReport:
                 "fits_now": (len(cells) - len(failed) - n_found) * len(objective.strengths),
                 "seconds_now": {"embeddings and edits": prepared - started, "fitting": fitted - prepared},
             }
-            summary, table = write_report(folder, plan, store, failed, stock, objective.strengths, about)
+            summary, table = write_report(folder, plan, store, failed, stock, objective.strengths, about, parts.unlabelled.notes)
             with quiet_lightning():
                 _log_results(cfg, settings, folder, summary)
     finally:
         parts.data.close()
+    if not summary["engine"]["fits"]:
+        said = "; ".join(in_sentences(summary["left_out"], summary["arms"], plan.sizes, len(plan.seeds))[:3])
+        raise InputError(f"not one cell could be fitted: {said}; {folder} holds a report without a figure")
     return SweepReport(folder, summary, table)
 
 

@@ -18,6 +18,7 @@ from guardkit._hydra import cache_dir, make, policy
 from guardkit.artifacts import write_json
 from guardkit.counterfactual.pair_dataset import write_pair_dataset
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
+from guardkit.data.budget import check_edits
 from guardkit.data.datamodule import GuardDataModule
 from guardkit.data.training_images import training_images
 from guardkit.data.unlabelled import Unlabelled
@@ -28,6 +29,7 @@ from guardkit.evaluation.training_report import measure, summary_table, write_pi
 from guardkit.heads import Head
 from guardkit.module import DEFAULT_THRESHOLD, EpochProgress, Fitted, GuardModule, fit, quiet_lightning
 from guardkit.policy import Policy
+from guardkit.preflight import check_parts, check_settings
 from guardkit.schema import InputError
 
 log = logging.getLogger(__name__)
@@ -81,9 +83,11 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> Report:
     if not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise InputError(f"seed must be a whole number of at least 0, got {cfg.seed!r}")
     folder.mkdir(parents=True, exist_ok=True)
+    check_settings(cfg)
     torch.manual_seed(cfg.seed)
     parts = build(cfg)
     try:
+        check_parts(parts.encoder, parts.pipeline, parts.policy, [cfg.head])
         parts.data.setup("fit")
         head = build_head(cfg, parts)
         logger = make(cfg.logger, save_dir=str(folder))
@@ -92,6 +96,7 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> Report:
         )
         module, fitted = fit_guard(cfg, parts, head, logger=logger, callbacks=[EpochProgress(), checkpoint], threshold=cfg.threshold)
         metrics, measured = measure(fitted, parts.data, experiment=cfg.experiment_name, seed=cfg.seed)
+        metrics["notes"] = [*parts.data.notes, *parts.unlabelled.notes]
         fitted.guard.training = {
             "prevalence": module.prevalence,
             "experiment": cfg.experiment_name,
@@ -175,12 +180,13 @@ def embed_source(cfg: DictConfig, folder: Path) -> dict[str, int]:
     """
     _check_whole(cfg, "limit", may_be_null=True)
     _check_whole(cfg, "shard_size")
-    rules = policy(cfg)
+    rules, encoder = policy(cfg), make(cfg.encoder)
+    check_parts(encoder, None, rules)
     loaded = make(cfg.source, policy=rules).load()
     records = [*loaded.train, *(loaded.test or [])]
     if any(record.content is None for record in records):
         raise InputError("source=embeddings holds embeddings already; choose a source of images")
-    store = EmbeddingStore(make(cfg.encoder), cache_dir(cfg))
+    store = EmbeddingStore(encoder, cache_dir(cfg))
     return write_embedding_folder(records[: cfg.limit], store, folder, rejected=loaded.rejected, shard_size=cfg.shard_size)
 
 
@@ -199,7 +205,10 @@ def synthesize_source(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if cfg.direction not in labels:
         raise InputError(f"direction must be one of {', '.join(labels)}, got {cfg.direction!r}")
     rules, cache = policy(cfg), cache_dir(cfg) or folder / ".cache"
+    store = EmbeddingStore(make(cfg.encoder), cache)
+    pipeline = _pipeline(cfg, rules, store, cache)
     source = make(cfg.source, policy=rules)
+    check_parts(store.encoder, pipeline, rules)
     loaded = source.load()
     if cfg.direction != "to_safe" and not loaded.is_drawn:
         raise InputError(
@@ -210,10 +219,12 @@ def synthesize_source(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         raise InputError("source=embeddings holds no images to edit; choose a source of images")
     if not records:
         raise InputError(f"source={source.name} has no image to edit in direction={cfg.direction}")
-    store = EmbeddingStore(make(cfg.encoder), cache)
+    records = records[: cfg.limit]
+    for note in check_edits(pipeline, [("images", "counterfactual", records)], f"source={source.name}"):
+        log.warning("%s", note)
     return write_pair_dataset(
-        records[: cfg.limit],
-        _pipeline(cfg, rules, store, cache),
+        records,
+        pipeline,
         folder,
         made_from=source.fingerprint,
         variants_per_image=cfg.variants_per_image,

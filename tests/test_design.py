@@ -18,7 +18,7 @@ LEVELS = {
     "embeddings": 2, "embedding_folder": 2, "counterfactual": 2, "classifier": 2, "baselines": 2,
     "data": 3, "module": 3,
     "evaluation": 4, "efficiency": 4, "moderation": 4,
-    "training": 5, "sweeping": 5, "sweep": 5, "_hydra": 5, "train": 5, "embed": 5, "synthesize": 5, "contenders": 5, "evaluating": 5, "evaluate": 5, "app": 5,
+    "preflight": 5, "training": 5, "sweeping": 5, "sweep": 5, "_hydra": 5, "train": 5, "embed": 5, "synthesize": 5, "contenders": 5, "evaluating": 5, "evaluate": 5, "app": 5,
 }  # fmt: skip
 # rooms of one level that may lean on each other, with the reason
 ALLOWED = {
@@ -30,6 +30,7 @@ ALLOWED = {
     ("embedding_folder", "embeddings"),  # a folder is filled through the store
     ("metrics", "stats"),  # an operating point says how sure it is
     ("module", "data"),  # training runs a data module
+    ("training", "preflight"), ("sweeping", "preflight"), ("preflight", "_hydra"),
     ("sweeping", "training"), ("sweep", "sweeping"), ("sweep", "_hydra"),
     ("training", "_hydra"), ("train", "_hydra"), ("train", "training"), ("embed", "_hydra"), ("embed", "training"),
     ("synthesize", "_hydra"), ("synthesize", "training"), ("app", "_hydra"),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 
 import pytest
+from conftest import picture
 
 from guardkit._hydra import user_error
 from guardkit.encoders.base import cut_texts
 from guardkit.heads import LinearHead, PromptHead
 from guardkit.module import Diverged
 from guardkit.policy import Policy
-from guardkit.schema import InputError
+from guardkit.schema import InputError, Record
 
 # --- training that diverges -------------------------------------------------------------------------------------------------
 
@@ -109,3 +111,221 @@ def test_a_cut_is_seen_with_any_tokenizer(tmp_path, special, mode, side):
         assert cut_texts(["a", least, far_longer, ""], tokenizer, 6) == [far_longer]
         assert cut_texts([], tokenizer, 6) == []
     assert cut_texts([longer], HFTokenizer(str(tmp_path), 6, tokenizer_mode=mode), 6) == [longer]
+
+
+# --- what a source cannot give ------------------------------------------------------------------------------------------------
+
+
+def forbidden(*arguments, **settings):
+    raise AssertionError("the long part has begun")
+
+
+@pytest.fixture
+def nothing_long(monkeypatch):
+    """Editing and embedding are an error."""
+    monkeypatch.setattr("guardkit.counterfactual.pipeline.CounterfactualPipeline.make_all", forbidden)
+    monkeypatch.setattr("guardkit.embeddings.EmbeddingStore.embed", forbidden)
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """Class folders without boxes: 16 pictures each."""
+    root = tmp_path_factory.mktemp("classes")
+    for label in (0, 1):
+        folder = root / ("unsafe" if label else "safe")
+        folder.mkdir()
+        for i in range(16):
+            picture(1000 * label + i).save(folder / f"{i}.png")
+    return root
+
+
+def photographs(root, *settings):
+    return ["source=folder", f"source.root={root}", "policy=handled_objects", "data.n_unsafe=8", "trainer.max_epochs=5", *settings]
+
+
+def test_every_arm_has_the_same_unsafe_images_and_fewer_negatives_are_marked(train):
+    few = ["source.n_train=30", "trainer.max_epochs=5"]
+    shuffled, unpaired = train("experiment=shuffled_pairs", *few), train("experiment=unpaired", *few)
+    assert shuffled.metrics["n_unsafe"] == unpaired.metrics["n_unsafe"] == 24
+    assert shuffled.metrics["n_counterfactuals"] == 6
+    (note,) = shuffled.metrics["notes"]
+    assert "of the 30 unsafe images that source=scenes has for training, 6 are left beside the 24 labelled ones" in note
+    assert "not comparable with arms that have 24 negatives (set data.n_unsafe=15 for every arm that is compared" in note
+    assert f"note: {note}" in shuffled.table
+    assert unpaired.metrics["notes"] == []
+
+
+@pytest.mark.usefixtures("nothing_long")
+def test_no_others_for_shuffled_pairs_is_an_error(train):
+    with pytest.raises(InputError, match=r"0 are left beside the 24 labelled ones.*; set data.n_unsafe=12 for every arm"):
+        train("experiment=shuffled_pairs", "source.n_train=24")
+
+
+def test_whitening_on_few_images_is_marked(train):
+    report = train("experiment=unpaired", "head=linear_whitened", "trainer.max_epochs=5")
+    (note,) = report.metrics["notes"]
+    assert "learns how 256-d embeddings vary from 240 training images, where head.n_images asks for 2048" in note
+    assert f"note: {note}" in report.table
+    assert train("experiment=unpaired", "head=linear_whitened", "head.n_images=240", "trainer.max_epochs=5").metrics["notes"] == []
+
+
+@pytest.mark.usefixtures("nothing_long")
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (["experiment=pairs_aug", "editor=inpaint"], "no region: editor=inpaint needs a box around the feature; .* editor=diffusers"),
+        (["experiment=pairs_plus", "editor=scenes"], "not a drawn scene: editor=scenes edits source=scenes only"),
+        (["experiment=null_edits", "editor=inpaint"], "no region: editor=inpaint needs a box"),
+        (["experiment=pairs_aug", "editor=none"], "editor=none edits nothing"),
+        (["experiment=pairs_aug", "editor=diffusers", "editor.pipeline=flux_fill"], "no region: pipeline=flux_fill needs a box"),
+        (["experiment=pairs_aug", "editor=imperfect"], "not a drawn scene"),
+    ],
+)
+def test_an_arm_whose_every_edit_will_be_refused_says_so_first(compose, classes, tmp_path, monkeypatch, settings, reason):
+    from guardkit.training import run
+
+    # weights that nobody has here are found
+    monkeypatch.setattr("guardkit.editors.diffusers.DiffusersEditor.config", {}, raising=False)
+    with pytest.raises(InputError) as caught:
+        run(compose("train", *photographs(classes), *settings), {}, tmp_path)
+    line = user_error(caught.value)
+    assert re.search(rf"none of the 8 unsafe images of source=folder can be edited \(8 x {reason}", line), line
+    assert "experiment=unpaired" in line
+
+
+@pytest.mark.usefixtures("nothing_long")
+def test_synthesize_whose_every_edit_will_be_refused_says_so_first(compose, classes, tmp_path):
+    from guardkit.training import synthesize_source
+
+    with pytest.raises(InputError, match=r"none of the 16 images of source=folder can be edited \(16 x no region: editor=inpaint"):
+        synthesize_source(
+            compose("synthesize", "source=folder", f"source.root={classes}", "policy=handled_objects", "editor=inpaint"), tmp_path
+        )
+
+
+def test_some_refused_edits_are_a_note(scenes_policy):
+    from types import SimpleNamespace
+
+    from guardkit.counterfactual.instructor import TemplateInstructor
+    from guardkit.counterfactual.pipeline import CounterfactualPipeline
+    from guardkit.counterfactual.verifier import NoVerifier
+    from guardkit.data.budget import check_edits
+    from guardkit.editors.inpaint import InpaintEditor
+
+    content = SimpleNamespace(key="k", load=forbidden)
+    boxed, bare = (Record(name, 1, "weapons", "s", name, content, region=box) for name, box in (("a", (0.1, 0.1, 0.4, 0.4)), ("b", None)))
+    twin = replace(bare, id="c", twins=(content,))  # brings a counterfactual of its own
+    pipeline = CounterfactualPipeline(scenes_policy, TemplateInstructor(), InpaintEditor(), NoVerifier(), cache_dir=None)
+    (note,) = check_edits(pipeline, [("unsafe images", "counterfactual", [boxed, bare, twin])], "source=s")
+    assert note.startswith("1 of the 3 unsafe images of source=s cannot be edited (1 x no region")
+    assert check_edits(pipeline, [("safe images", "null", [replace(bare, label=0)])], "source=s") == []
+
+
+def test_a_dataset_without_a_pair_is_no_success(compose, tmp_path, monkeypatch, capsys):
+    import guardkit.synthesize as command
+
+    monkeypatch.setattr(command, "output_dir", lambda: tmp_path)
+    cfg = compose("synthesize", "source.n_train=9", "source.n_test=2", "limit=6", "verifier=encoder", "verifier.min_cosine=1.0")
+    with pytest.raises(InputError) as caught:
+        command.synthesize.__wrapped__(cfg)
+    line = user_error(caught.value)
+    assert line.startswith("accepted none of 6 edits (6 x verifier=encoder: the edit is another picture")
+    assert "ask less of the verifier (verifier.max_score" in line
+    assert "editor=" not in line
+    assert (tmp_path / "manifest.json").exists()
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+# --- settings and parts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["threshold=best"], r"threshold must be a number in \[0, 1\] or an operating point \(balanced, fpr_0.01, fpr_0.05\), got 'best'"),
+        (["threshold=null"], "threshold must be a number"),
+        (["threshold=1.5"], r"threshold must lie in \[0, 1\]"),
+        (["optimizer.lr=-1"], "optimizer cannot work with these settings .Invalid learning rate: -1"),
+        (["optimizer.lr=1e39"], "optimizer cannot work with these settings .*overflow"),
+        (["+optimizer.speed=3"], "optimizer cannot work with these settings .*speed"),
+        (["trainer.max_epochs=many"], "trainer.max_epochs must be a whole number of at least -1, got 'many'"),
+        (["trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch must be a whole number of at least 1, got 0"),
+        (["early_stopping_patience=soon"], "early_stopping_patience must be a whole number of at least 0, got 'soon'"),
+        (["+trainer.speed=3"], "trainer cannot work with these settings .*speed"),
+        (["logger=wandb", "logger.offline=false"], "needs a login: run `wandb login`"),
+        (["head=mlp", "head.hidden=0"], "head=mlp needs hidden >= 1"),
+        (["encoder=open_clip", "encoder.weights=local-dir:/nowhere"], "holds no open_clip_config.json"),
+        (["verifier=guard", "verifier.guard.folder=/nowhere"], "/nowhere"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_settings_that_cannot_work_are_said_before_any_image_is_read(compose, tmp_path, monkeypatch, command, settings, message):
+    from guardkit.sweeping import run_sweep
+    from guardkit.training import run
+
+    monkeypatch.setattr("guardkit.data.sources.scenes.ScenesSource.load", forbidden)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - Hydra wraps what constructors raise
+        {"train": run, "sweep": run_sweep}[command](compose(command, *settings), {}, tmp_path)
+    line = user_error(caught.value)
+    assert line is not None, caught.value
+    assert re.search(message, line), line
+
+
+@pytest.mark.parametrize("settings", [["head=prompt"], ["head=linear_texts"], ["verifier=encoder"], ["experiment=zero_shot"]])
+def test_an_encoder_without_texts_is_said_before_any_image_is_read(compose, tmp_path, monkeypatch, settings):
+    from guardkit.training import run
+
+    def no_texts(self, texts):
+        raise InputError(f"this encoder encodes no texts ({len(texts)} given)")
+
+    monkeypatch.setattr("guardkit.encoders.open_clip.OpenClipEncoder.encode_texts", no_texts)
+    monkeypatch.setattr("guardkit.data.sources.scenes.ScenesSource.load", forbidden)
+    with pytest.raises(Exception, match="encodes no texts"):
+        run(compose("train", *settings), {}, tmp_path)
+
+
+def test_a_head_that_was_tried_changes_no_figure(compose, scenes_encoder, scenes_policy):
+    import torch
+
+    from guardkit.preflight import check_parts
+
+    torch.manual_seed(3)
+    check_parts(scenes_encoder, None, scenes_policy, [compose("train", "head=mlp").head])
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(after, torch.rand(1))
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_on_few_images_says_it_in_sentences(compose, tmp_path, caplog):
+    from guardkit.sweeping import run_sweep
+
+    arms = "sweep.arms=[unpaired,pairs_aug,shuffled_pairs]"
+    cfg = compose(
+        "sweep", "source.n_train=16", "source.n_test=18", arms, "sweep.seeds=10", "sweep.n_resamples=100", "sweep.strengths=[1.0]"
+    )
+    report = run_sweep(cfg, {}, tmp_path)
+    sentences = [
+        "sizes 32 to 1024 are left out for every arm: more unsafe images are needed than the 16 that source=scenes has for training",
+        "size 16 is left out for shuffled_pairs: as many other unsafe images are needed beside the labelled ones, and source=scenes has 16",
+    ]
+    for said in sentences:
+        assert caplog.text.count(said) == 1
+        assert report.table.count(said) == 1
+    assert "190 cells were left out" in report.table
+    assert "note: head=linear_whitened learns how 256-d embeddings vary from 32 training images" in report.table
+
+
+def test_a_sweep_of_which_nothing_is_left_is_an_error(compose, tmp_path):
+    from guardkit.sweeping import run_sweep
+
+    with pytest.raises(InputError, match="no cell of the sweep can be fitted: more unsafe images are needed than the 60"):
+        run_sweep(sweep_of(compose, "sweep.sizes=[64]"), {}, tmp_path / "a")
+    with pytest.raises(InputError, match=r"not one cell could be fitted: size 8 is left out for every arm.*training diverged"):
+        run_sweep(sweep_of(compose, "head=mlp", "optimizer.lr=1e30"), {}, tmp_path / "b")
+    assert (tmp_path / "b" / "report.md").exists()

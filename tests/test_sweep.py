@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from itertools import groupby
 from types import SimpleNamespace
@@ -68,6 +69,9 @@ class World:
 
     def make_test_set(self):
         return self.test
+
+    def refusals(self, records, kind):
+        return Counter()
 
     def make(self, records, seeds, kind, counts):
         tries = []
@@ -181,15 +185,18 @@ def test_an_arm_without_any_edit_is_reported_and_the_rest_carried_on(tmp_path):
     _, finished, failed = fitted(World(accept=lambda record: False), tmp_path, sizes=(4, 8), seeds=(0,))
     assert {cell.arm for cell in finished} == {"unpaired", "pairs_plus"}
     assert {cell.arm for cell in failed} == {"pairs_aug", "shuffled_pairs", "null_edits"}
-    assert "no safe image to train on: 4 of 4 edits were rejected" in failed[Cell("pairs_aug", "linear", 4, 0)]
+    assert "no safe image to train on: all edits were rejected" in failed[Cell("pairs_aug", "linear", 4, 0)]
     assert "x not accepted" in failed[Cell("pairs_aug", "linear", 4, 0)]
 
 
 def test_sizes_larger_than_the_data():
     stock = Stock(World(n=20), ARMS, (4, 16, 32), (0,))
     assert stock.reason_against(Cell("unpaired", "linear", 16, 0)) is None
-    assert stock.reason_against(Cell("unpaired", "linear", 32, 0)) == "needs 32 unsafe images, source=vectors has 20 for training"
-    with pytest.raises(CellError, match="needs 32 unsafe images, source=vectors has 20"):
+    assert (
+        stock.reason_against(Cell("unpaired", "linear", 32, 0))
+        == "more unsafe images are needed than the 20 that source=vectors has for training"
+    )
+    with pytest.raises(CellError, match="as many other unsafe images are needed beside the labelled ones, and source=vectors has 20"):
         stock.data_of(Cell("shuffled_pairs", "linear", 16, 0))
 
 
@@ -198,7 +205,7 @@ def test_one_class_only(tmp_path):
     world.pool = [record for record in world.pool if record.label == 1]
     _, finished, failed = fitted(world, tmp_path, sizes=(4,), seeds=(0,))
     assert {cell.arm for cell in finished} == {"pairs_aug", "shuffled_pairs"}
-    assert failed[Cell("unpaired", "linear", 4, 0)] == "needs 4 safe images, source=vectors has 0 for training"
+    assert failed[Cell("unpaired", "linear", 4, 0)] == "more safe images are needed than the 0 that source=vectors has for training"
 
 
 def test_embeddings_that_are_not_finite_are_named():
@@ -468,18 +475,19 @@ def test_an_interrupted_sweep_goes_on_where_it_was(sweep, monkeypatch):
         sweep(arms, "source.scene_shift=1")
 
 
+SHORT = "as many other unsafe images are needed beside the labelled ones, and source=scenes has 40 for training"
+
+
 def test_an_editor_that_gives_nothing_and_too_few_images(sweep, caplog):
     report = sweep("editor=none", "sweep.sizes=[4,32]", "sweep.target_sizes=[4]")
     curves_ = report.summary["curves"]
     assert curves_["unpaired"]["4"]["mean"] is not None
     assert curves_["pairs_aug"]["4"]["mean"] is None
     assert "editor=none edits nothing" in curves_["pairs_aug"]["4"]["reason"]
-    assert curves_["shuffled_pairs"]["32"]["reason"] == "needs 64 unsafe images, source=scenes has 40 for training"
-    assert (
-        "left out: shuffled_pairs with n_unsafe=32 needs 64 unsafe images, source=scenes has 40 for training (set sweep.sizes)"
-        in caplog.text
-    )
+    assert curves_["shuffled_pairs"]["32"]["reason"] == SHORT
+    assert f"size 32 is left out for shuffled_pairs: {SHORT} (set sweep.sizes)" in caplog.text
     assert "cells were left out" in report.table
+    assert f"  size 32 is left out for shuffled_pairs: {SHORT}" in report.table
     assert "editor=none edits nothing" in (report.folder / "report.md").read_text()
 
 

@@ -234,8 +234,8 @@ def test_no_group_straddles_a_split():
 
 def test_fewer_images_than_asked_for_is_said_and_used(train, caplog):
     metrics = train("experiment=shuffled_pairs", "source.n_train=30", "trainer.max_epochs=5").metrics
-    assert "asked for 48 unsafe images, source=scenes has 30 for training: using 15" in caplog.text
-    assert metrics["n_unsafe"] == 15
+    assert "experiment=shuffled_pairs takes the counterfactuals of 24 others: using 6" in caplog.text
+    assert metrics["n_unsafe"] == 24
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_fewer_images_than_asked_for_is_said_and_used(train, caplog):
         (["policy=handled_objects"], "category 'hate' is not in policy"),
         (["threshold=best"], "threshold must be a number in .0, 1. or an operating point .balanced"),
         (["threshold=7"], r"threshold must lie in \[0, 1\], got 7"),
-        (["editor=none"], "no safe image to train against: all 24 edits were rejected .24 x editor=none edits nothing"),
+        (["editor=none"], "none of the 24 unsafe images of source=scenes can be edited .24 x editor=none edits nothing"),
         (["editor=inpaint", "editor.method=magic"], "editor.method must be one of telea"),
         (["loss.prevalence=0"], r"loss.prevalence must lie in \(0, 1\)"),
         (["seed=-1"], "seed must be a whole number of at least 0"),
@@ -315,7 +315,7 @@ def test_training_from_an_embedding_folder(compose, tmp_path):
     assert metrics["test"]["auroc"] > 0.5
     assert metrics["pairs"]["pair_accuracy"] is None
     assert "the source holds embeddings only" in metrics["pairs"]["reason"]
-    with pytest.raises(InputError, match=r"all 20 edits were rejected .20 x no image"):
+    with pytest.raises(InputError, match=r"none of the 20 unsafe images of source=embeddings can be edited .20 x no image"):
         run(compose("train", "experiment=pairs_aug", *overrides), {}, tmp_path / "run2")
 
 

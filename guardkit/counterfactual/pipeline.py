@@ -21,10 +21,12 @@ from guardkit.artifacts import fingerprint
 from guardkit.counterfactual.instructor import Instruction, Instructor
 from guardkit.counterfactual.store import Edit, Try, TryStore
 from guardkit.counterfactual.verifier import Candidate, Verdict, Verifier, sanity
-from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult, Kind
+from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult, Kind, refusal
 from guardkit.images import decode_png, encode_png
 from guardkit.policy import Policy
 from guardkit.schema import ImageError, InputError, Record
+
+_NO_IMAGE = "no image: the source holds embeddings only"
 
 
 @dataclass
@@ -132,9 +134,22 @@ class CounterfactualPipeline:
             for record in records:
                 if record.content is None:
                     counts.requested += 1
-                    counts.rejected["no image: the source holds embeddings only"] += 1
+                    counts.rejected[_NO_IMAGE] += 1
             counts.seconds += time.perf_counter() - started
             return made
+
+    def refusals(self, records: Sequence[Record], kind: Kind = "counterfactual") -> Counter[str]:
+        """Why records will not be edited, and how many, as far as it is known without their pixels."""
+        found: Counter[str] = Counter()
+        for record in records:
+            reason = None
+            if record.content is None:
+                reason = _NO_IMAGE
+            elif not (record.twins and kind == "counterfactual"):
+                reason = refusal(self.editor, EditRequest(record.content, "", record.region, 0, kind, record.label))
+            if reason is not None:
+                found[reason] += 1
+        return found
 
     def _instruct(self, records: Sequence[Record], seeds: Sequence[int], kind: Kind) -> list[Instruction]:
         if kind != "counterfactual":

@@ -58,6 +58,7 @@ class ScoreVerifier:
             describe its original to those that were asked for; 1 when they describe it as well as the first did the
             original, NaN when nobody knows the words. None: not asked.
         min_arrival: least of it, in [0, 1]; 0 asks for nothing. An edit that only wipes the violation away does not arrive.
+        prepare: builds what the scores need; None: it is there.
     An edit to the unsafe side is judged by the complement of the score, a null edit by preservation alone.
     Raises:
         InputError: an argument out of range.
@@ -77,6 +78,7 @@ class ScoreVerifier:
         min_cosine: float,
         arrival: Arrival | None = None,
         min_arrival: float = 0.0,
+        prepare: Callable[[], object] | None = None,
     ) -> None:
         if not (0 < max_score < 1 and 0 <= min_drop < 1 and 0 <= min_preservation <= 1 and -1 <= min_cosine <= 1 and 0 <= min_arrival <= 1):
             raise InputError(
@@ -87,6 +89,7 @@ class ScoreVerifier:
         self.name = name
         self._policy, self._embed, self._probabilities, self._made_by = policy, embed, probabilities, made_by
         self._arrival, self.min_arrival = arrival, min_arrival
+        self._prepare = prepare
         self.max_score, self.min_drop = max_score, min_drop
         self.min_preservation, self.min_cosine = min_preservation, min_cosine
 
@@ -116,11 +119,14 @@ class ScoreVerifier:
         """
         head: list[PromptHead] = []
 
-        def probabilities(embeddings: np.ndarray) -> np.ndarray:
+        def text_head() -> PromptHead:
             if not head:  # the encoder is built when it is first needed
                 head.append(PromptHead.build(store.encoder, policy, scale=scale))
+            return head[0]
+
+        def probabilities(embeddings: np.ndarray) -> np.ndarray:
             with torch.inference_mode():
-                return torch.sigmoid(head[0](torch.from_numpy(embeddings)).double()).numpy()
+                return torch.sigmoid(text_head()(torch.from_numpy(embeddings)).double()).numpy()
 
         def made_by() -> dict[str, Any]:
             return {"scale": scale, "encoder": store.encoder.fingerprint, "min_arrival": min_arrival}
@@ -151,7 +157,9 @@ class ScoreVerifier:
             "min_preservation": min_preservation,
             "min_cosine": min_cosine,
         }
-        return cls("encoder", policy, store.embed, probabilities, made_by, **limits, arrival=arrival, min_arrival=min_arrival)
+        return cls(
+            "encoder", policy, store.embed, probabilities, made_by, **limits, arrival=arrival, min_arrival=min_arrival, prepare=text_head
+        )
 
     @classmethod
     def from_guard(
@@ -201,6 +209,15 @@ class ScoreVerifier:
         """Everything the verdicts depend on."""
         limits = {name: getattr(self, name) for name in ("max_score", "min_drop", "min_preservation", "min_cosine")}
         return {"verifier": self.name, "version": 2, **limits, **self._made_by()}
+
+    def prepare(self) -> None:
+        """Builds what the scores need, which would otherwise wait for the first edit.
+
+        Raises:
+            InputError: the encoder reads no texts, or cannot tell the policy's apart.
+        """
+        if self._prepare is not None:
+            self._prepare()
 
     def verify(self, candidates: Sequence[Candidate]) -> list[Verdict]:
         """One verdict per candidate: flip_score is the probability of the wanted side after the edit."""

@@ -19,7 +19,8 @@ import lightning as L
 import numpy as np
 
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
-from guardkit.data.arms import NEGATIVES, TRANSFORMS, Batch, Orders, assemble, category_numbers, choose, every_turn
+from guardkit.data.arms import NEGATIVES, TRANSFORMS, Batch, Orders, assemble, category_numbers, every_turn
+from guardkit.data.budget import check_edits, chosen_in_budget, edited
 from guardkit.data.controls import Control, make_controls
 from guardkit.data.sources.base import Loaded, Source
 from guardkit.data.splits import split_test
@@ -97,6 +98,7 @@ class GuardDataModule(L.LightningDataModule):
         self.edits = EditCounts()  # of this arm
         self.views = ViewMaker(store, pipeline, transform=transform, n_views=variants_per_image, counts=self.edits)
         self.other_edits = EditCounts()  # of the controls and of test pairs
+        self.notes: list[str] = []  # what the source could not give this arm
         self.epoch = 0
         self._candidates: list[Record] | None = None
         self._executor: ThreadPoolExecutor | None = None
@@ -108,26 +110,11 @@ class GuardDataModule(L.LightningDataModule):
         if self._executor is not None:
             return
         orders = Orders.of(self.load(), self.seed)
-        unsafe, safe = orders.unsafe, orders.safe
         where = f"source={self.source.name}"
-        if len(unsafe) < 2:
-            raise InputError(
-                f"{where} leaves {len(unsafe)} unsafe image(s) for training; at least 2 are needed: label more, or lower data.test_share"
-            )
-        if "natural" in self.negatives and len(safe) < 2:
-            raise InputError(
-                f"{where} leaves {len(safe)} safe image(s) for training; this arm needs at least 2: add some, or use experiment=pairs_aug"
-            )
-        n_needed = self.n_unsafe * (2 if "shuffled" in self.negatives else 1)
-        n = self.n_unsafe
-        if len(unsafe) < n_needed:
-            n = max(2, len(unsafe) * self.n_unsafe // n_needed)
-            log.warning("asked for %d unsafe images, %s has %d for training: using %d (set data.n_unsafe)", n_needed, where, len(unsafe), n)
-        if "natural" in self.negatives and len(safe) < n:
-            log.warning("asked for %d safe images, %s has %d for training: using all of them", n, where, len(safe))
-        choice = choose(orders, n, self.negatives)
-        if "shuffled" in self.negatives and len(choice.others.train) + len(choice.others.validation) < 2:
-            raise InputError(f"{where} has no other unsafe images left for experiment=shuffled_pairs; lower data.n_unsafe")
+        choice, self.notes = chosen_in_budget(orders, self.n_unsafe, self.negatives, where)
+        self.notes += check_edits(self.pipeline, edited(choice, self.negatives, self.transform), where)
+        for note in self.notes:
+            log.warning("%s", note)
         self.unsafe_train, self.unsafe_validation = choice.unsafe.train, choice.unsafe.validation
         self.safe_train, self.safe_validation = choice.natural.train, choice.natural.validation
         self.others_train, self.others_validation = choice.others.train, choice.others.validation
@@ -293,12 +280,16 @@ class GuardDataModule(L.LightningDataModule):
         names = {"counterfactual", "shuffled"} & set(self.negatives)
         return sum(int(pools[name].views().there.sum()) for pools in (self._train, self._validation) for name in names)
 
-    def check_negatives(self) -> None:
-        """Raises InputError when not a single negative came through, with the reasons."""
-        n = sum(int(self._train[name].views().there.sum()) for name in self.negatives)
-        if not n:
-            reasons = "; ".join(f"{count} x {reason}" for reason, count in self.edits.rejected.items())
-            raise InputError(f"no safe image to train against: all {self.edits.requested} edits were rejected ({reasons})")
+    def check_both_sides(self) -> None:
+        """Raises InputError when not a single unsafe image, or not a single negative, came through, with the reasons."""
+        unsafe, *others = (int(pool.views().there.sum()) for pool in self._train.values())
+        for label, n in (("unsafe", unsafe), ("safe", sum(others))):
+            if not n:
+                reasons = "; ".join(f"{count} x {reason}" for reason, count in self.edits.rejected.items())
+                raise InputError(
+                    f"no {label} image to train with: {sum(self.edits.rejected.values())} of {self.edits.requested} edits were rejected ({reasons}); "
+                    "choose another editor or verifier, or experiment=unpaired, which edits none"
+                )
 
     def teardown(self, stage: str | None = None) -> None:
         """Nothing: the background work may outlive one stage; `close` ends it."""

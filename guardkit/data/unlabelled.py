@@ -30,6 +30,7 @@ class Unlabelled:
         self._data = data
         self.images: list[Record] = []
         self._whitenings: dict[tuple[int, float], np.ndarray] = {}
+        self.notes: list[str] = []  # what there was too little of
 
     def whitening(self, n_images: int, shrinkage: float) -> np.ndarray:
         """The map under which images vary alike in all directions.
@@ -49,6 +50,12 @@ class Unlabelled:
         key = n_images, shrinkage
         if key not in self._whitenings:
             vectors = self._embedded(nested_order(self._data.load(), _ORDER_SEED)[:n_images])
+            if len(vectors) < n_images:
+                self.notes.append(
+                    f"head=linear_whitened learns how {vectors.shape[1]}-d embeddings vary from {len(vectors)} training images, where head.n_images asks "
+                    f"for {n_images}: source={self._data.source.name} has no more"
+                )
+                log.warning("%s", self.notes[-1])
             vectors = vectors - vectors.mean(axis=0)
             covariance = vectors.T @ vectors
             size = np.trace(covariance) / len(covariance)

@@ -12,6 +12,9 @@ from guardkit.schema import Content, Region
 
 NULL_INSTRUCTION = "Change nothing that matters to the policy."
 NO_ROUND_TRIP = "no round trip: this editor has no autoencoder that images pass through"
+NEEDS_REGION = (
+    "needs a box around the feature; give one (x_min, y_min, x_max, y_max beside file_name), or an editor without: editor=diffusers"
+)
 Kind = Literal["counterfactual", "null", "round_trip"]
 
 
@@ -49,7 +52,7 @@ class EditResult:
 
 
 class Editor(Protocol):
-    """Edits images.
+    """Edits images. One that cannot edit some images whatever they show may say so ahead, see `refusal`.
 
     Attributes:
         name: a short name for tables.
@@ -65,3 +68,17 @@ class Editor(Protocol):
     def edit(self, requests: Sequence[EditRequest]) -> list[EditResult]:
         """One result per request, in order. (h, w, 3) uint8 RGB of the same size as the original."""
         ...
+
+
+def lacks_region(request: EditRequest) -> bool:
+    """Whether an editor that changes a box does not know which: only a null edit of a safe image may choose its own."""
+    return request.region is None and request.kind != "round_trip" and not (request.kind == "null" and request.label == 0)
+
+
+def refusal(editor: Editor, request: EditRequest) -> str | None:
+    """Why an editor will not edit an image, as far as it is known without its pixels; None where it may be tried.
+
+    An editor says so by a method `refuses` that takes the request; one without it refuses nothing ahead.
+    """
+    refuses = getattr(editor, "refuses", None)
+    return None if refuses is None else refuses(request)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from guardkit.editors.base import EditRequest, EditResult
+from guardkit.editors.base import NEEDS_REGION, EditRequest, EditResult, lacks_region
 from guardkit.editors.diffusers_pipelines import KINDS, PipelineWeights, is_out_of_memory, load_pipeline, one_line
 from guardkit.editors.inpaint import elsewhere
 from guardkit.editors.registration import global_shift, largest_change, moved, pasted
@@ -234,6 +234,10 @@ class DiffusersEditor:
                 results |= {job.row: self._finish(job, one) for job, one in zip(batch, made, strict=True)}
         return [results[row] for row in range(len(requests))]
 
+    def refuses(self, request: EditRequest) -> str | None:
+        """Why an image will not be edited, or None."""
+        return f"no region: pipeline={self.pipeline} {NEEDS_REGION}" if self._kind.masked and lacks_region(request) else None
+
     def _prepare(self, row: int, request: EditRequest) -> _Job | str:
         """What is to be done, or why nothing is."""
         is_null, is_trip, region, prompt = request.kind == "null", request.kind == "round_trip", request.region, request.instruction
@@ -242,8 +246,9 @@ class DiffusersEditor:
             prompt = "" if is_null else request.target or request.instruction
         if not prompt.strip() and request.kind == "counterfactual":
             return "no instruction"
-        if region is None and self._kind.masked and not is_trip and not (is_null and request.label == 0):
-            return f"no region: pipeline={self.pipeline} needs a box around the feature"
+        reason = self.refuses(request)
+        if reason is not None:
+            return reason
         try:
             original = request.content.load()
         except ImageError as error:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from guardkit.artifacts import fingerprint
-from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult
+from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult, refusal
 from guardkit.schema import InputError
 
 
@@ -40,6 +40,10 @@ class ImperfectEditor:
         return self.editor.edit(
             [one if self._succeeds(one) else replace(one, kind="null", instruction=NULL_INSTRUCTION, target="") for one in requests]
         )
+
+    def refuses(self, request: EditRequest) -> str | None:
+        """Why an image will not be edited, or None."""
+        return refusal(self.editor, request)
 
     def _succeeds(self, request: EditRequest) -> bool:
         # the same draw at every rate, so that a better editor does well what a worse one did

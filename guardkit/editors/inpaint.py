@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from guardkit.editors.base import NO_ROUND_TRIP, EditRequest, EditResult
+from guardkit.editors.base import NEEDS_REGION, NO_ROUND_TRIP, EditRequest, EditResult, lacks_region
 from guardkit.schema import ImageError, InputError, Region
 
 _METHODS = {"telea": cv2.INPAINT_TELEA, "navier_stokes": cv2.INPAINT_NS}
@@ -60,12 +60,17 @@ class InpaintEditor:
         """One result per request. Rejected: no region is known, the region is too large, the image cannot be read."""
         return [self._edit_one(request) for request in requests]
 
+    def refuses(self, request: EditRequest) -> str | None:
+        """Why an image will not be edited, or None."""
+        return f"no region: editor=inpaint {NEEDS_REGION}" if lacks_region(request) else None
+
     def _edit_one(self, request: EditRequest) -> EditResult:
         region = request.region
         if request.kind == "round_trip":
             return EditResult(None, NO_ROUND_TRIP)
-        if region is None and not (request.kind == "null" and request.label == 0):
-            return EditResult(None, "no region: editor=inpaint needs a box around the feature")
+        reason = self.refuses(request)
+        if reason is not None:
+            return EditResult(None, reason)
         try:
             image = request.content.load()
         except ImageError as error:

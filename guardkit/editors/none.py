@@ -17,4 +17,8 @@ class NoEditor:
 
     def edit(self, requests: Sequence[EditRequest]) -> list[EditResult]:
         """A rejection per request."""
-        return [EditResult(None, "editor=none edits nothing; choose editor=scenes or editor=inpaint") for _ in requests]
+        return [EditResult(None, self.refuses(request)) for request in requests]
+
+    def refuses(self, request: EditRequest) -> str:  # noqa: ARG002 - whatever it is
+        """Why an image will not be edited."""
+        return "editor=none edits nothing; choose editor=scenes or editor=inpaint"

@@ -20,10 +20,16 @@ class ScenesEditor:
         """One result per request. Rejected: an image that is not a drawn scene, or shows no feature to replace."""
         return [self._edit_one(request) for request in requests]
 
+    def refuses(self, request: EditRequest) -> str | None:
+        """Why an image will not be edited, or None."""
+        if isinstance(request.content, SceneContent):
+            return None
+        return "not a drawn scene: editor=scenes edits source=scenes only; use editor=inpaint or editor=diffusers"
+
     def _edit_one(self, request: EditRequest) -> EditResult:
         content = request.content
         if not isinstance(content, SceneContent):
-            return EditResult(None, "not a drawn scene: editor=scenes edits source=scenes only; use editor=inpaint")
+            return EditResult(None, self.refuses(request))
         if request.kind == "round_trip":
             return EditResult(None, NO_ROUND_TRIP)
         if request.kind == "null":

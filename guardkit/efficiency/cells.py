@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from guardkit.counterfactual.pipeline import EditCounts
-from guardkit.data.arms import Batch, Choice, Orders, assemble, category_numbers, choose, every_turn
+from guardkit.data.arms import Batch, Choice, Orders, Split, assemble, category_numbers, choose, every_turn
+from guardkit.data.budget import check_edits, edited
 from guardkit.data.datamodule import GuardDataModule
 from guardkit.data.views import ViewMaker, Views
 from guardkit.progress import progress
@@ -108,6 +109,13 @@ class Stock:
         self._names = data.policy.category_names
         self._orders = {seed: Orders.of(pool, seed) for seed in seeds}
         self._sizes = tuple(sizes)
+        self._refused = {arm.name: self._refusal(arm) for arm in arms}
+        cells = [Cell(arm.name, "", size, seed) for arm in arms for size in sizes for seed in seeds]
+        reasons = [self.reason_against(cell) for cell in cells]
+        if all(reasons):
+            raise InputError(
+                f"no cell of the sweep can be fitted: {'; '.join(str(one) for one in dict.fromkeys(reasons))}; set sweep.sizes"
+            )
         self._rows: dict[str, dict[str, int]] = {}
         self._views: dict[str, Views] = {}
         self._categories: dict[str, np.ndarray] = {}
@@ -122,11 +130,25 @@ class Stock:
     def reason_against(self, cell: Cell) -> str | None:
         """Why the source cannot serve a cell, or None."""
         arm, orders = self._arms[cell.arm], self._orders[cell.seed]
-        wanted = cell.n_unsafe * (2 if "shuffled" in arm.negatives else 1)
-        if len(orders.unsafe) < wanted:
-            return f"needs {wanted} unsafe images, {self._where} has {len(orders.unsafe)} for training"
+        # the same words for every cell, so that they can be said once for all
+        if len(orders.unsafe) < cell.n_unsafe:
+            return f"more unsafe images are needed than the {len(orders.unsafe)} that {self._where} has for training"
+        if "shuffled" in arm.negatives and len(orders.unsafe) < 2 * cell.n_unsafe:
+            return (
+                f"as many other unsafe images are needed beside the labelled ones, and {self._where} has {len(orders.unsafe)} for training"
+            )
         if "natural" in arm.negatives and len(orders.safe) < cell.n_unsafe:
-            return f"needs {cell.n_unsafe} safe images, {self._where} has {len(orders.safe)} for training"
+            return f"more safe images are needed than the {len(orders.safe)} that {self._where} has for training"
+        return self._refused[arm.name]
+
+    def _refusal(self, arm: Arm) -> str | None:
+        """Why the editor can edit none of the images of an arm, or None."""
+        orders = next(iter(self._orders.values()))
+        everything = Choice(Split(orders.unsafe), Split(orders.safe if "natural" in arm.negatives else []), Split(orders.unsafe))
+        try:
+            check_edits(self._data.pipeline, edited(everything, arm.negatives, arm.transform), self._where)
+        except InputError as error:
+            return str(error)
         return None
 
     def data_of(self, cell: Cell) -> CellData:
@@ -146,7 +168,7 @@ class Stock:
         for label, name in ((1, "unsafe"), (0, "safe")):
             if not (train["labels"] == label).any():
                 reasons = "; ".join(f"{count} x {reason}" for reason, count in self.edit_counts[arm.name].rejected.items())
-                why = f"{requested - accepted} of {requested} edits were rejected ({reasons})" if requested else "one class only"
+                why = f"all edits were rejected ({reasons} among those of the arm)" if requested and not accepted else "one class only"
                 raise CellError(f"no {name} image to train on: {why}")
         n_safe = len(choice.natural.train) + len(choice.natural.validation)
         return CellData(train, validation, n_safe, requested, accepted)

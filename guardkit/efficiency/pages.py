@@ -6,6 +6,8 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+from guardkit.efficiency.plan import in_sentences
+
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1d232b; max-width: 64rem; margin: 2.5rem auto; padding: 0 1.25rem; }
 h1 { font-size: 1.7rem; margin-bottom: 0.2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 0.6rem; }
@@ -19,6 +21,8 @@ p.note { color: #5b6570; font-size: 0.9rem; } code { background: #f2f4f6; paddin
   body { background: #14181d; color: #e6e9ed; } th, p.note { color: #9aa5b1; } th, td { border-color: #2b323a; }
   code { background: #20262d; } img { background: #fff; border-radius: 6px; } }
 """
+
+_N_SAID = 8  # reasons for what was left out, at the terminal
 
 Table = tuple[str, str, list[str], list[list[str]]]
 """Heading, a line about it, column names, rows."""
@@ -82,7 +86,11 @@ def short_table(summary: dict[str, Any]) -> str:
                 if one["arm"] != row["arm"]
             ]
     if summary["left_out"]:
-        lines.append(f"{sum(len(row['seeds']) for row in summary['left_out'])} cells were left out; report.md says why")
+        said = in_sentences(summary["left_out"], summary["arms"], summary["sizes"], len(summary["seeds"]))
+        lines.append(f"{sum(len(row['seeds']) for row in summary['left_out'])} cells were left out; report.md lists them")
+        lines += [f"  {sentence}" for sentence in said[:_N_SAID]]
+        lines += [f"  and {len(said) - _N_SAID} more reasons"] if said[_N_SAID:] else []
+    lines += [f"note: {note}" for note in summary["notes"]]
     return "\n".join(lines)
 
 

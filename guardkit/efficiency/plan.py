@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import Cell
@@ -60,3 +62,42 @@ class Plan:
     def curves(self, head: str) -> list[str]:
         """The names of all curves of a head, in the order of the arms."""
         return [self.curve(arm, head) for arm in self.arms]
+
+    def left_out(self, failed: Mapping[Cell, str]) -> list[dict[str, Any]]:
+        """Cells without a result: arm, size, seeds and reason of those that have them in common."""
+        rows: dict[tuple[str, int, str], list[int]] = {}
+        for cell, reason in failed.items():
+            rows.setdefault((self.curve(cell.arm, cell.head), cell.n_unsafe, reason), []).append(cell.seed)
+        return [{"arm": arm, "size": size, "seeds": seeds, "reason": reason} for (arm, size, reason), seeds in rows.items()]
+
+
+def in_sentences(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], sizes: Sequence[int], n_seeds: int) -> list[str]:
+    """What was left out, one sentence a reason where arms share their sizes.
+
+    Args:
+        rows: see `Plan.left_out`.
+        arms: names of all curves.
+        sizes: all of them, rising.
+        n_seeds: of the sweep.
+    """
+    found: dict[str, dict[str, dict[int, int]]] = {}
+    for row in rows:
+        found.setdefault(row["reason"], {}).setdefault(row["arm"], {})[row["size"]] = len(row["seeds"])
+    sentences = []
+    for reason, by_arm in found.items():
+        alike: dict[tuple[tuple[int, int], ...], list[str]] = {}
+        for arm, counts in by_arm.items():
+            alike.setdefault(tuple(sorted(counts.items())), []).append(arm)
+        for counted, mine in alike.items():
+            which = [size for size, _ in counted]
+            first, last = sizes.index(which[0]), sizes.index(which[-1])
+            if len(which) == 1:
+                what = f"size {which[0]} is"
+            elif len(which) == last - first + 1:
+                what = f"sizes {which[0]} to {which[-1]} are"
+            else:
+                what = f"sizes {', '.join(map(str, which))} are"
+            partly = "" if all(n == n_seeds for _, n in counted) else " for some seeds"
+            who = "every arm" if len(mine) == len(arms) else ", ".join(mine)
+            sentences.append(f"{what} left out for {who}{partly}: {reason}")
+    return sentences

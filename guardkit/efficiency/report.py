@@ -26,6 +26,7 @@ def write_report(
     stock: Stock,
     strengths: Sequence[float],
     engine: Mapping[str, Any],
+    notes: Sequence[str] = (),
 ) -> tuple[dict[str, Any], str]:
     """Measures finished cells and writes everything but the cells themselves.
 
@@ -37,6 +38,7 @@ def write_report(
         stock: what they were fitted to.
         strengths: of regularisation.
         engine: its name, and what else summary.json says of it beside the number of fits and their seconds.
+        notes: what there was too little of, in sentences.
     Returns:
         The figures of summary.json, and a short table to print.
     """
@@ -62,7 +64,8 @@ def write_report(
             n_cells, seconds = n_cells + measured.n_cells, seconds + measured.seconds
             summary = _joined(summary, _of_head(plan, head, measured, failed, stock))
     summary |= {
-        "left_out": _left_out(plan, failed),
+        "left_out": plan.left_out(failed),
+        "notes": list(notes),
         "threshold": plan.threshold,
         "n_resamples": plan.n_resamples,
         "engine": {"name": engine["name"], "fits": n_cells * len(strengths), "seconds": seconds, **engine},
@@ -139,10 +142,3 @@ def _category(size: int, known: Mapping[str, Curve], baseline: str) -> dict[str,
             gain = difference(one, known[baseline], size)
             row[name]["against_baseline"] = {"difference": gain.estimate, "ci_low": gain.low, "ci_high": gain.high}
     return row
-
-
-def _left_out(plan: Plan, failed: Mapping[Cell, str]) -> list[dict[str, Any]]:
-    rows: dict[tuple[str, int, str], list[int]] = {}
-    for cell, reason in failed.items():
-        rows.setdefault((plan.curve(cell.arm, cell.head), cell.n_unsafe, reason), []).append(cell.seed)
-    return [{"arm": arm, "size": size, "seeds": seeds, "reason": reason} for (arm, size, reason), seeds in rows.items()]

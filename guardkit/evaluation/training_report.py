@@ -175,7 +175,7 @@ def summary_table(metrics: dict[str, Any]) -> str:
     for name, value in rows:
         text = "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
         lines.append(f"  {name:<{width}}  {text}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  note: {note}" for note in metrics["notes"])])
 
 
 def _pictured_pairs(data: GuardDataModule, measured: Measured) -> list[plots.PicturedPair]:

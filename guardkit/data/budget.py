@@ -1,0 +1,95 @@
+"""What a source can give an arm, known before anything is edited or embedded: enough images, and images that can be edited.
+
+Arms are compared at equal budgets. Where a source cannot serve one in full, that is said in a note, which a training report
+repeats; where it cannot serve it at all, that is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from guardkit.counterfactual.pipeline import CounterfactualPipeline
+from guardkit.data.arms import Choice, Orders, choose
+from guardkit.editors.base import Kind
+from guardkit.schema import InputError, Record
+
+_LEAST = 2  # images of a kind: one trains, one validates
+
+
+def chosen_in_budget(orders: Orders, n_unsafe: int, negatives: Sequence[str], where: str) -> tuple[Choice, list[str]]:
+    """The images of an arm, and what is missing from its budget, in sentences.
+
+    The labelled unsafe images are those of every other arm with this budget and seed; where images are short, an arm has
+    fewer negatives rather than other unsafe images.
+
+    Args:
+        orders: of the training pool.
+        n_unsafe: the label budget.
+        negatives: see `guardkit.data.arms.NEGATIVES`.
+        where: names the source.
+    Raises:
+        InputError: too few images of a kind that the arm needs.
+    """
+    unsafe, safe = orders.unsafe, orders.safe
+    if len(unsafe) < _LEAST:
+        raise InputError(
+            f"{where} leaves {len(unsafe)} unsafe image(s) for training; at least {_LEAST} are needed: label more, or lower data.test_share"
+        )
+    if "natural" in negatives and len(safe) < _LEAST:
+        raise InputError(
+            f"{where} leaves {len(safe)} safe image(s) for training; this arm needs at least {_LEAST}: add some, or use experiment=pairs_aug"
+        )
+    n, notes = min(n_unsafe, len(unsafe)), []
+    if n < n_unsafe:
+        notes.append(f"asked for {n_unsafe} unsafe images, {where} has {n} for training: using {n} (set data.n_unsafe)")
+    if "natural" in negatives and len(safe) < n:
+        notes.append(f"asked for {n} safe images, {where} has {len(safe)} for training: using all of them")
+    choice = choose(orders, n, negatives)
+    n_others = len(choice.others.train) + len(choice.others.validation)
+    if "shuffled" in negatives and n_others < n:
+        short = (
+            f"of the {len(unsafe)} unsafe images that {where} has for training, {n_others} are left beside the {n} labelled ones, and "
+            f"experiment=shuffled_pairs takes the counterfactuals of {n} others"
+        )
+        mend = f"set data.n_unsafe={max(_LEAST, len(unsafe) // 2)} for every arm that is compared, or add unsafe images"
+        if n_others < _LEAST:
+            raise InputError(f"{short}; {mend}")
+        notes.append(f"{short}: using {n_others}, so that it is not comparable with arms that have {n} negatives ({mend})")
+    return choice, notes
+
+
+def edited(choice: Choice, negatives: Sequence[str], transform: str) -> list[tuple[str, Kind, list[Record]]]:
+    """What an arm asks an editor for: whose images they are, the kind of edit, the images."""
+    unsafe, natural, others = ([*side.train, *side.validation] for side in (choice.unsafe, choice.natural, choice.others))
+    wanted: list[tuple[str, Kind, list[Record]]] = []
+    if transform == "null_edit":
+        wanted += [("unsafe images", "null", unsafe), ("safe images", "null", natural)]
+    if "counterfactual" in negatives:
+        wanted.append(("unsafe images", "counterfactual", unsafe))
+    if "shuffled" in negatives:
+        wanted.append(("other unsafe images", "counterfactual", others))
+    return [one for one in wanted if one[2]]
+
+
+def check_edits(pipeline: CounterfactualPipeline, wanted: Sequence[tuple[str, Kind, list[Record]]], where: str) -> list[str]:
+    """What the editor will refuse whatever the images show, in sentences.
+
+    Args:
+        pipeline: has the editor.
+        wanted: see `edited`.
+        where: names the source.
+    Raises:
+        InputError: it refuses all images of a kind.
+    """
+    notes = []
+    for what, kind, records in wanted:
+        refused = pipeline.refusals(records, kind)
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in sorted(refused.items()))
+        n = sum(refused.values())
+        if n == len(records):
+            raise InputError(
+                f"none of the {n} {what} of {where} can be edited ({reasons}); choose another editor=, or in training experiment=unpaired, which edits none"
+            )
+        if n:
+            notes.append(f"{n} of the {len(records)} {what} of {where} cannot be edited ({reasons})")
+    return notes
