@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -274,17 +275,151 @@ def test_two_people_judge_in_a_real_browser(scenes_policy, tmp_path):
         assert [one.id for one in loaded.rejected] == [ids[1]]
 
 
-def test_other_names_for_this_address_are_refused(scenes_policy, tmp_path):
-    import http.client
+def request(address, method, path, body=None, headers=None):
+    """The status, headers and text of one answer."""
+    port = int(address.rstrip("/").rsplit(":", 1)[1])
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request(method, path, body, headers or {})
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read().decode(errors="replace")
+    finally:
+        connection.close()
 
-    with page(make(scenes_policy, tmp_path / "d")) as (address, _):
-        port = int(address.rstrip("/").rsplit(":", 1)[1])
-        for host, status in ((f"127.0.0.1:{port}", 200), ("evil.example", 400)):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-            connection.request("GET", "/", headers={"Host": host})
-            answer = connection.getresponse()
-            assert answer.status == status
-            if status == 200:
-                assert "connect-src 'self'" in answer.headers["Content-Security-Policy"]
-            answer.read()
-            connection.close()
+
+def event(**parts):
+    return json.dumps({"data": ["ann"], "fn_index": 7, "trigger_id": 0, "event_data": None, "session_hash": "abc"} | parts)
+
+
+def without(name):
+    parts = json.loads(event())
+    del parts[name]
+    return json.dumps(parts)
+
+
+@pytest.fixture(scope="module")
+def open_page(scenes_policy, tmp_path_factory):
+    """The address of a page and its first pair; the page must have nothing to complain about at the end."""
+    folder = make(scenes_policy, tmp_path_factory.mktemp("app") / "d")
+    with page(folder) as (address, _):
+        yield address, queue(folder).pairs[0]["pair_id"]
+    assert not ReviewLog(folder).read()
+
+
+JSON = {"content-type": "application/json"}
+
+
+def test_other_origins_get_nothing(open_page):
+    address, _ = open_page
+    host = address.removeprefix("http://").rstrip("/")
+    port = int(host.split(":")[1])
+    served = request(address, "GET", "/")
+    assert served[0] == 200
+    assert "connect-src 'self'" in served[1]["Content-Security-Policy"]
+    assert request(address, "GET", "/", headers={"Host": f"localhost:{port}"})[0] == 200
+    assert request(address, "GET", "/", headers={"Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin"})[0] == 200
+    # a link to the page may be followed, and shows the one who clicked it the page
+    assert request(address, "GET", "/", headers={"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "document"})[0] == 200
+    (asset,) = re.findall(r'src="\.?/?(assets/index-[^"]+\.js)"', served[2])[:1]
+    assert request(address, "GET", f"/{asset}")[0] == 200
+    others = [
+        {"Host": "evil.example"}, {"Host": f"evil.example:{port}"}, {"Host": f"127.0.0.1:{port + 1}"}, {"Host": "127.0.0.1"}, {"Host": ""},
+        {"Host": f"127.0.0.1.evil.example:{port}"}, {"Origin": "http://evil.example"}, {"Origin": "null"},
+        {"Origin": f"http://127.0.0.1:{port + 1}"}, {"Origin": f"http://localhost:{port + 1}"}, {"Origin": f"http://localhost:{port}"},
+        {"Origin": f"https://{host}"}, {"Sec-Fetch-Site": "same-site"}, {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "iframe"},
+    ]  # fmt: skip
+    for headers in others:
+        asked = [("GET", "/", None), ("GET", f"/{asset}", None), ("GET", "/gradio_api/queue/data?session_hash=abc", None)]
+        for method, path, body in [*asked, ("POST", "/gradio_api/queue/join", event()), ("OPTIONS", "/gradio_api/queue/join", None)]:
+            status, answered, text = request(address, method, path, body, JSON | headers)
+            assert (status, path == "/" and "<html" in text) == (403, False), (method, path, headers)
+            assert not [name for name in answered if name.lower().startswith("access-control-")]
+
+
+def test_the_page_has_no_routes_but_its_own(open_page):
+    address, _ = open_page
+    paths = [
+        "/gradio_api/upload", "/upload", "/gradio_api/file=/etc/passwd", "/file=/etc/passwd", "/gradio_api/file/etc/passwd",
+        "/gradio_api/proxy=http://127.0.0.1:1/", "/gradio_api/info", "/gradio_api/openapi.json", "/config", "/gradio_api/run/predict",
+        "/gradio_api/api/predict", "/gradio_api/call/predict", "/gradio_api/app_id", "/gradio_api/reset", "/gradio_api/cancel", "/monitoring",
+        "/gradio_api/heartbeat/abc", "/gradio_api/stream/abc", "/gradio_api/component_server", "/docs", "/openapi.json", "/gradio_api/token",
+        "/assets/../../../etc/passwd", "/assets/%2e%2e/%2e%2e/app.py", "/static//etc/passwd", "/login", "/robots.txt", "/svelte/x",
+    ]  # fmt: skip
+    for path in paths:
+        for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS"):
+            assert request(address, method, path, "{}" if method == "POST" else None, JSON)[0] == 404, (method, path)
+    for method, path in (("POST", "/"), ("GET", "/gradio_api/queue/join"), ("POST", "/gradio_api/queue/data")):
+        assert request(address, method, path, "{}", JSON)[0] == 405, (method, path)
+    for query in ("", "?session_hash=", "?session_hash=../x", "?session_hash=" + "a" * 65, "?session_hash=a&session_hash=b", "?a"):
+        assert request(address, "GET", f"/gradio_api/queue/data{query}")[0] == 422, query
+
+
+MALFORMED = [
+    (400, ""), (400, "{"), (400, "[" * 50_000), (400, b"\xff\xfe"), (422, "[]"), (422, "null"), (422, "7"), (422, "{}"),
+    *[(422, without(name)) for name in ("data", "fn_index", "session_hash")],
+    *[(422, event(fn_index=value)) for value in (None, "7", True, 7.0, -1, 8, 10**30, [7], {})],
+    *[(422, event(session_hash=value)) for value in (None, 7, "", "../x", "a" * 65, ["abc"])],
+    *[(422, event(trigger_id=value)) for value in ("0", -1, 10**30, True, {})],
+    *[(422, event(data=value)) for value in (None, "ann", {}, [], ["ann", "bob"], [7], [["ann"]], [{"path": "/etc/passwd"}], ["a" * 1001], ["\ud800"])],
+    (422, event(event_data={"x": 1})), (422, event(simple_format=True)), (422, event(batched=True)), (422, event(oauth_token="x")),
+    (413, event(data=["a" * 100_000])),
+]  # fmt: skip
+
+
+def test_malformed_events_are_refused_without_a_traceback(open_page):
+    """What the page itself sends is taken; the fixture's page must end without a word about the rest."""
+    address, pair = open_page
+    join = "/gradio_api/queue/join"
+    for status, body in MALFORMED:
+        assert request(address, "POST", join, body, JSON)[0] == status, body[:80]
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+        assert request(address, "POST", join, event(), {"content-type": kind})[0] == 415, kind
+    for who, here, why in (
+        ("ann", "nobody", ""),
+        ("ann", None, ""),
+        ("ann", 7, ""),
+        ("ann", pair, None),
+        (7, pair, ""),
+        ("ann", pair, "e" * 1001),
+    ):
+        status, _, _ = request(address, "POST", join, event(fn_index=0, data=[who, here, why]), JSON)
+        assert status == 422, (who, here, why)
+    assert (
+        "there is no pair 'nobody' in this queue; reload the page"
+        in request(address, "POST", join, event(fn_index=0, data=["ann", "nobody", ""]), JSON)[2]
+    )
+    assert request(address, "POST", join, event(), JSON)[0] == 200
+    assert f'data-pair=\\"{pair}\\"' in request(address, "GET", "/gradio_api/queue/data?session_hash=abc")[2]
+
+
+@pytest.mark.parametrize(
+    ("host", "asked", "status"),
+    [
+        ("0.0.0.0", "192.168.1.5:7860", 200),
+        ("0.0.0.0", f"{socket.gethostname()}:7860", 200),
+        ("0.0.0.0", "evil.example:7860", 403),
+        ("0.0.0.0", "192.168.1.5:80", 403),
+        ("::", "[fe80::1]:7860", 200),
+        ("::1", "[::1]:7860", 200),
+        ("192.168.1.5", "192.168.1.5:7860", 200),
+        ("192.168.1.5", "192.168.1.6:7860", 403),
+        ("127.0.0.1", "192.168.1.5:7860", 403),
+    ],
+)
+def test_a_page_for_others_answers_to_names_that_cannot_be_bent(host, asked, status):
+    import asyncio
+
+    from guardkit.moderation.gate import Gate
+
+    async def inner(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"access-control-allow-origin", b"*")]})
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": [(b"host", asked.encode())]}
+    asyncio.run(Gate(inner, host, 7860, {})(scope, None, send))
+    assert sent[0]["status"] == status
+    assert b"access-control-allow-origin" not in dict(sent[0]["headers"])

@@ -10,10 +10,12 @@ from __future__ import annotations
 import base64
 import logging
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,12 @@ from jinja2 import Environment, PackageLoader
 from guardkit.counterfactual.pair_dataset import read_pair_dataset, write_reviews
 from guardkit.counterfactual.review import MAX_NAME, MAX_REASON, VERDICTS, ReviewQueue, agreement, image_file, reviewer_name
 from guardkit.images import encode_png, read_image
+from guardkit.moderation.gate import Gate, page_address
 from guardkit.schema import ImageError, InputError
 
 log = logging.getLogger(__name__)
 
 _MAX_SIDE_PX = 1600
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# the browser itself sees to it that nothing comes from elsewhere, whatever Gradio's pages contain
-_CONTENT_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; frame-ancestors 'self'"
-)
 _HERE = Path(__file__).parent
 
 
@@ -89,27 +86,16 @@ def serve(queue: ReviewQueue, *, title: str, reviewer: str | None, host: str, po
         import gradio
         import uvicorn
         from fastapi import FastAPI
-        from starlette.middleware.trustedhost import TrustedHostMiddleware
     except ImportError as error:
         raise InputError('the review page needs gradio; install it with: pip install "guardkit[app]"') from error
 
     with _listener(host, port) as listener:
         # no interactive documentation: it would load scripts from elsewhere
         server = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-        if host in _LOOPBACK:
-            # a page from elsewhere whose name was bent to this address must not read the images
-            server.add_middleware(TrustedHostMiddleware, allowed_hosts=[*_LOOPBACK, "[::1]"])
-
-        @server.middleware("http")
-        async def only_from_here(request: Any, call_next: Any) -> Any:
-            response = await call_next(request)
-            response.headers["Content-Security-Policy"] = _CONTENT_POLICY
-            response.headers["Cache-Control"] = "no-store"  # images that may be unsafe stay out of the browser's cache
-            return response
-
+        page, events = build_page(queue, title=title, reviewer=reviewer)
         gradio.mount_gradio_app(
             server,
-            build_page(queue, title=title, reviewer=reviewer),
+            page,
             path="/",
             theme=gradio.themes.Base(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
             css=(_HERE / "review.css").read_text(encoding="utf-8"),
@@ -122,19 +108,32 @@ def serve(queue: ReviewQueue, *, title: str, reviewer: str | None, host: str, po
             pwa=False,
             max_file_size="1kb",
         )
+        bound = listener.getsockname()[1]
         # the browser holds a connection open for as long as the page is shown
-        settings = uvicorn.Config(server, log_level="critical", timeout_graceful_shutdown=1)
-        shown = f"[{host}]" if ":" in host else host
-        announce(f"http://{shown}:{listener.getsockname()[1]}/")
+        settings = uvicorn.Config(Gate(server, host, bound, events), log_level="critical", timeout_graceful_shutdown=1)
+        announce(page_address(host, bound))
         with _stoppable():
             uvicorn.Server(settings).run(sockets=[listener])
 
 
-def build_page(queue: ReviewQueue, *, title: str, reviewer: str | None) -> Any:
-    """The page's components and what happens at each event, as `gradio.Blocks`."""
+def build_page(queue: ReviewQueue, *, title: str, reviewer: str | None) -> tuple[Any, dict[int, list[Callable[[Any], str | None]]]]:
+    """The page's components and what happens at each event, as `gradio.Blocks`, and for each event checks of its inputs."""
     import gradio as gr
 
     show = Screen(queue, title)
+
+    def quietly(act: Callable[..., Any]) -> Callable[..., Any]:
+        """What the reviewer can mend is said on the page, and is no traceback."""
+
+        @wraps(act)
+        def acted(*values: Any) -> Any:
+            try:
+                return act(*values)
+            except (InputError, OSError) as error:
+                raise gr.Error(str(error), print_exception=False) from error
+
+        return acted
+
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
         # a fixed key, so that the name is still there after the server was started again; it is no secret
         remembered = gr.BrowserState(reviewer or "", storage_key="guardkit-reviewer", secret="guardkit")
@@ -167,21 +166,31 @@ def build_page(queue: ReviewQueue, *, title: str, reviewer: str | None) -> Any:
         everything = [pair, progress, shown, reason, said, agreed]
         options: dict[str, Any] = {"outputs": everything, "show_progress": "hidden", "api_visibility": "private"}
         for verdict, button in buttons.items():
-            button.click(lambda who, here, why, verdict=verdict: show.judge(who, here, verdict, why), [name, shown, reason], **options)
-        back.click(lambda who, here: show.step(who, here, -1), [name, shown], **options)
-        forward.click(lambda who, here: show.step(who, here, 1), [name, shown], **options)
-        unseen.click(show.unseen, [name, shown], **options)
+            judge = quietly(lambda who, here, why, verdict=verdict: show.judge(who, here, verdict, why))
+            button.click(judge, [name, shown, reason], **options)
+        back.click(quietly(lambda who, here: show.step(who, here, -1)), [name, shown], **options)
+        forward.click(quietly(lambda who, here: show.step(who, here, 1)), [name, shown], **options)
+        unseen.click(quietly(show.unseen), [name, shown], **options)
         name.blur(
-            lambda who, before: [who, *(show.start(who) if who != before else [gr.skip()] * len(everything))],
+            quietly(lambda who, before: [who, *(show.start(who) if who != before else [gr.skip()] * len(everything))]),
             [name, remembered],
             **(options | {"outputs": [remembered, *everything]}),
         )
         page.load(
-            lambda before: [reviewer or before, *show.start(reviewer or before)],
+            quietly(lambda before: [reviewer or before, *show.start(reviewer or before)]),
             remembered,
             **(options | {"outputs": [name, *everything]}),
         )
-    return page
+    checks = {name: _text, reason: _text, shown: show.unknown, remembered: lambda value: None if value is None else _text(value)}
+    return page, {number: [checks[one] for one in event.inputs] for number, event in page.fns.items()}
+
+
+def _text(value: Any) -> str | None:
+    """What is wrong with a text that the page sends."""
+    # half a character is no text, and could not be sent back
+    if isinstance(value, str) and len(value) <= MAX_REASON and not re.search("[\ud800-\udfff]", value):
+        return None
+    return f"a name or a reason must be a text of at most {MAX_REASON} whole characters"
 
 
 class Screen:
@@ -196,6 +205,14 @@ class Screen:
         self.queue, self.title = queue, title
         # Jinja escapes every text that comes from outside
         self._parts: Any = Environment(loader=PackageLoader("guardkit.moderation", "."), autoescape=True).get_template("review.html").module
+
+    def unknown(self, pair_id: Any) -> str | None:
+        """What is wrong with the pair that an event names."""
+        try:
+            self.queue.place(pair_id if isinstance(pair_id, str) else "")
+        except InputError as error:
+            return str(error)
+        return None
 
     def start(self, who: str) -> list[str]:
         """The first pair that this reviewer has not judged."""
