@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from guardkit.reading import read_array as read_npy
 from guardkit.schema import InputError
 
 _SAFETENSORS, _NUMPY, _PICKLES, _TORCH = ".safetensors", ".npy", (".p", ".pkl", ".pickle"), (".pt", ".pth", ".bin")
@@ -89,7 +90,7 @@ def read_array(path: Path) -> np.ndarray:
             raise InputError(f"{path} holds {len(tensors)} tensors, expected one")
         array: Any = next(iter(tensors.values())).float().numpy()
     elif suffix == _NUMPY:
-        array = _refused(path, lambda: np.load(path, allow_pickle=False))
+        array = read_npy(path, "get the published file anew")
     elif suffix in _PICKLES:
         array = _refused(path, lambda: _unpickle(path))
     else:

@@ -84,6 +84,11 @@ class CounterfactualPipeline:
         self._lock = threading.Lock()
         self._store = TryStore(cache_dir)
 
+    @property
+    def n_damaged(self) -> int:
+        """Stored edits and verdicts so far that did not pass their check, and were made anew."""
+        return self._store.n_damaged
+
     def make(
         self,
         records: Sequence[Record],
