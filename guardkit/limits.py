@@ -10,12 +10,16 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import cv2
+import numpy as np
+
 from guardkit.schema import ImageError
 
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 32_768  # pixels
 MAX_ASPECT = 300  # longer side over shorter side: resized to a model's shorter side, the longer one must still fit into memory
 MAX_BYTES = 1 << 30  # of an encoded image
+WORKING_SIDE = 4096  # pixels, of the longer side: larger images are edited, changed and compared at this size
 DECODING_BYTES = 1 << 30  # of pixels that are being decoded at once, in all threads together
 _LARGE_BYTES = 64 << 20  # what is freed of an image below this size, the allocator may keep
 _BYTES_PER_PIXEL = 8  # a decoder's own four, what becomes of them, and some room
@@ -47,6 +51,15 @@ def check_bytes(n_bytes: int) -> None:
         raise ImageError("empty file")
     if n_bytes > MAX_BYTES:
         raise ImageError(f"{n_bytes} encoded bytes are more than {MAX_BYTES}")
+
+
+def shrink(image: np.ndarray, max_px: int = WORKING_SIDE) -> np.ndarray:
+    """An image, of which the longer side has at most `max_px` pixels: the same array, or a smaller one by averages."""
+    height, width = image.shape[:2]
+    scale = max_px / max(height, width)
+    if scale >= 1:
+        return image
+    return cv2.resize(image, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA)
 
 
 class _Budget:

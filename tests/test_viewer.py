@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 
 import cv2
@@ -17,7 +18,13 @@ from conftest import picture
 from PIL import Image, ImageCms
 
 from guardkit import limits
-from guardkit.images import FileContent, read_image
+from guardkit.data.augment import AugmentedContent
+from guardkit.editors import registration
+from guardkit.editors.base import EditRequest
+from guardkit.editors.inpaint import InpaintEditor
+from guardkit.editors.registration import global_shift, largest_change, pasted
+from guardkit.evaluation.perturbations import perturb
+from guardkit.images import ArrayContent, FileContent, read_image
 from guardkit.schema import ImageError
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -300,3 +307,56 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     # each takes 112 MB decoded and converted; 870 MB were measured without a budget
     used = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout)
     assert used < 420 * 1024
+
+
+@pytest.fixture
+def thin():
+    """The longest image that is read, 32,768 x 1,000 pixels, as an edit request with a box."""
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (25, 819, 3), dtype=np.uint8)
+    image = cv2.resize(small, (limits.MAX_SIDE, 1000), interpolation=cv2.INTER_LINEAR)
+    return image, EditRequest(ArrayContent(image), "remove it", (0.2, 0.2, 0.7, 0.8), seed=1)
+
+
+def test_the_cost_of_an_edit_does_not_grow_with_the_side_of_the_image(thin):
+    image, request = thin
+    started = time.process_time()
+    edited = InpaintEditor().edit([request])[0].image
+    # a blur at full size takes 20 s and more
+    assert time.process_time() - started < 10
+    assert edited is not None
+    assert edited.shape == image.shape
+    assert (edited[:, :5000] == image[:, :5000]).all()
+    assert (edited[:, 25_000:] == image[:, 25_000:]).all()
+    assert np.abs(edited[300:700, 10_000:20_000].astype(int) - image[300:700, 10_000:20_000]).mean() > 5
+
+
+def test_what_compares_and_changes_large_images_works_at_a_bounded_size(thin):
+    image, _ = thin
+    half = image.copy()
+    half[:, 16_000:] = 255 - half[:, 16_000:]
+    started = time.process_time()
+    mask = np.zeros(image.shape[:2], bool)
+    mask[:, 16_000:] = True
+    assert largest_change(image, half, mask) > 5
+    assert largest_change(image, half, ~mask) < largest_change(image, half, mask)
+    assert global_shift(image, image, mask) == (0, 0)
+    for edit in ("blur", "watermark"):
+        assert max(perturb(image, edit, 5).shape) == limits.WORKING_SIDE
+    assert max(AugmentedContent(ArrayContent(image), 1).load().shape) == limits.WORKING_SIDE
+    assert time.process_time() - started < 20
+
+
+def test_seams_are_the_same_in_strips_and_close_at_the_working_size(monkeypatch):
+    rng = np.random.default_rng(1)
+    before, after = rng.integers(0, 256, (2, 300, 200, 3), dtype=np.uint8)
+    mask = np.zeros((300, 200), bool)
+    mask[100:180, 40:120] = True
+    whole = pasted(before, after, mask)
+    monkeypatch.setattr(registration, "_STRIP_PX", 1000)
+    np.testing.assert_array_equal(pasted(before, after, mask), whole)
+    monkeypatch.setattr(registration, "WORKING_SIDE", 150)
+    monkeypatch.setattr(registration, "shrink", lambda one: limits.shrink(one, 150))
+    reduced = pasted(before, after, mask)
+    np.testing.assert_array_equal(reduced[mask], after[mask])
+    np.testing.assert_array_equal(reduced[:80], before[:80])

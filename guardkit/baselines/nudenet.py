@@ -19,9 +19,9 @@ import torch
 
 from guardkit.artifacts import fingerprint, hash_file
 from guardkit.baselines.base import checked_share, covered
+from guardkit.limits import shrink
 from guardkit.policy import Policy
 from guardkit.schema import InputError, Judgment
-from guardkit.vlm.base import shrink
 
 # what version 3 detects
 CLASSES = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from guardkit.limits import shrink
 from guardkit.schema import Region
 
 _WORKING_PX = 256  # larger images are compared at this length of their longer side
@@ -38,11 +39,7 @@ def preservation(original: np.ndarray, edited: np.ndarray, region: Region | None
 
 def _reduced(image: np.ndarray) -> np.ndarray:
     """(h, w) float32 luminance in [0, 1], at the working size at most."""
-    scale = _WORKING_PX / max(image.shape[:2])
-    if scale < 1:
-        size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32) / 255
+    return cv2.cvtColor(shrink(image, _WORKING_PX), cv2.COLOR_RGB2GRAY).astype(np.float32) / 255
 
 
 def _ssim_map(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from guardkit.limits import shrink
 from guardkit.schema import Content
 
 
@@ -31,8 +32,8 @@ class AugmentedContent:
         return f"classic-1:{self.seed}:{self.original.key}"
 
     def load(self) -> np.ndarray:
-        """(h, w, 3) uint8 RGB of the original's size."""
-        return classic_augment(self.original.load(), np.random.default_rng([self.seed, 21]))
+        """(h, w, 3) uint8 RGB of the original's size, or of the working size if that is smaller."""
+        return classic_augment(shrink(self.original.load()), np.random.default_rng([self.seed, 21]))
 
 
 def classic_augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

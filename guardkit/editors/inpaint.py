@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from guardkit.editors.base import NEEDS_REGION, NO_ROUND_TRIP, EditRequest, EditResult, lacks_region
+from guardkit.editors.registration import pasted
 from guardkit.schema import ImageError, InputError, Region
 
 _METHODS = {"telea": cv2.INPAINT_TELEA, "navier_stokes": cv2.INPAINT_NS}
@@ -101,12 +102,7 @@ class InpaintEditor:
         small = cv2.resize(image, small_size, interpolation=cv2.INTER_AREA)
         small_mask = cv2.resize(mask, small_size, interpolation=cv2.INTER_NEAREST)
         painted = cv2.inpaint(small, small_mask, self.radius, _METHODS[self.method])
-        painted = cv2.resize(painted, (width, height), interpolation=cv2.INTER_CUBIC)
-        # a soft seam, a few pixels wide
-        soft = cv2.GaussianBlur(mask.astype(np.float32) / 255, (0, 0), max(1.0, 0.004 * max(height, width)))
-        alpha = np.maximum(soft, mask.astype(np.float32) / 255)[..., None]
-        alpha[alpha < 0.02] = 0
-        return np.round(alpha * painted + (1 - alpha) * image).astype(np.uint8)
+        return pasted(image, cv2.resize(painted, (width, height), interpolation=cv2.INTER_CUBIC), mask > 0)
 
 
 def elsewhere(region: Region | None, rng: np.random.Generator) -> Region | None:

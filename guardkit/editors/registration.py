@@ -10,7 +10,10 @@ import math
 import cv2
 import numpy as np
 
+from guardkit.limits import WORKING_SIDE, shrink
+
 _WORKING_PX = 512  # shifts are measured at most at this length of the longer side
+_STRIP_PX = 1 << 20  # pixels that are pasted at once
 _MIN_PX = 16  # smaller images hold too little to correlate
 _CLEAR_PEAK = 0.3  # OpenCV's response: up to 0.25 between unlike images, from 0.4 between an image and its noisy edit
 
@@ -50,12 +53,16 @@ def global_shift(original: np.ndarray, edited: np.ndarray, mask: np.ndarray | No
     shift = (round(across / scale), round(down / scale))
     if 2 * abs(shift[0]) >= width or 2 * abs(shift[1]) >= height:
         return 0, 0
+    if shift == (0, 0):
+        return 0, 0
     kept = np.ones((height, width), bool) if mask is None else ~mask
     kept &= moved(np.zeros_like(kept), np.ones_like(kept), -shift[0], -shift[1])
-    if shift == (0, 0) or not kept.any():
+    some = np.s_[:: math.ceil(max(height, width) / WORKING_SIDE), :: math.ceil(max(height, width) / WORKING_SIDE)]  # of a large image
+    kept, shown = kept[some], original[some]
+    if not kept.any():
         return 0, 0
     back = moved(original, edited, -shift[0], -shift[1])
-    before, after = (np.abs(original[kept].astype(np.int16) - image[kept]).mean() for image in (edited, back))
+    before, after = (np.abs(shown[kept].astype(np.int16) - image[some][kept]).mean() for image in (edited, back))
     return shift if after < before else (0, 0)
 
 
@@ -81,6 +88,9 @@ def largest_change(original: np.ndarray, edited: np.ndarray, mask: np.ndarray | 
         mask: (h, w) bool, where to look; None for everywhere.
         window: side of a patch, a fraction of the longer side; no more than the sides of the mask.
     """
+    original, edited = shrink(original), shrink(edited)
+    if mask is not None and mask.shape != original.shape[:2]:
+        mask = shrink(mask.astype(np.uint8) * 255) > 0
     side = max(1, round(window * max(original.shape[:2])))
     if mask is not None:
         side = max(1, min(side, int(mask.any(axis=1).sum()), int(mask.any(axis=0).sum())))
@@ -90,8 +100,18 @@ def largest_change(original: np.ndarray, edited: np.ndarray, mask: np.ndarray | 
 
 def pasted(original: np.ndarray, edited: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """(h, w, 3) uint8: the edit within the mask (h, w bool), the original outside, and a seam a few pixels wide between."""
+    height, width = mask.shape
     solid = mask.astype(np.float32)
-    soft = cv2.GaussianBlur(solid, (0, 0), max(1.0, 0.004 * max(mask.shape)))
-    alpha = np.maximum(soft, solid)[..., None]
+    if max(height, width) > WORKING_SIDE:  # a blur costs pixels times its width, which grows with the image
+        solid = shrink(solid)
+    alpha = cv2.GaussianBlur(solid, (0, 0), max(1.0, 0.004 * max(solid.shape)))
+    if solid.shape != mask.shape:
+        alpha = cv2.resize(alpha, (width, height), interpolation=cv2.INTER_LINEAR)
+    alpha = np.maximum(alpha, mask)
     alpha[alpha < 0.02] = 0
-    return np.round(alpha * edited + (1 - alpha) * original).astype(np.uint8)
+    result = np.empty_like(original)
+    rows = max(1, _STRIP_PX // width)
+    for top in range(0, height, rows):
+        part, share = slice(top, top + rows), alpha[top : top + rows, :, None]
+        result[part] = np.round(share * edited[part] + (1 - share) * original[part])
+    return result

@@ -15,6 +15,7 @@ from functools import cached_property
 import cv2
 import numpy as np
 
+from guardkit.limits import shrink
 from guardkit.schema import InputError
 
 STRENGTHS = (1, 2, 3, 4, 5)
@@ -46,13 +47,14 @@ def perturb(image: np.ndarray, edit: str, strength: int, *, seed: int = 0) -> np
         strength: 1 (slight) to 5 (strong); for "flip" five kinds, and not a scale.
         seed: of what is drawn at random.
     Returns:
-        (h', w', 3) uint8 RGB; crop, border, flip and screenshot change the size.
+        (h', w', 3) uint8 RGB; crop, border, flip and screenshot change the size. Images above the working size are brought to
+        it first.
     Raises:
         InputError: unknown edit or strength.
     """
     check_edit(edit, strength)
     chosen = EDITS[edit]
-    return chosen.apply(image, chosen.values[strength - 1], _generator(image, edit, seed))
+    return chosen.apply(shrink(image), chosen.values[strength - 1], _generator(image, edit, seed))
 
 
 def gaussian_noise(image: np.ndarray, std: float, *, seed: int = 0) -> np.ndarray:
@@ -69,7 +71,8 @@ def gaussian_noise(image: np.ndarray, std: float, *, seed: int = 0) -> np.ndarra
     """
     if std < 0:
         raise InputError(f"the standard deviation of noise must be at least 0 of 255 levels, got {std}")
-    noise = _generator(image, "noise", seed).standard_normal(image.shape, dtype=np.float32)
+    rng, image = _generator(image, "noise", seed), shrink(image)
+    noise = rng.standard_normal(image.shape, dtype=np.float32)
     return _to_bytes(image + std * noise)
 
 

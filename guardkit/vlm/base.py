@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import cv2
 import numpy as np
 
 from guardkit.artifacts import fingerprint, parse_json
@@ -177,14 +176,6 @@ def clean(text: str) -> str:
 
 def one_line(text: str) -> str:
     return " ".join(clean(text).split())[:200]
-
-
-def shrink(image: np.ndarray, max_px: int) -> np.ndarray:
-    height, width = image.shape[:2]
-    scale = max_px / max(height, width)
-    if scale >= 1:
-        return image
-    return cv2.resize(image, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA)
 
 
 def check_model(model: object) -> None:

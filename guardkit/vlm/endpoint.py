@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from guardkit.images import encode_png
+from guardkit.limits import shrink
 from guardkit.schema import InputError
-from guardkit.vlm.base import CUT_OFF, REFUSED, VERSION, Answer, Question, check_model, check_number, one_line, reply, shrink
+from guardkit.vlm.base import CUT_OFF, REFUSED, VERSION, Answer, Question, check_model, check_number, one_line, reply
 from guardkit.vlm.turns import Turns, calls_of_this_question
 
 if TYPE_CHECKING:

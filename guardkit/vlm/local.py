@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from guardkit.artifacts import fingerprint, hash_file
+from guardkit.limits import shrink
 from guardkit.progress import bars_on_terminals_only
 from guardkit.schema import InputError
-from guardkit.vlm.base import CUT_OFF, VERSION, Answer, Question, check_model, check_number, one_line, reply, shrink
+from guardkit.vlm.base import CUT_OFF, VERSION, Answer, Question, check_model, check_number, one_line, reply
 
 log = logging.getLogger(__name__)
 
