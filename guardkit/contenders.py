@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from guardkit._hydra import compose_group, make, policy
-from guardkit.artifacts import fingerprint
+from guardkit.artifacts import fingerprint, read_json
 from guardkit.classifier import GuardClassifier
 from guardkit.encoders.base import Encoder
 from guardkit.evaluation.scoring import Contender
@@ -134,8 +133,8 @@ def _guard(name: str | None, place: str, encoders: dict[str, Encoder], trained_o
 def _encoder_of(folder: Path) -> str:
     """The fingerprint of the encoder that a guard folder names, to load no encoder twice; "" where it cannot be told."""
     try:
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["encoder"]["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(read_json(folder / "config.json", "a guard's configuration")["encoder"]["fingerprint"])
+    except (InputError, KeyError, TypeError):
         return ""  # `from_pretrained` says what is wrong
 
 

@@ -9,11 +9,13 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from guardkit.artifacts import parse_json
 from guardkit.schema import InputError
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -93,6 +95,30 @@ def read_table(
             raise InputError(f"{path} column {field.name} is empty in {column.null_count} row(s); {mend}")
         table = table.set_column(table.column_names.index(field.name), field.name, column)
     return table
+
+
+def read_json_lines(path: Path, mend: str = "copy it anew") -> pa.Table:
+    """The table of a .jsonl file, an object a line; what a line lacks is null.
+
+    pyarrow's own reader ends the process on a line that is nested deep, and takes texts for dates.
+
+    Raises:
+        InputError: it cannot be read, a line is no object, or a column holds values of several types.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                row = parse_json(line) if line.strip() else {}
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number} is no object")
+                rows += [row] * bool(line.strip())
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
+    except OSError as error:
+        raise InputError(f"{path} cannot be read as a table ({error.strerror}); {mend}") from error
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"{path} cannot be read as a table ({_line(error)}); {mend}") from error
 
 
 def _may_become(found: pa.DataType, wanted: pa.DataType) -> bool:

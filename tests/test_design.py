@@ -22,7 +22,7 @@ LEVELS = {
 }  # fmt: skip
 # rooms of one level that may lean on each other, with the reason
 ALLOWED = {
-    ("artifacts", "schema"), ("policy", "schema"), ("policy", "artifacts"), ("reading", "schema"), ("stores", "schema"),  # the ground floor
+    ("artifacts", "schema"), ("policy", "schema"), ("policy", "artifacts"), ("reading", "schema"), ("reading", "artifacts"), ("stores", "schema"),  # the ground floor
     ("limits", "schema"), ("images", "pixels"),  # a file is opened, then its pixels are shown
     ("vlm", "images"),  # images travel as PNG
     ("editors", "scenes"),  # the exact editor belongs to the world it edits

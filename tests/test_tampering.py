@@ -8,8 +8,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
+from conftest import picture
 from tampering import resign, stored, survives, swap, tampered
 from test_editors_pipeline import CountingEditor, darker, photograph, pipeline
 from test_embeddings import CONTENTS, CountingEncoder, records
@@ -19,6 +22,7 @@ from guardkit.counterfactual.pair_dataset import write_pair_dataset
 from guardkit.counterfactual.review import REVIEWS, ReviewLog, ReviewQueue
 from guardkit.counterfactual.verifier import Verdict
 from guardkit.data.sources.embeddings import EmbeddingsSource
+from guardkit.data.sources.folder import FolderSource
 from guardkit.data.sources.pairs import PairsSource
 from guardkit.efficiency.cells import Cell
 from guardkit.efficiency.results import CellStore, opened
@@ -54,6 +58,27 @@ def test_embedding_folders(tmp_path, scenes_policy, name, least):
 
     expected = read()
     check(folder / name, read, lambda found: found.items() <= expected.items(), least)
+
+
+@pytest.mark.parametrize(("suffix", "least"), [(".parquet", 40), (".jsonl", 40)])
+def test_tables_of_an_image_folder(scenes_policy, tmp_path, suffix, least):
+    for i in range(3):
+        picture(i).save(tmp_path / f"{i}.png")
+    rows = {"file_name": ["0.png", "1.png", "2.png"], "label": ["safe", "unsafe", "safe"], "category": [None, "hate", None]}
+    path = tmp_path / f"metadata{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.table(rows), path)
+    else:
+        path.write_text("".join(json.dumps(dict(zip(rows, values, strict=True))) + "\n" for values in zip(*rows.values(), strict=True)))
+
+    def read():
+        loaded = FolderSource(scenes_policy, str(tmp_path)).load()
+        assert len(loaded.train) + len(loaded.rejected) == loaded.given
+        return {record.content.key: record.label for record in loaded.train}
+
+    expected = read()
+    assert len(expected) == 3
+    check(path, read, lambda found: found.items() <= expected.items(), least)
 
 
 @pytest.fixture

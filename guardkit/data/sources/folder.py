@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet
 
 from guardkit.data.duplicates import near_duplicate_groups, perceptual_hash
@@ -28,6 +27,7 @@ from guardkit.data.sources.base import Loaded, read_label
 from guardkit.images import MAX_PIXELS, SUFFIXES, FileContent
 from guardkit.policy import Policy
 from guardkit.progress import progress
+from guardkit.reading import read_json_lines, read_table
 from guardkit.schema import ImageError, InputError, Record, Region, Rejected
 
 log = logging.getLogger(__name__)
@@ -351,9 +351,9 @@ def _read_table(path: Path) -> pa.Table:
     kind = path.suffix.lower()
     try:
         if kind == ".parquet":
-            table = pa.parquet.read_table(path)
+            table = read_table(path, mend="correct it or give another source.metadata")
         elif kind == ".jsonl":
-            table = pa.json.read_json(path)
+            table = read_json_lines(path, "correct it or give another source.metadata")
         elif kind == ".csv":
             table = _read_csv(path)
         else:
