@@ -632,7 +632,7 @@ def test_requests_that_cannot_be_met(saved, tmp_path):
     ]
     results = one.edit(asked)
     assert [result.reason for result in results] == [
-        "no region: pipeline=inpaint needs a box around the feature",
+        "no region: pipeline=inpaint needs a box around the feature; give one (x_min, y_min, x_max, y_max beside file_name), or an editor without: editor=diffusers",
         "unreadable image: file does not exist",
         "no instruction",
         "the region covers the whole image",
