@@ -50,6 +50,7 @@ class KeyValueStore:
         path: of the SQLite file, whose folder is made; None keeps everything in memory.
         about: what the stored bytes depend on besides their key. It is kept in the file in readable form, and a
             file that was made with other inputs is refused.
+        place: the setting that says where such files are, for messages.
 
     Attributes:
         n_damaged: stored values so far that did not pass their check; they are not given out, and may be put anew.
@@ -57,8 +58,8 @@ class KeyValueStore:
         InputError: the file is damaged, was made with other inputs, or is held by another process.
     """
 
-    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
-        self.path = None if path is None else Path(path)
+    def __init__(self, path: Path | None, about: Mapping[str, Any], *, place: str = "cache_dir (or GUARDKIT_CACHE)") -> None:
+        self.path, self._place = None if path is None else Path(path), place
         self._about = json.dumps(about, sort_keys=True)
         self._seed = hashlib.sha256(_measured(self._about.encode()))
         self._memory: dict[str, bytes] = {}
@@ -193,7 +194,7 @@ class KeyValueStore:
                 return self._connected(path, "mode=rwc", _create)
             except OSError as error:
                 if error.errno not in _NO_ACCESS:
-                    raise InputError(f"{path.parent} cannot be made ({error.strerror}); choose another cache_dir") from error
+                    raise InputError(f"{path.parent} cannot be made ({error.strerror}); choose another {self._place}") from error
             except sqlite3.OperationalError as error:
                 if not _is(error, _READ_ONLY) or path.is_dir():
                     raise
@@ -210,7 +211,7 @@ class KeyValueStore:
 
     def _give_up_writing(self) -> None:
         self._is_read_only = True
-        log.warning("%s cannot be written: what it lacks is kept in memory (cache_dir or GUARDKIT_CACHE sets another place)", self.path)
+        log.warning("%s cannot be written: what it lacks is kept in memory; to keep it, choose another %s", self.path, self._place)
 
     def _connected(
         self, path: Path, mode: str, prepare: Callable[[sqlite3.Connection, str], None] | None = None
@@ -232,7 +233,7 @@ class KeyValueStore:
         if found != (self._about,):
             connection.close()
             shown = "nothing that can be told" if found is None else found[0]
-            raise InputError(f"{path} holds results for {shown}, not for {self._about}; choose another cache_dir")
+            raise InputError(f"{path} holds results for {shown}, not for {self._about}; choose another {self._place}")
         return connection
 
     @contextmanager
@@ -242,16 +243,16 @@ class KeyValueStore:
             yield
         except sqlite3.Error as error:
             if _is(error, _BUSY):
-                hint = f"is held by another process ({error}); wait until that has ended, or choose another cache_dir"
+                hint = f"is held by another process ({error}); wait until that has ended, or choose another {self._place}"
             elif _is(error, (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)):
                 hint = (
-                    f"cannot be written ({error}); what it held is safe: free some space, or choose another cache_dir, "
+                    f"cannot be written ({error}); what it held is safe: free some space, or choose another {self._place}, "
                     "and run the same command again"
                 )
             elif _is(error, _READ_ONLY):
-                hint = f"cannot be opened ({error}); check its permissions, or choose another cache_dir"
+                hint = f"cannot be opened ({error}); check its permissions, or choose another {self._place}"
             else:
-                mend = "choose another cache_dir" if self._is_read_only else "delete it, it will be made anew"
+                mend = f"choose another {self._place}" if self._is_read_only else "delete it, it will be made anew"
                 hint = f"is damaged ({' '.join(str(error).split())}); {mend}"
             raise InputError(f"{path} {hint}") from error
 

@@ -195,7 +195,7 @@ def test_a_cache_that_may_only_be_read_is_read(shared, caplog):
         assert store.get(["a", "b"], number) == {"a": 1, "b": 2}
         assert store.known(["a", "b", "c"], number) == {"a", "b"}
     assert len(caplog.records) == 1
-    assert "cannot be written: what it lacks is kept in memory (cache_dir or GUARDKIT_CACHE" in caplog.text
+    assert "cannot be written: what it lacks is kept in memory; to keep it, choose another cache_dir (or GUARDKIT_CACHE)" in caplog.text
     assert sorted(item.name for item in path.parent.iterdir()) == ["s.sqlite"]
     assert path.read_bytes() == before
 
