@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +83,27 @@ def picture(seed: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     return small.resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def shared():
+    """A folder of somebody else, for a user who may read it; a function gives up all rights until the test ends."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+
+    def become_a_guest():
+        for path in [*folder.rglob("*"), folder]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+
+    uid = os.geteuid()
+    yield folder, become_a_guest
+    os.seteuid(uid)
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def open_files() -> set[str]:
+    """Paths of what this process has open (Linux)."""
+    return {os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, picture
+from conftest import ROOT, open_files, picture
 from tampering import resign, swap
 
 from guardkit.artifacts import fingerprint, write_json, written
@@ -452,3 +452,24 @@ def test_a_stopped_store_ends_after_its_chunk():
     with pytest.raises(CancelledError):
         store.embed(CONTENTS)
     assert encoder.n == 4
+
+
+def test_a_store_that_may_only_be_read_is_read(shared):
+    folder, become_a_guest = shared
+    expected = EmbeddingStore(CountingEncoder(), folder / "cache").embed(CONTENTS[:8])
+    become_a_guest()
+    store = EmbeddingStore(CountingEncoder(), folder / "cache")
+    assert np.array_equal(store.embed(CONTENTS[:8]), expected)
+    assert store.encoder.n == 0
+    assert np.array_equal(store.embed(CONTENTS)[:8], expected)
+    assert store.encoder.n == len(CONTENTS) - 8  # kept in memory
+    store.embed(CONTENTS)
+    assert store.encoder.n == len(CONTENTS) - 8
+
+
+def test_a_store_leaves_nothing_open(tmp_path):
+    store = EmbeddingStore(CountingEncoder(), tmp_path)
+    store.embed(CONTENTS)
+    with pytest.raises(ImageError):
+        store.embed([*CONTENTS, FileContent(tmp_path / "none.png")])
+    assert not [path for path in open_files() if path.startswith(str(tmp_path))]

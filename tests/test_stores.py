@@ -6,14 +6,13 @@ import gc
 import logging
 import multiprocessing
 import os
-import shutil
 import sqlite3
-import tempfile
 import threading
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from conftest import open_files
 
 from guardkit import stores
 from guardkit.schema import InputError
@@ -37,25 +36,6 @@ def filled(tmp_path):
     path = tmp_path / "s.sqlite"
     KeyValueStore(path, ABOUT).put({"a": b"1", "b": b"2", "c": b"3"})
     return path
-
-
-@pytest.fixture
-def shared():
-    """A folder of somebody else, for a user who may read it; a function gives up all rights until the test ends."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-
-    def become_a_guest():
-        for path in [*folder.rglob("*"), folder]:
-            path.chmod(0o555 if path.is_dir() else 0o444)
-        if os.geteuid() == 0:
-            os.seteuid(65534)
-
-    uid = os.geteuid()
-    yield folder, become_a_guest
-    os.seteuid(uid)
-    folder.chmod(0o755)
-    shutil.rmtree(folder)
 
 
 # --- what is inside -----------------------------------------------------------------------------------------------------
@@ -235,10 +215,6 @@ def test_a_cache_below_a_file_is_refused_in_one_line(tmp_path):
 
 def interrupted(value: bytes) -> int:
     raise KeyError("interrupted")
-
-
-def open_files() -> set[str]:
-    return {os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}
 
 
 def test_no_connection_outlives_its_work_whoever_opened_it(filled, recwarn):
