@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import socket
 
 import datasets
 import numpy as np
@@ -157,6 +158,20 @@ def test_addresses_are_not_fetched(tmp_path, scenes_policy):
         loaded.test[0].content.load()
     with pytest.raises(ImageError, match="not base64"):
         loaded.test[1].content.key  # noqa: B018
+
+
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
+def test_a_card_does_not_send_us_elsewhere(tmp_path, scenes_policy, card):
+    """The library would fetch what the card of a folder names, from any host, even where the Hub is switched off."""
+    datasets.Dataset.from_dict({"image": ["x"], "label": [1]}).to_parquet(tmp_path / "set/test.parquet")
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        elsewhere.settimeout(0.2)
+        said = f"configs:\n- config_name: default\n  data_files:\n  - split: test\n    path: [http://127.0.0.1:{elsewhere.getsockname()[1]}/x.parquet]\n"
+        (tmp_path / "set" / card).write_text(f"---\n{said}---\n" if card.endswith("md") else said)
+        with pytest.raises(InputError, match=rf"{card} names 'http://127.0.0.1:.*nothing is fetched from there"):
+            HubSource(scenes_policy, str(tmp_path / "set")).load()
+        with pytest.raises(TimeoutError):
+            elsewhere.accept()
 
 
 @pytest.mark.parametrize(

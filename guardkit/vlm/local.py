@@ -149,10 +149,15 @@ class TransformersVLM:
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         folder = self._folder
         try:
-            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             with bars_on_terminals_only(transformers.utils.logging):
                 loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                    folder, dtype=self.dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+                    folder,
+                    dtype=self.dtype,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    local_files_only=True,  # the files may name other models, which nobody asked for
+                    output_loading_info=True,
                 )
             model, report = loaded
             model.to(device).eval().requires_grad_(False)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from guardkit.data.sources.base import Loaded, read_label
+from guardkit.data.sources.data_card import check_card
 from guardkit.images import MAX_PIXELS, FileContent, bytes_key, read_image
 from guardkit.policy import Policy
 from guardkit.schema import ImageError, InputError, Record, Rejected
@@ -130,9 +131,12 @@ class HubSource:
             raise InputError(f'source={self.name} needs the datasets library; install it with: pip install "guardkit[hub]"') from error
 
         folder = Path(self.dataset).expanduser()
+        is_saved = any((folder / mark).is_file() for mark in _SAVED)
+        if not is_saved:
+            check_card(folder)
         try:
             with _without_bars(datasets):
-                if any((folder / mark).is_file() for mark in _SAVED):
+                if is_saved:
                     loaded = datasets.load_from_disk(str(folder))
                 else:
                     loaded = datasets.load_dataset(str(folder) if folder.is_dir() else self.dataset, self.config, revision=self.revision)
