@@ -201,16 +201,18 @@ class EmbeddingStore:
     def _store(self) -> KeyValueStore:
         # opened at first use: an encoder's fingerprint may cost a hash over its weights
         if self._opened is None:
-            about = {
-                "encoder": self.encoder.fingerprint,
-                "preprocessing": self.encoder.preprocessing,
-                "dtype": "float32",
-                "batch_size": self.encoder.batch_size,
-            }
-            # another batch size may round differently, so it has a file of its own
-            name = f"{self.encoder.fingerprint[:16]}_{self.encoder.batch_size}.sqlite"
-            self._opened = KeyValueStore(None if self._cache_dir is None else Path(self._cache_dir) / "embeddings" / name, about)
+            self._opened = KeyValueStore(None, {}) if self._cache_dir is None else self._on_disk(Path(self._cache_dir))
         return self._opened
+
+    def _on_disk(self, cache_dir: Path) -> KeyValueStore:
+        about = {
+            "encoder": self.encoder.fingerprint,
+            "preprocessing": self.encoder.preprocessing,
+            "dtype": "float32",
+            "batch_size": self.encoder.batch_size,
+        }
+        # another batch size may round differently, so it has a file of its own
+        return KeyValueStore(cache_dir / "embeddings" / f"{self.encoder.fingerprint[:16]}_{self.encoder.batch_size}.sqlite", about)
 
 
 def _are_unit(vectors: np.ndarray) -> bool:

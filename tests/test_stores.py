@@ -94,6 +94,13 @@ def test_a_value_that_does_not_parse_counts_as_damaged(tmp_path):
     assert store.get(["b"], number) == {"b": 2}
 
 
+@pytest.mark.parametrize("name", ["a?b#c%20 ü", "x\ny", os.fsdecode(b"\xff\xfe"), "mode=ro&immutable=1", "'"], ids=ascii)
+def test_any_path_works(tmp_path, name):
+    KeyValueStore(tmp_path / name / "s.sqlite", ABOUT).put({"a": b"1"})
+    assert KeyValueStore(tmp_path / name / "s.sqlite", ABOUT).get(["a"], number) == {"a": 1}
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["s.sqlite"]
+
+
 def test_in_memory_it_is_the_same(tmp_path):
     store = KeyValueStore(None, ABOUT)
     store.put({"a": b"1", "b": b"2"})
