@@ -11,7 +11,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from guardkit.schema import InputError
 
 _PACKAGE = Path(__file__).resolve().parent
 _SHIPPED = "guardkit:"
+_VARIANTS = ("fp16", "bf16")  # what diffusers and transformers put into the names of files in half precision
 _MAX_JSON_BYTES, _MAX_JSON_DEPTH = 256 << 20, 64
 
 
@@ -129,6 +130,26 @@ def _check_json(value: Any) -> None:
             elif (isinstance(one, int) and one.bit_length() > 64) or (isinstance(one, float) and not math.isfinite(one)):
                 raise ValueError("a number that is too large")
         level, depth = inside, depth + 1
+
+
+def weights_variant(files: Iterable[str]) -> str | None:
+    """The `variant` to ask diffusers or transformers for: that of a folder with nothing but safetensors in half precision.
+
+    Args:
+        files: paths below the model's folder, with "/"; each folder among them is looked at by itself, and the parts of a
+            pipeline that have plain files are loaded from these.
+    Returns:
+        "fp16" or "bf16"; None where every folder has plain files or none.
+    """
+    variants: dict[str, set[str | None]] = {}
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        if name.endswith(".safetensors"):
+            # model.fp16.safetensors, or a part of it: model.fp16-00001-of-00002.safetensors
+            marks = {part.partition("-")[0] for part in name.split(".")[1:]}
+            variants.setdefault(folder, set()).add(next((one for one in _VARIANTS if one in marks), None))
+    only = [found for found in variants.values() if None not in found]
+    return next((one for one in _VARIANTS if any(one in found for found in only)), None)
 
 
 def shipped(weights: str) -> Path | None:

@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT, picture
 from PIL import Image
 
+from guardkit.artifacts import weights_variant
 from guardkit.counterfactual.instructor import TemplateInstructor
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
 from guardkit.counterfactual.verifier import NoVerifier
@@ -446,6 +447,24 @@ def test_safety_checker_is_not_loaded(tmp_path):
     black = pipeline("x", picture(1, (32, 32)), num_inference_steps=1, output_type="np").images
     assert black.max() == 0
     assert DiffusersEditor("auto", str(tmp_path / "with"), steps=1, size=32).edit([request(1)])[0].reason is None
+
+
+def test_a_folder_that_holds_only_half_precision_is_loaded(saved, tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(saved("instruct_pix2pix"), folder)
+    plain = DiffusersEditor("auto", str(folder), device="cpu", steps=2).edit([request()])[0].image
+    weights = list(folder.rglob("*.safetensors"))
+    assert len(weights) > 1
+    for file in weights:
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    np.testing.assert_array_equal(DiffusersEditor("auto", str(folder), device="cpu", steps=2).edit([request()])[0].image, plain)
+
+
+def test_the_variant_is_asked_for_only_where_there_is_nothing_else():
+    assert weights_variant(["unet/a.fp16.safetensors", "vae/b.safetensors"]) == "fp16"
+    assert weights_variant(["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors", "config.json"]) == "fp16"
+    assert weights_variant(["unet/a.fp16.safetensors", "unet/a.safetensors"]) is None
+    assert weights_variant(["model.safetensors", "model.fp16.bin"]) is None
 
 
 def test_half_precision(editor):

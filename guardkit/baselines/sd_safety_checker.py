@@ -8,6 +8,7 @@ return a black image, there is a score here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from guardkit.artifacts import fingerprint
+from guardkit.artifacts import fingerprint, weights_variant
 from guardkit.baselines.base import EmbeddingGuard, covered, hash_weights
 from guardkit.baselines.weights import hub_folder
 from guardkit.encoders.base import encode_in_batches, prepare_pixels
@@ -185,7 +186,12 @@ def _load(folder: Path, processor: Path | None) -> tuple[Any, Any]:
 
     try:
         loaded: Any = StableDiffusionSafetyChecker.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            variant=weights_variant(os.listdir(folder)),
         )
         checker, report = loaded
         # without a file of its own it is CLIP's, which is what transformers gives by default

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guardkit.artifacts import fingerprint, hash_file, read_json, shipped
+from guardkit.artifacts import fingerprint, hash_file, read_json, shipped, weights_variant
 from guardkit.progress import bars_on_terminals_only
 from guardkit.schema import InputError
 
@@ -142,6 +142,18 @@ class PipelineWeights:
         return fingerprint({path.relative_to(self.folder).as_posix(): _hash(path) for path in files})
 
     @cached_property
+    def variant(self) -> str | None:
+        """Of the files' names, where there are only weights in half precision; they are cast to the working dtype."""
+        if self.folder is not None:
+            return weights_variant(_below(self.folder))
+        from huggingface_hub import list_repo_files
+
+        try:
+            return weights_variant(list_repo_files(self.name, revision=self.commit))
+        except Exception:  # no network: what was fetched before is all there is
+            return weights_variant(_below(self._index_file.parent))
+
+    @cached_property
     def _index_file(self) -> Path:
         if self.folder is not None:
             return self.folder / _INDEX
@@ -173,7 +185,7 @@ def load_pipeline(weights: PipelineWeights, name: str, device: torch.device, dty
     import transformers
 
     weights.kind(name)
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "revision": weights.commit}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "revision": weights.commit, "variant": weights.variant}
     options["low_cpu_mem_usage"] = find_spec("accelerate") is not None
     if "safety_checker" in weights.index:
         # it blackens the very images that are to be edited
@@ -214,6 +226,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 def one_line(error: BaseException) -> str:
     """What an error says, fit for a message of ours."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _below(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
 
 
 def _hash(path: Path) -> str:

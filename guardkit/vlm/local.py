@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from guardkit.artifacts import fingerprint, hash_file
+from guardkit.artifacts import fingerprint, hash_file, weights_variant
 from guardkit.limits import shrink
 from guardkit.progress import bars_on_terminals_only
 from guardkit.schema import InputError
@@ -158,6 +159,7 @@ class TransformersVLM:
                     use_safetensors=True,
                     local_files_only=True,  # the files may name other models, which nobody asked for
                     output_loading_info=True,
+                    variant=weights_variant(os.listdir(folder)),
                 )
             model, report = loaded
             model.to(device).eval().requires_grad_(False)
