@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.progress import progress
 from guardkit.reading import read_array, read_table
-from guardkit.schema import InputError, Record, Rejected
+from guardkit.schema import UNLABELLED, InputError, Record, Rejected
 
 MANIFEST, REJECTED = "manifest.json", "rejected.parquet"
 _BLOCK = 512  # records embedded between two looks at the clock
@@ -35,7 +36,7 @@ def write_embedding_folder(
     """Embeds records into a folder in the layout that clip-retrieval and autofaiss read; the manifest comes last.
 
     Args:
-        records: with contents.
+        records: with contents; a label of -1 is written as null.
         store: what it holds is not encoded again, so an interrupted run goes on where it was.
         folder: written to; one that another encoder or another tool filled is refused.
         rejected: inputs that were already found unusable, to be listed with the rest.
@@ -112,13 +113,34 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return read_json(path, "the manifest of an embedding folder", "embed the images into another folder")
 
 
-def read_embedding_folder(folder: Path) -> tuple[np.ndarray, pa.Table, dict[str, Any] | None]:
-    """Reads an embedding folder, ours or clip-retrieval's.
+@dataclass(frozen=True)
+class StoredEmbeddings:
+    """What an embedding folder holds.
 
-    Returns:
-        (n, d) float32 unit vectors, the metadata table with n rows, and the manifest if there is one.
+    Attributes:
+        vectors: (n, d) float32 unit vectors; NaN where a stored one was zero or not finite.
+        table: the metadata, n rows.
+        manifest: None when another tool wrote the folder.
+        parts: (n,) int, the number of each row's file.
+    """
+
+    vectors: np.ndarray
+    table: pa.Table
+    manifest: dict[str, Any] | None
+    parts: np.ndarray
+
+
+def read_embedding_folder(folder: Path) -> tuple[np.ndarray, pa.Table, dict[str, Any] | None]:
+    """Vectors, table and manifest of a folder; see `read_stored_embeddings`."""
+    stored = read_stored_embeddings(folder)
+    return stored.vectors, stored.table, stored.manifest
+
+
+def read_stored_embeddings(folder: Path) -> StoredEmbeddings:
+    """Reads an embedding folder, ours or clip-retrieval's. Empty parts are passed over, as long as one has a row.
+
     Raises:
-        InputError: no such folder, shards that do not fit each other or the manifest, or vectors that are not finite.
+        InputError: no such folder, or shards that do not fit each other or the manifest.
     """
     folder = Path(folder)
     if (folder / UNFINISHED).is_file():
@@ -135,24 +157,28 @@ def read_embedding_folder(folder: Path) -> tuple[np.ndarray, pa.Table, dict[str,
         raise InputError(f"{folder} has {len(vector_files)} shards, its {MANIFEST} says {manifest['n_shards']}; copy the folder anew")
     vectors: list[np.ndarray] = []
     tables: list[pa.Table] = []
+    parts: list[np.ndarray] = []
     for number in sorted(vector_files):
         path = vector_files[number]
         shard = read_array(path, "copy the shard anew")
         if shard.dtype.kind != "f":
             raise InputError(f"{path} must hold floating-point numbers, got {shard.dtype}; copy the shard anew")
-        if shard.ndim != 2:
+        if shard.ndim != 2 and len(shard):
             raise InputError(f"{path} has shape {shard.shape}, it must have two dimensions; copy the shard anew")
         table = read_table(table_files[number], n_rows=len(shard), mend="copy the shard anew")
+        if not len(shard):
+            continue
         if vectors and shard.shape[1] != vectors[0].shape[1]:
             raise InputError(f"{path} has {shard.shape[1]} columns, earlier shards {vectors[0].shape[1]}; all must come from one encoder")
         with np.errstate(over="ignore"):  # of numbers that float32 does not hold
             shard = shard.astype(np.float32)
             norms = np.linalg.norm(shard, axis=1, keepdims=True)
-        bad = np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0))
-        if len(bad):
-            raise InputError(f"{path} row {bad[0]} is not a finite vector ({len(bad)} such rows); embed those images again")
+        norms[~np.isfinite(norms) | (norms == 0)] = np.nan
         vectors.append(shard / norms)
         tables.append(table)
+        parts.append(np.full(len(table), number))
+    if not vectors:
+        raise InputError(f"{folder} holds no embeddings, all its parts are empty; write some with python -m guardkit.embed")
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
@@ -163,7 +189,7 @@ def read_embedding_folder(folder: Path) -> tuple[np.ndarray, pa.Table, dict[str,
         )
     if manifest and len(table) != manifest["written"]:
         raise InputError(f"{folder} holds {len(table)} embeddings, its {MANIFEST} says {manifest['written']}; copy the folder anew")
-    return np.concatenate(vectors), table, manifest
+    return StoredEmbeddings(np.concatenate(vectors), table, manifest, np.concatenate(parts))
 
 
 def _checked_manifest(path: Path) -> dict[str, Any]:
@@ -192,7 +218,7 @@ def _metadata(records: list[Record]) -> pa.Table:
     regions = np.array([record.region or (np.nan,) * 4 for record in records], dtype=float)
     columns: dict[str, Any] = {
         "image_path": [record.id for record in records],
-        "label": pa.array([record.label for record in records], pa.int8()),
+        "label": pa.array([None if record.label == UNLABELLED else record.label for record in records], pa.int8()),
         "category": pa.array([record.category for record in records], pa.string()),
         "source": [record.source for record in records],
         "group": [record.group for record in records],

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 UNSAFE, SAFE = 1, 0
+UNLABELLED = -1
 
 Region = tuple[float, float, float, float]
 """x_min, y_min, x_max, y_max as fractions of width and height."""
@@ -50,7 +51,7 @@ class Record:
 
     Attributes:
         id: unique within the source, for instance the file's path below the source's root.
-        label: 1 = unsafe, 0 = safe.
+        label: 1 = unsafe, 0 = safe; -1 = unknown, only among the images that a source sets aside from training.
         category: the policy's category it violates (or, when safe, looks like); None when unknown or none.
         source: where it comes from; metrics are also given by source.
         group: records of one group never straddle a split (a pair, near-duplicates).

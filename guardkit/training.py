@@ -20,6 +20,7 @@ from guardkit.counterfactual.pair_dataset import write_pair_dataset
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
 from guardkit.data.budget import check_edits
 from guardkit.data.datamodule import GuardDataModule
+from guardkit.data.grouping import load_source
 from guardkit.data.training_images import training_images
 from guardkit.data.unlabelled import Unlabelled
 from guardkit.embedding_folder import write_embedding_folder
@@ -170,7 +171,7 @@ def fit_guard(
 
 
 def embed_source(cfg: DictConfig, folder: Path) -> dict[str, int]:
-    """Embeds every image of a source, test images included, into an embedding folder.
+    """Embeds every image of a source, test images and unlabelled ones included, into an embedding folder.
 
     Args:
         cfg: composed from conf/embed.yaml.
@@ -182,12 +183,14 @@ def embed_source(cfg: DictConfig, folder: Path) -> dict[str, int]:
     _check_whole(cfg, "shard_size")
     rules, encoder = policy(cfg), make(cfg.encoder)
     check_parts(encoder, None, rules)
-    loaded = make(cfg.source, policy=rules).load()
-    records = [*loaded.train, *(loaded.test or [])]
+    loaded = load_source(make(cfg.source, policy=rules))
+    records = [*loaded.train, *(loaded.test or []), *loaded.set_aside]
     if any(record.content is None for record in records):
         raise InputError("source=embeddings holds embeddings already; choose a source of images")
     store = EmbeddingStore(encoder, cache_dir(cfg))
-    return write_embedding_folder(records[: cfg.limit], store, folder, rejected=loaded.rejected, shard_size=cfg.shard_size)
+    embedded = {record.id for record in loaded.set_aside}  # no use for training, but for this
+    rejected = [one for one in loaded.rejected if one.id not in embedded]
+    return write_embedding_folder(records[: cfg.limit], store, folder, rejected=rejected, shard_size=cfg.shard_size)
 
 
 def synthesize_source(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -209,7 +212,7 @@ def synthesize_source(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     pipeline = _pipeline(cfg, rules, store, cache)
     source = make(cfg.source, policy=rules)
     check_parts(store.encoder, pipeline, rules)
-    loaded = source.load()
+    loaded = load_source(source)
     if cfg.direction != "to_safe" and not loaded.is_drawn:
         raise InputError(
             f"direction={cfg.direction} would make unsafe images of source={source.name}; real images are edited to the safe side only"

@@ -222,7 +222,7 @@ def test_a_folder_that_another_tool_wrote(tmp_path, scenes_policy):
         ("d", 1, None),
     ]
     assert loaded.encoder_fingerprint is None
-    with pytest.raises(InputError, match="has no column 'label' in its metadata; it has image_path, verdict, kind"):
+    with pytest.raises(InputError, match="has no column 'label'; it has image_path, verdict, kind; set source.label_column"):
         EmbeddingsSource(scenes_policy, str(folder)).load()
 
 
@@ -242,7 +242,11 @@ def test_rows_of_one_image_count_once_and_contradictions_never(tmp_path, scenes_
 @pytest.mark.parametrize(
     ("vectors", "labels", "message"),
     [
-        (np.full((2, 3), np.nan), ["safe", "unsafe"], "row 0 is not a finite vector .2 such rows"),
+        (
+            np.full((2, 3), np.nan),
+            ["safe", "unsafe"],
+            r"no row that can be used \(2 of 2 inputs were rejected, the first is a: its vector is zero or not finite",
+        ),
         (np.ones((3, 3)), ["safe", "unsafe"], "has 2 rows, expected are 3"),
         (np.ones((2, 3)), ["safe", "maybe"], "row 2 has label 'maybe'"),
     ],

@@ -156,11 +156,11 @@ def test_a_safe_image_may_be_listed_with_a_category_of_another_policy(policy, ro
         ("", "cannot be read as a table"),
         ("file_name,label\ng0.png,safe,1\n", "cannot be read as a table"),
         ("file_name,label,label\ng0.png,safe,unsafe\n", "has the column 'label' more than once"),
-        ("file_name;label\ng0.png;safe\n", "lacks the column 'file_name'; it has file_name;label"),
-        ("file_name,label\ng0.png,\n", "row 1 has label None"),
+        ("file,label\ng0.png,safe\n", "has no column 'file_name'; it has file, label; set source.file_column"),
+        ("file_name,label\ng0.png,maybe\n", r"row 1 has label 'maybe'; allowed are safe, unsafe, .*source.labels=\{maybe: unsafe, ...\}"),
         (
             "file_name,label\na.png,unsafe\nb.png,safe\n",
-            r"no readable unsafe image \(2 of 2 inputs were rejected, the first is a.png: file does not exist\)",
+            r"no image that can be used \(2 of 2 inputs were rejected, the first is a.png: file does not exist\)",
         ),
     ],
 )
@@ -177,8 +177,6 @@ def test_settings_that_cannot_be_meant_are_refused(policy, root):
         load(policy, root, metadata="list.txt")
     with pytest.raises(InputError, match=r"broken.parquet cannot be read as a table"):
         load(policy, root, metadata="broken.parquet")
-    with pytest.raises(InputError, match="are both given"):
-        FolderSource(policy, str(root), metadata="list.txt", categories={})
     with pytest.raises(InputError, match=r"names the folder '\.\.'"):
         FolderSource(policy, str(root), categories={"..": "weapons"})
     with pytest.raises(InputError, match="category 'gambling' is not in policy 'p'"):
@@ -199,7 +197,7 @@ def test_folders_account_for_every_file(policy, tmp_path):
     loaded = load(policy, tmp_path)
     assert {record.id for record in loaded.train} == {"weapons/a.PNG", "weapons/deep/b.png", "safe/c.png", "safe/alias.png"}
     assert reasons(loaded) == {
-        "beside.png": "not in the folder of a class",
+        "beside.png": "no label: not in the folder of a class",
         "notes.txt": "not an image: its name ends in .txt",
         "safe/list.doc": "not an image: its name ends in .doc",
         "safe/more": "link to a folder, which is not followed",

@@ -16,7 +16,7 @@ from guardkit.schema import InputError, Record
 _LEAST = 2  # images of a kind: one trains, one validates
 
 
-def chosen_in_budget(orders: Orders, n_unsafe: int, negatives: Sequence[str], where: str) -> tuple[Choice, list[str]]:
+def chosen_in_budget(orders: Orders, n_unsafe: int, negatives: Sequence[str], where: str, why: str = "") -> tuple[Choice, list[str]]:
     """The images of an arm, and what is missing from its budget, in sentences.
 
     The labelled unsafe images are those of every other arm with this budget and seed; where images are short, an arm has
@@ -27,17 +27,18 @@ def chosen_in_budget(orders: Orders, n_unsafe: int, negatives: Sequence[str], wh
         n_unsafe: the label budget.
         negatives: see `guardkit.data.arms.NEGATIVES`.
         where: names the source.
+        why: what was rejected, to end an error with.
     Raises:
         InputError: too few images of a kind that the arm needs.
     """
     unsafe, safe = orders.unsafe, orders.safe
     if len(unsafe) < _LEAST:
         raise InputError(
-            f"{where} leaves {len(unsafe)} unsafe image(s) for training; at least {_LEAST} are needed: label more, or lower data.test_share"
+            f"{where} leaves {len(unsafe)} unsafe image(s) for training; at least {_LEAST} are needed: label more, or lower data.test_share{why}"
         )
     if "natural" in negatives and len(safe) < _LEAST:
         raise InputError(
-            f"{where} leaves {len(safe)} safe image(s) for training; this arm needs at least {_LEAST}: add some, or use experiment=pairs_aug"
+            f"{where} leaves {len(safe)} safe image(s) for training; this arm needs at least {_LEAST}: add some, or use experiment=pairs_aug{why}"
         )
     n, notes = min(n_unsafe, len(unsafe)), []
     if n < n_unsafe:

@@ -22,6 +22,7 @@ from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.data.arms import NEGATIVES, TRANSFORMS, Batch, Orders, assemble, category_numbers, every_turn
 from guardkit.data.budget import check_edits, chosen_in_budget, edited
 from guardkit.data.controls import Control, make_controls
+from guardkit.data.grouping import load_source, why_rejected
 from guardkit.data.sources.base import Loaded, Source
 from guardkit.data.splits import split_test
 from guardkit.data.views import Pool, ViewMaker, Views
@@ -111,7 +112,7 @@ class GuardDataModule(L.LightningDataModule):
             return
         orders = Orders.of(self.load(), self.seed)
         where = f"source={self.source.name}"
-        choice, self.notes = chosen_in_budget(orders, self.n_unsafe, self.negatives, where)
+        choice, self.notes = chosen_in_budget(orders, self.n_unsafe, self.negatives, where, why_rejected(self.loaded))
         self.notes += check_edits(self.pipeline, edited(choice, self.negatives, self.transform), where)
         for note in self.notes:
             log.warning("%s", note)
@@ -123,7 +124,7 @@ class GuardDataModule(L.LightningDataModule):
     def load(self) -> list[Record]:
         """Loads the source, once, sets the test images aside and returns the pool to train on."""
         if self._candidates is None:
-            self.loaded: Loaded = self.source.load()
+            self.loaded: Loaded = load_source(self.source)
             self._check_embeddings(self.loaded)
             if self.loaded.test is None:
                 self._candidates, test = split_test(self.loaded.train, self.test_share, self.split_seed)

@@ -1,9 +1,10 @@
-"""Near-duplicates: images that a viewer would call the same, however they were resized or compressed."""
+"""Near-duplicates: images that a viewer would call the same, however they were resized or compressed; vectors equal up to rounding."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -91,3 +92,54 @@ def _distance(values: np.ndarray, other: np.uint64) -> np.ndarray:
     bits = (bits & np.uint64(0x3333333333333333)) + ((bits >> np.uint64(2)) & np.uint64(0x3333333333333333))
     bits = (bits + (bits >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
     return (bits * np.uint64(0x0101010101010101)) >> np.uint64(56)
+
+
+# Unit vectors in half precision are off by at most about 3e-4, so two roundings of one vector lie within this distance.
+_TOLERANCE = 2e-3
+_TABLES, _AXES, _NEIGHBOURS, _CHUNK = 4, 6, 8, 8192
+
+
+def near_equal_groups(vectors: Sequence[np.ndarray] | np.ndarray, tolerance: float = _TOLERANCE) -> np.ndarray:
+    """Numbers groups of vectors that are equal up to rounding.
+
+    Vectors are put into the cells of several grids, each over random directions; those that share a cell are compared with the next
+    few in it. A pair that every grid happens to divide would be missed, which is rarer than one in a million. The work grows with n
+    alone: locality-sensitive hashing (Datar et al., 2004, "Locality-sensitive hashing scheme based on p-stable distributions").
+
+    Args:
+        vectors: n of (d,) float, of unit length.
+        tolerance: Euclidean distance up to which two are equal.
+    Returns:
+        (n,) int, equal for members of one group.
+    """
+    n = len(vectors)
+    if not n:
+        return np.zeros(0, int)
+    rng = np.random.default_rng(0)
+    axes = rng.normal(size=(len(vectors[0]), _TABLES * _AXES)) / len(vectors[0]) ** 0.5
+    places = np.concatenate([np.asarray(vectors[start : start + _CHUNK], np.float32) @ axes for start in range(0, n, _CHUNK)])
+    # wide enough that rounding seldom crosses a border, narrow enough that few strangers share a cell
+    widths = np.maximum(places.std(axis=0) / 4, tolerance)
+    cells = np.floor(places / widths + rng.random(_TABLES * _AXES)).astype(np.int64)
+    mixers = rng.integers(1, 2**62, _AXES) * 2 + 1
+    edges: list[tuple[np.ndarray, np.ndarray]] = []
+    for table in range(_TABLES):
+        mine = slice(table * _AXES, (table + 1) * _AXES)
+        with np.errstate(over="ignore"):
+            cell = (cells[:, mine] * mixers).sum(axis=1)
+        order = np.lexsort((places[:, mine.start], cell))
+        for step in range(1, _NEIGHBOURS + 1):
+            together = np.flatnonzero(cell[order[step:]] == cell[order[:-step]])
+            first, second = order[:-step][together], order[step:][together]
+            near = [_near(vectors, first[i : i + _CHUNK], second[i : i + _CHUNK], tolerance) for i in range(0, len(first), _CHUNK)]
+            if near:
+                chosen = np.concatenate(near)
+                edges.append((first[chosen], second[chosen]))
+    rows, columns = (np.concatenate([edge[i] for edge in edges]) if edges else np.zeros(0, int) for i in (0, 1))
+    return connected_components(coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(n, n)), directed=False)[1]
+
+
+def _near(vectors: Sequence[np.ndarray] | np.ndarray, first: np.ndarray, second: np.ndarray, tolerance: float) -> np.ndarray:
+    """(n,) bool: which pairs are nearer than the tolerance."""
+    apart = np.stack([vectors[row] for row in first]) - np.stack([vectors[row] for row in second])
+    return np.einsum("nd,nd->n", apart, apart) <= tolerance**2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
+from guardkit.data.grouping import load_source, why_rejected
 from guardkit.data.sources.base import Loaded, Source
 from guardkit.data.splits import split_test
 from guardkit.schema import SAFE, UNSAFE, InputError, Record, Rejected
@@ -72,10 +73,12 @@ def read_benchmark(source: Source, *, split: str = "test", test_share: float = 0
         raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if not isinstance(test_share, (int, float)) or not 0 < test_share < 1:
         raise InputError(f"test_share must lie in (0, 1), got {test_share!r}")
-    loaded = source.load()
+    loaded = load_source(source)
     records, chosen = _choose(loaded, source.name, split, test_share, split_seed)
     if not records:
-        raise InputError(f"source={source.name} holds no image to test on ({chosen}); choose another split= or source=")
+        raise InputError(
+            f"source={source.name} holds no image to test on ({chosen}); choose another split= or source={why_rejected(loaded)}"
+        )
     kept = {record.id: row for row, record in enumerate(records)}
     twins: list[Record] = []
     twin_of: list[int] = []

@@ -1,11 +1,11 @@
-"""What a source is: labelled records, and what could not be used."""
+"""What a source is: labelled records, and what could not be used. What rows mean is said in `rows`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from guardkit.schema import InputError, Record, Rejected
+from guardkit.schema import Record, Rejected
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,14 @@ class Loaded:
     Attributes:
         train: records to choose labelled images from; all records when `test` is None.
         test: natural test records; None when the data module is to hold some out.
-        test_pairs: (unsafe test record, its counterfactual) known to be exact; None when an editor must make them.
         rejected: what could not be used, with reasons.
         given: how many inputs there were: train + test + rejected.
+        test_pairs: (unsafe test record, its counterfactual) known to be exact; None when an editor must make them.
         is_drawn: no image shows anything real, so that even unsafe ones may be made; else only safe ones are.
         encoder_fingerprint: of the encoder that made the records' embeddings, where they bring some and it is known.
+        set_aside: images among `rejected`, under the same id, that are not trained on but could be embedded: without a label
+            (label -1), or in a group with a test image.
+        is_grouped: whether `guardkit.data.grouping` has seen it.
     """
 
     train: list[Record]
@@ -29,18 +32,8 @@ class Loaded:
     test_pairs: list[tuple[Record, Record]] | None = None
     is_drawn: bool = False
     encoder_fingerprint: str | None = None
-
-
-def read_label(value: Any, where: str) -> int:
-    """1 for unsafe and 0 for safe, as tables write them: the words, 0 and 1, or 0.0 and 1.0.
-
-    Raises:
-        InputError: anything else; `where` says what table and row.
-    """
-    label = {"safe": 0, "unsafe": 1, "0": 0, "1": 1, "0.0": 0, "1.0": 1}.get(str(value).strip().lower())
-    if label is None:
-        raise InputError(f"{where} has label {value!r}; allowed are safe, unsafe, 0 and 1")
-    return label
+    set_aside: list[Record] = field(default_factory=list)
+    is_grouped: bool = False
 
 
 class Source(Protocol):

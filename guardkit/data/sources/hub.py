@@ -1,28 +1,25 @@
 """Image data sets in the form of the Hugging Face `datasets` library: from the Hub, or from a folder on disk.
 
 One class serves all of them: what differs between data sets is the names of columns and of values, which are settings
-(conf/source/hub.yaml, unsafebench.yaml, ...). Nothing is decoded when the records are listed. A value that the settings
-do not explain is an error that names it; a row without an image or a label is rejected and counted.
+(conf/source/hub.yaml, unsafebench.yaml, ...). A value that the settings do not explain is an error that names it; a row without
+an image or a label is rejected and counted.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from guardkit.data.sources.base import Loaded, read_label
+from guardkit.data.grouping import DISTANCE, check_grouping_settings
+from guardkit.data.sources.base import Loaded
 from guardkit.data.sources.data_card import check_card
-from guardkit.images import MAX_PIXELS, FileContent, bytes_key, read_image
+from guardkit.data.sources.encoded import load_parts
+from guardkit.data.sources.rows import RowRule
+from guardkit.images import MAX_PIXELS
 from guardkit.policy import Policy
-from guardkit.schema import ImageError, InputError, Record, Rejected
+from guardkit.schema import InputError
 
 _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
 
@@ -41,14 +38,18 @@ class HubSource:
         revision: of the Hub repository: a tag, a branch or a commit.
         train_split: holds the labelled images to train from; None or missing: there are none.
         test_split: holds the test images; None or missing: the set has no test images of its own.
-        image_column, label_column: where image and label stand.
-        labels: label value -> "safe" or "unsafe"; None reads safe, unsafe, 0 and 1.
-        category_column: None or missing: categories are unknown.
+        image_column, label_column: where image and label stand. label_column None: labels follow from `categories`, or there are
+            none.
+        labels: label value -> safe or unsafe; null: to be left out. None: safe, unsafe, 0, 1, nsfw, ...
+        default_label: of labels that `labels` does not list; None: they are an error.
+        category_column: None: categories are unknown.
         categories: value -> the policy's category, or None for one that this policy does not speak of; values that are
-            not listed must be categories of the policy.
+            not listed must be categories of the policy. Without labels, listed values mean unsafe and all others safe.
         source_column, caption_column, group_column: may be None. Rows of one group never straddle a split.
         access: what to do to be let in, shown when the set is gated or missing.
         max_pixels: larger images are rejected.
+        check_images: read every image once; without it, bad ones show only in use, and equal ones are not found.
+        near_duplicate_distance: bits of the 64-bit perceptual hash in which near-duplicates differ at most.
     Raises:
         InputError: `datasets` is not installed, or a setting does not fit the policy.
     """
@@ -64,8 +65,9 @@ class HubSource:
         train_split: str | None = "train",
         test_split: str | None = "test",
         image_column: str = "image",
-        label_column: str = "label",
+        label_column: str | None = "label",
         labels: Mapping[Any, Any] | None = None,
+        default_label: str | None = None,
         category_column: str | None = None,
         categories: Mapping[Any, str | None] | None = None,
         source_column: str | None = None,
@@ -73,11 +75,15 @@ class HubSource:
         group_column: str | None = None,
         access: str | None = None,
         max_pixels: int = MAX_PIXELS,
+        check_images: bool = True,
+        near_duplicate_distance: int = DISTANCE,
     ) -> None:
         self.policy, self.dataset, self.name = policy, str(dataset), name
         self.config, self.revision, self.access, self.max_pixels = config, revision, access, max_pixels
         self.splits = {"train": train_split, "test": test_split}
-        self.columns = {
+        check_grouping_settings(check_images, near_duplicate_distance)
+        self.check_images, self.near_duplicate_distance = check_images, near_duplicate_distance
+        columns = {
             "image": image_column,
             "label": label_column,
             "category": category_column,
@@ -85,26 +91,21 @@ class HubSource:
             "caption": caption_column,
             "group": group_column,
         }
-        # YAML reads 0 as a number, and a column of numbers holds numbers: both are compared as text
-        self.labels = {str(value): read_label(label, f"source.labels[{value!r}]") for value, label in labels.items()} if labels else None
-        self.categories = {str(value): category for value, category in (categories or {}).items()}
-        for value, category in self.categories.items():
-            if category is not None:
-                policy.check_category(category, f"source.categories[{value!r}]")
+        self._rule = RowRule(policy, columns, {"label": "label"}, labels=labels, default_label=default_label, categories=categories)
         self.fingerprint: dict[str, Any] = {
             "source": name,
             "dataset": Path(self.dataset).name if Path(self.dataset).is_dir() else self.dataset,
             "config": config,
             "revision": revision,
             "splits": self.splits,
-            "columns": self.columns,
-            "labels": self.labels,
-            "categories": self.categories,
+            **self._rule.fingerprint,
             "max_pixels": max_pixels,
+            "check_images": check_images,
+            "near_duplicate_distance": near_duplicate_distance,
         }
 
     def load(self) -> Loaded:
-        """Lists the rows; images are read when somebody asks for them.
+        """Lists the rows, checks and groups their images.
 
         Raises:
             InputError: the set cannot be had, a column is missing, or a value is not explained by the settings.
@@ -116,12 +117,16 @@ class HubSource:
                 f"{self.dataset} has the splits {', '.join(found)}, none of which source.train_split={self.splits['train']} or "
                 f"source.test_split={self.splits['test']} names; set one of them"
             )
-        rejected: list[Rejected] = []
-        records = {role: list(self._records(part, self.splits[role] or role, rejected)) for role, part in parts.items()}
-        if not any(records.values()):
-            raise InputError(f"{self.dataset} has no usable row ({len(rejected)} were rejected{_first(rejected)})")
-        train, test = records.get("train", []), records.get("test")
-        return Loaded(train=train, test=test, rejected=rejected, given=len(train) + len(test or []) + len(rejected))
+        image_column = self._rule.columns["image"]
+        return load_parts(
+            {role: [_SplitPart(part, self.splits[role] or role, image_column)] for role, part in parts.items()},
+            self._rule,
+            name=self.name,
+            where=self.dataset,
+            max_pixels=self.max_pixels,
+            check_images=self.check_images,
+            near_duplicate_distance=self.near_duplicate_distance,
+        )
 
     def _open(self) -> Mapping[str, Any]:
         """Splits by name."""
@@ -162,124 +167,37 @@ class HubSource:
             )
         return f"data set {self.dataset} cannot be had ({reason}); {advice}" + (f". {self.access}" if self.access else "")
 
-    def _records(self, part: Any, split: str, rejected: list[Rejected]) -> Iterator[Record]:
-        for role in ("image", "label"):
-            self._check_column(part, split, role, needed=True)
-        values = {role: self._values(part, split, role) for role in self.columns if role != "image"}
-        images = _Images(part, self.columns["image"], self.max_pixels)
-        for row in range(len(part)):
-            name, raw = f"{split}/{row}", values["label"][row]
-            if raw is None or raw != raw:
-                rejected.append(Rejected(name, f"no {self.columns['label']}"))
-                continue
-            label = self._label(raw, f"{self.dataset} {name}")
-            yield Record(
-                id=name,
-                label=label,
-                category=self._category(values["category"][row], label, f"{self.dataset} {name}"),
-                source=_text(values["source"][row]) or self.name,
-                group=_text(values["group"][row]) or name,
-                content=_RowContent(images, row),
-                caption=_text(values["caption"][row]),
-            )
 
-    def _check_column(self, part: Any, split: str, role: str, *, needed: bool) -> bool:
-        column = self.columns[role]
-        if column in part.column_names:
-            return True
-        if needed:
-            raise InputError(
-                f"{self.dataset} split {split} has no column {column!r}; it has {', '.join(part.column_names)}; set source.{role}_column"
-            )
-        return False
+class _SplitPart:
+    """A split of a data set; see `Part`."""
 
-    def _values(self, part: Any, split: str, role: str) -> list[Any]:
-        column = self.columns[role]
-        if column is None or not self._check_column(part, split, role, needed=True):
-            return [None] * len(part)
-        values = part.select_columns([column])[:][column]
-        names = getattr(part.features[column], "names", None)  # a ClassLabel stores numbers that stand for names
-        return [names[value] if names and value is not None and value >= 0 else value for value in values]
-
-    def _label(self, raw: Any, where: str) -> int:
-        if self.labels is None:
-            return read_label(raw, where)
-        if str(raw) not in self.labels:
-            raise InputError(f"{where} has label {raw!r}, which source.labels does not list; add it there as safe or unsafe")
-        return self.labels[str(raw)]
-
-    def _category(self, raw: Any, label: int, where: str) -> str | None:
-        value = _text(raw)
-        if not value:
-            return None
-        if value in self.categories:
-            return self.categories[value]
-        if label:
-            self.policy.check_category(value, f"{where} (source.categories may translate it)")
-        return value if value in self.policy.category_names else None
-
-
-class _Images:
-    """The encoded images of a split, by row."""
-
-    def __init__(self, part: Any, column: str | None, max_pixels: int) -> None:
+    def __init__(self, split: Any, name: str, image_column: str | None) -> None:
         import datasets
 
-        assert column is not None
-        rows = part.select_columns([column])
-        if isinstance(part.features[column], datasets.Image):
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-        self._rows, self._column, self.max_pixels = rows, column, max_pixels
+        self.names: Sequence[str] = split.column_names
+        self._split, self._name, self._image_column = split, name, image_column
+        if image_column in self.names:
+            rows = split.select_columns([image_column])
+            if isinstance(split.features[image_column], datasets.Image):
+                rows = rows.cast_column(image_column, datasets.Image(decode=False))
+            self._images = rows
 
-    def __getitem__(self, row: int) -> bytes | Path:
-        """Encoded bytes, or a file that holds them. Raises ImageError."""
-        value = self._rows[row][self._column]
-        if isinstance(value, str) and value.isdigit() and int(value) < len(self._rows):
-            value = self._rows[int(value)][self._column]
-        if isinstance(value, Mapping):
-            value = value.get("bytes") or Path(str(value.get("path") or ""))
-        if isinstance(value, str):
-            return _from_text(value)
-        if value is None or value == Path():
-            raise ImageError("no image in this row")
-        if not isinstance(value, (bytes, Path)):
-            raise ImageError(f"expected an image, encoded bytes or base64, got {type(value).__name__}")
-        return value
+    def __len__(self) -> int:
+        return len(self._split)
 
+    def row_name(self, row: int) -> str:
+        """Such as "train/7"."""
+        return f"{self._name}/{row}"
 
-@dataclass(frozen=True)
-class _RowContent:
-    """The image of one row, read when somebody asks."""
+    def values(self, column: str) -> list[Any]:
+        """All cells of a column."""
+        values = self._split.select_columns([column])[:][column]
+        names = getattr(self._split.features[column], "names", None)  # a ClassLabel stores numbers that stand for names
+        return [names[value] if names and value is not None and value >= 0 else value for value in values]
 
-    images: _Images = field(repr=False)
-    row: int
-
-    @cached_property
-    def key(self) -> str:
-        """Of the encoded bytes. Raises ImageError."""
-        found = self.images[self.row]
-        return FileContent(found, self.images.max_pixels).key if isinstance(found, Path) else bytes_key(found)
-
-    def load(self) -> np.ndarray:
-        """(h, w, 3) uint8 RGB. Raises ImageError."""
-        return read_image(self.images[self.row], max_pixels=self.images.max_pixels)
-
-
-def _from_text(value: str) -> bytes:
-    if value.startswith(("http://", "https://")):
-        raise ImageError("a web address, and nothing is fetched from there; save the images in a folder and choose source=folder")
-    try:
-        return base64.b64decode(value, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ImageError("a text that is not base64") from error
-
-
-def _text(value: Any) -> str:
-    return "" if value is None or value != value else str(value).strip()
-
-
-def _first(rejected: list[Rejected]) -> str:
-    return f", the first is {rejected[0].id}: {rejected[0].reason}" if rejected else ""
+    def image(self, row: int) -> Any:
+        """The image cell of a row."""
+        return self._images[row][self._image_column]
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ from typing import Any
 
 from guardkit.counterfactual.pair_dataset import MANIFEST, UNFINISHED, read_pair_dataset
 from guardkit.counterfactual.review import ACCEPT, REJECT, UNSURE, Review, current_reviews, image_file
+from guardkit.data.grouping import DISTANCE, check_grouping_settings, group, look
 from guardkit.data.sources.base import Loaded
-from guardkit.images import MAX_PIXELS, SUFFIXES, FileContent, read_image
+from guardkit.images import MAX_PIXELS, SUFFIXES, FileContent
 from guardkit.policy import Policy
 from guardkit.schema import ImageError, InputError, Record, Region, Rejected
 
@@ -34,6 +35,7 @@ class PairsSource:
         max_pixels: larger images are rejected.
         keep_unsure: whether pairs are used that a reviewer was unsure of, and none rejected.
         reviewed_only: whether pairs are left out that nobody reviewed.
+        near_duplicate_distance: bits of the 64-bit perceptual hash in which near-duplicates differ at most.
     Raises:
         InputError: no such folder, no pair in it, reviews asked of a plain folder, or a dataset made under a policy with other categories.
     """
@@ -49,6 +51,7 @@ class PairsSource:
         max_pixels: int = MAX_PIXELS,
         keep_unsure: bool = True,
         reviewed_only: bool = False,
+        near_duplicate_distance: int = DISTANCE,
     ) -> None:
         self.policy, self.root = policy, Path(root).expanduser()
         if not self.root.is_dir():
@@ -58,7 +61,8 @@ class PairsSource:
         for name, value in (("keep_unsure", keep_unsure), ("reviewed_only", reviewed_only)):
             if not isinstance(value, bool):
                 raise InputError(f"source.{name} must be true or false, got {value!r}")
-        self.category, self.max_pixels = category, max_pixels
+        check_grouping_settings(True, near_duplicate_distance)
+        self.category, self.max_pixels, self.near_duplicate_distance = category, max_pixels, near_duplicate_distance
         self.keep_unsure, self.reviewed_only = keep_unsure, reviewed_only
         self._is_dataset = (self.root / MANIFEST).is_file() or (self.root / UNFINISHED).is_file()
         self._rows, manifest = read_pair_dataset(self.root) if self._is_dataset else ([], {})
@@ -72,6 +76,7 @@ class PairsSource:
             "reviews": {row["pair_id"]: row["review"] for row in self._rows if row["review"]},
             "keep_unsure": keep_unsure,
             "reviewed_only": reviewed_only,
+            "near_duplicate_distance": near_duplicate_distance,
         }
 
     def load(self) -> Loaded:
@@ -82,7 +87,8 @@ class PairsSource:
             raise InputError(
                 f"{self.root} holds no usable pair ({len(rejected)} inputs were rejected); expected are accepted pairs, or x.jpg beside x_edited.jpg"
             )
-        return Loaded(train=records, test=None, rejected=rejected, given=len(records) + len(rejected))
+        given = len(records) + len(rejected)
+        return group(Loaded(train=records, test=None, rejected=rejected, given=given), near_duplicate_distance=self.near_duplicate_distance)
 
     def _dataset_records(self, rejected: list[Rejected]) -> Iterable[Record]:
         """One record per unsafe image; pairs that were made towards the unsafe side change places."""
@@ -134,19 +140,22 @@ class PairsSource:
         rejected += [Rejected(path.relative_to(self.root).as_posix(), "no original beside it") for path in edited.values()]
 
     def _record(
-        self, unsafe: str, safe: list[str], category: str | None, source: str, group: str, region: Region | None, rejected: list[Rejected]
+        self, unsafe: str, safe: list[str], category: str | None, source: str, listed: str, region: Region | None, rejected: list[Rejected]
     ) -> Record | None:
-        contents = {}
+        contents, hashes = {}, {}
         for name in [unsafe, *safe]:
             try:
-                path = image_file(self.root, name)
-                read_image(path, max_pixels=self.max_pixels)
-                contents[name] = FileContent(path, self.max_pixels)
+                content = FileContent(image_file(self.root, name), self.max_pixels)
+                looked = look(content)
             except ImageError as error:
-                rejected.append(Rejected(name, str(error)))
+                looked = str(error)
+            if isinstance(looked, str):
+                rejected.append(Rejected(name, looked))
+            else:
+                contents[name], hashes[name] = content, looked
         twins = tuple(contents[name] for name in safe if name in contents)
         if unsafe not in contents or not twins:
             if unsafe in contents:
                 rejected.append(Rejected(unsafe, "its counterfactual cannot be read"))
             return None
-        return Record(unsafe, 1, category, source, group, contents[unsafe], region, twins=twins)
+        return Record(unsafe, 1, category, source, listed, contents[unsafe], region, twins=twins, perceptual_hash=hashes[unsafe])

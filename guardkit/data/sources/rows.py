@@ -1,0 +1,250 @@
+"""How the rows of a table say what they mean: one rule for columns, labels, categories and boxes, used by every source.
+
+A cell that is missing is a reason to reject its row; a word that nobody explained is an error that names it, because a guess
+would train on the opposite of what was meant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from guardkit.policy import Policy
+from guardkit.schema import SAFE, UNLABELLED, UNSAFE, InputError, Region
+
+BOX = ("x_min", "y_min", "x_max", "y_max")
+_WORDS = {
+    **dict.fromkeys(("safe", "sfw", "no", "false", "0"), SAFE),
+    **dict.fromkeys(("unsafe", "nsfw", "yes", "true", "1"), UNSAFE),
+}
+# what YAML reads as a truth value although the table holds the word
+_YAML_WORDS = {True: ("true", "yes"), False: ("false", "no")}
+_ALLOWED = "safe, unsafe, 0 and 1 (or sfw, nsfw, no, yes, false, true)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row says of its image.
+
+    Attributes:
+        label: 1 = unsafe, 0 = safe, -1 = it does not say.
+        category: the policy's, or None.
+        region: where the unsafe feature is, if known.
+        caption: may be empty.
+        group: as listed; None without one.
+        source: where the image comes from; None when the row does not say.
+    """
+
+    label: int
+    category: str | None = None
+    region: Region | None = None
+    caption: str = ""
+    group: str | None = None
+    source: str | None = None
+
+
+def text(value: Any) -> str:
+    """A cell as text; "" for a missing one, which tables made with pandas write as NaN."""
+    return "" if value is None or value != value else str(value).strip()
+
+
+def word_label(value: Any) -> int | None:
+    """1 or 0 for the words that stand for unsafe and safe, in any case; truth values; 0 and 1. None for anything else."""
+    return _WORDS.get(_canonical(value))
+
+
+def _canonical(value: Any) -> str:
+    """A value such that equal ones are equal text: 1, 1.0, "1.0" and " 1"; True, "true" and "TRUE"."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    found = text(value).casefold()
+    whole, point, rest = found.partition(".")
+    return whole if point and rest and not rest.strip("0") and whole.lstrip("-").isdigit() else found
+
+
+class LabelRule:
+    """Reads labels.
+
+    Args:
+        labels: value -> safe or unsafe (or another word for these), None for rows to leave out; None: the usual words.
+        default: of values that `labels` does not list: safe or unsafe; None: such a value is an error.
+    Raises:
+        InputError: a word that stands for neither.
+    """
+
+    def __init__(self, labels: Mapping[Any, Any] | None = None, default: Any = None) -> None:
+        self.labels: dict[str, int] | None = None
+        if labels is not None:
+            self.labels = {}
+            for value, said in labels.items():
+                label = UNLABELLED if said is None else _said(said, f"source.labels[{value!r}]")
+                names = _YAML_WORDS[value] if isinstance(value, bool) else (_canonical(value),)
+                self.labels |= dict.fromkeys(names, label)
+        self.default = None if default is None else _said(default, "source.default_label")
+
+    def lists(self, value: Any) -> bool:
+        """Whether the mapping explains the value, or the default explains all."""
+        return _canonical(value) in (self.labels or {}) or self.default is not None
+
+    def read(self, value: Any, where: str) -> int:
+        """1 = unsafe, 0 = safe, -1 = missing: nothing, NaN, blank, or -1, which stands for no label in the datasets library.
+
+        Raises:
+            InputError: an unknown value; `where` says in what table and row.
+        """
+        word = _canonical(value)
+        if self.labels is not None and word in self.labels:
+            return self.labels[word]
+        if word in ("", "-1"):
+            return UNLABELLED
+        if self.default is not None:
+            return self.default
+        if self.labels is not None:
+            raise InputError(
+                f"{where} has label {value!r}, which source.labels does not list; add it there as safe or unsafe (null: leave it out)"
+            )
+        label = word_label(value)
+        if label is None:
+            raise InputError(
+                f"{where} has label {value!r}; allowed are {_ALLOWED}; translate others: source.labels={{{value}: unsafe, ...}}"
+            )
+        return label
+
+
+def _said(value: Any, where: str) -> int:
+    label = word_label(value)
+    if label is None:
+        raise InputError(f"{where} has label {value!r}; allowed are {_ALLOWED}")
+    return label
+
+
+class RowRule:
+    """Reads the cells of rows by the settings that every table source has.
+
+    Args:
+        policy: whose categories the images violate.
+        columns: role -> column, or None: "label", "category", "caption", "group", "source", and what the source adds.
+        usual: the columns that a table may lack: those that are called so by default.
+        labels: value -> safe, unsafe or None; see `LabelRule`.
+        default_label: of values that `labels` does not list.
+        categories: value -> category of the policy, None for one that this policy does not speak of. In a table without labels
+            they follow from it: a listed value means unsafe (None: left out), and everything else safe.
+        boxes: whether the columns x_min, y_min, x_max, y_max are a box.
+    Raises:
+        InputError: a setting that does not fit the policy.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        columns: Mapping[str, str | None],
+        usual: Mapping[str, str] | None = None,
+        *,
+        labels: Mapping[Any, Any] | None = None,
+        default_label: Any = None,
+        categories: Mapping[Any, str | None] | None = None,
+        boxes: bool = False,
+    ) -> None:
+        self.policy, self.columns, self.usual, self.boxes = policy, dict(columns), dict(usual or {}), boxes
+        self.labels = LabelRule(labels, default_label)
+        # YAML reads 0 as a number, and a column of numbers holds numbers: both are compared as text
+        self.categories = None if categories is None else {text(value): category for value, category in categories.items()}
+        for value, category in (self.categories or {}).items():
+            if category is not None:
+                policy.check_category(category, f"source.categories[{value!r}]")
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What was asked for, in plain JSON types."""
+        return {
+            "columns": self.columns,
+            "labels": self.labels.labels,
+            "default_label": self.labels.default,
+            "categories": self.categories,
+        }
+
+    def find(self, names: Sequence[str], where: str, *, needed: Sequence[str] = ()) -> dict[str, str]:
+        """The columns that a table has, by role.
+
+        Args:
+            names: of its columns.
+            where: names the table in errors.
+            needed: roles that it must have.
+        Raises:
+            InputError: a column is missing that is needed, or that somebody asked for by name.
+        """
+        found: dict[str, str] = {}
+        for role, column in self.columns.items():
+            if column is not None and column in names:
+                found[role] = column
+            elif role in needed or column not in (None, self.usual.get(role)):
+                raise InputError(f"{where} has no column {column!r}; it has {', '.join(names) or 'none'}; set source.{role}_column")
+        boxed = [name for name in BOX if name in names] if self.boxes else []
+        if boxed and len(boxed) < len(BOX):
+            raise InputError(f"{where} has only {', '.join(boxed)} of the box columns {', '.join(BOX)}; give all four or none")
+        return found | {name: name for name in boxed}
+
+    def read(self, cells: Mapping[str, Any], where: str) -> Row | str:
+        """What a row says, or why it cannot be used.
+
+        Args:
+            cells: by role, those that the table has; box cells by their own names.
+            where: names the row in errors.
+        Raises:
+            InputError: a label or an unsafe image's category that nothing explains.
+        """
+        region = _region(cells)
+        if isinstance(region, str):
+            return region
+        if "label" in cells:
+            label, category = self.labels.read(cells["label"], where), self._category(cells)
+        elif self.categories is not None and "category" in cells:
+            value = text(cells["category"])
+            label, category = self.class_of(value, f"{where} has the class") if value else (UNLABELLED, None)
+        else:
+            label, category = UNLABELLED, None
+        if label == UNSAFE and category is not None:
+            self.policy.check_category(category, f"{where} (source.categories may translate it)")
+        elif category not in self.policy.category_names:
+            category = None  # a safe image may look like something that this policy does not speak of
+        listed, source = text(cells.get("group")), text(cells.get("source"))
+        return Row(label, category, region, text(cells.get("caption")), listed or None, source or None)
+
+    def _category(self, cells: Mapping[str, Any]) -> str | None:
+        value = text(cells.get("category"))
+        if self.categories is not None and value in self.categories:
+            return self.categories[value]
+        return value or None
+
+    def class_of(self, name: str, where: str) -> tuple[int, str | None]:
+        """Label and category of a class that is known by its name alone.
+
+        Raises:
+            InputError: `source.categories` counts it as safe by leaving it out, and its name denies that; `where` says what has it.
+        """
+        assert self.categories is not None
+        if name in self.categories:
+            category = self.categories[name]
+            return (UNLABELLED if category is None else UNSAFE), category
+        if (word_label(name) == UNSAFE and not name.isdigit()) or name in self.policy.category_names:
+            raise InputError(
+                f"{where} {name!r}, which source.categories does not list; what it leaves out counts as safe, "
+                f"which the name denies: list it as {{{name}: CATEGORY}} or rename it"
+            )
+        return SAFE, None
+
+
+def _region(cells: Mapping[str, Any]) -> Region | str | None:
+    """The box, None without one, or what is wrong with it."""
+    values = [text(cells.get(name)) for name in BOX]
+    if not any(values):
+        return None
+    try:
+        x_min, y_min, x_max, y_max = (float(value) for value in values)
+    except ValueError:
+        return f"box must have four numbers, got {str(values)[:100]}"
+    if not all(math.isfinite(value) for value in (x_min, y_min, x_max, y_max)) or not (0 <= x_min < x_max <= 1 and 0 <= y_min < y_max <= 1):
+        return f"box must satisfy 0 <= min < max <= 1, got {', '.join(values)}"
+    return x_min, y_min, x_max, y_max
