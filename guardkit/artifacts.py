@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -42,13 +43,22 @@ def written(path: Path) -> Iterator[Path]:
 
     with written(folder / "metrics.json") as temporary:
         temporary.write_text(text)
+
+    The file can be read by whom the umask allows, whatever wrote it: some writers, safetensors among them, keep theirs
+    to their owner.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # the suffix stays last, because writers such as matplotlib choose the format by it
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.tmp{path.suffix}")
     try:
+        # a new file shows what umask and folder allow; asking for the umask would change it for all threads meanwhile
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        temporary.unlink()
         yield temporary
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

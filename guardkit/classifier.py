@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from guardkit import __version__
-from guardkit.artifacts import fingerprint, hash_file, write_json, written
+from guardkit.artifacts import fingerprint
 from guardkit.encoders.base import Encoder
-from guardkit.heads import HEADS, Head
+from guardkit.encoders.lookup import find_encoder
+from guardkit.guard_folder import read_guard, write_guard
+from guardkit.heads import Head
 from guardkit.images import read_image
+from guardkit.inputs import each_image, readable
+from guardkit.metrics import operating_threshold
 from guardkit.policy import Policy
 from guardkit.schema import Decision, ImageError, InputError, Judgment
-from guardkit.seen import FILE as _SEEN
 from guardkit.seen import SeenImages
-
-FORMAT = 1
-ImageLike = str | Path | bytes | Image.Image | np.ndarray
-_CONFIG, _WEIGHTS, _POLICY = "config.json", "model.safetensors", "policy.yaml"
 
 
 class GuardClassifier:
@@ -38,10 +32,13 @@ class GuardClassifier:
         encoder: whose embeddings the head takes.
         policy: with k categories.
         threshold: flag when score >= threshold.
-        operating_points: named thresholds and what they gave on validation images.
+        operating_points: named thresholds and what they gave on validation images; see `set_operating_point`.
         training: facts of the training, plain JSON (prevalence, label budget).
         metrics: measured on a test set, plain JSON.
         training_images: those it was trained and validated on, so that it is tested on others; None: nobody knows.
+
+    Raises:
+        InputError: the threshold is no number in [0, 1].
 
     Attributes:
         name: for tables: the experiment it was trained in, else the kind of its head.
@@ -72,34 +69,53 @@ class GuardClassifier:
         self.name = str(self.training.get("experiment", head.kind))
 
     @property
+    def threshold(self) -> float:
+        """Flag when score >= threshold, in [0, 1]."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self._threshold = _checked_threshold(value)
+
+    @property
     def covers(self) -> frozenset[str] | None:
         """The categories of its policy."""
         return frozenset(self.policy.category_names)
 
     # --- deciding -----------------------------------------------------------------------------------------------------
 
-    def predict(
-        self, images: ImageLike | Iterable[ImageLike], *, threshold: float | None = None, max_pixels: int = 100_000_000
-    ) -> list[Decision]:
+    def set_operating_point(self, name: str) -> float:
+        """Decides from now on at a named threshold that was chosen on validation images.
+
+        Args:
+            name: of `operating_points`, such as "fpr_0.05": at most that share of safe validation images was flagged.
+        Returns:
+            The threshold.
+        Raises:
+            InputError: there is none of that name, or too few images stand behind it.
+        """
+        self.threshold = operating_threshold(name, self.operating_points)
+        return self.threshold
+
+    def predict(self, images: Any, *, threshold: float | None = None, max_pixels: int = 100_000_000) -> list[Decision]:
         """Decides over one image or many; never stops at a bad one.
 
         Args:
-            images: paths, encoded bytes, PIL images or (h, w, 3) uint8 RGB arrays; one or an iterable of them.
+            images: paths, encoded bytes, file objects, PIL images, arrays or tensors of one image each ((h, w), (h, w, c) or
+                (c, h, w); uint8, or floating-point in [0, 1]), one or any iterable of them; or an array or tensor with four
+                dimensions.
             threshold: instead of the guard's own, in [0, 1].
             max_pixels: larger images are not decoded.
         Returns:
-            One decision per image, in order. A decision on an image that cannot be read has no label, a NaN score and
-            the reason in `error`.
+            One decision per image, in order. A decision on an image that cannot be decided has the action "error", no
+            label, a NaN score and the reason in `error`.
         Raises:
-            ValueError: the threshold is out of range.
+            ValueError: the threshold is out of range, or `images` is neither an image nor a collection.
         """
-        limit = self.threshold if threshold is None else threshold
-        if not 0 <= limit <= 1:
-            raise ValueError(f"threshold must lie in [0, 1], got {limit}")
-        many = [images] if isinstance(images, (str, Path, bytes, Image.Image, np.ndarray)) else images
+        limit = self.threshold if threshold is None else _checked_threshold(threshold)
         decisions: list[Decision] = []
-        batch: list[ImageLike] = []
-        for image in many:
+        batch: list[Any] = []
+        for image in each_image(images):
             batch.append(image)
             if len(batch) == self.encoder.batch_size:
                 decisions += self._decide(batch, limit, max_pixels)
@@ -122,7 +138,7 @@ class GuardClassifier:
         return fingerprint({"head": head, "encoder": self.encoder.fingerprint, "policy": self.policy.digest})
 
     def score_embeddings(self, embeddings: np.ndarray) -> np.ndarray:
-        """(n, d) float embeddings of the guard's encoder -> (n,) probability of unsafe in [0, 1].
+        """(n, d) float embeddings of the guard's encoder -> (n,) probability of unsafe in [0, 1]; see `probabilities`.
 
         Raises:
             ValueError: another width, or values that are not finite.
@@ -131,6 +147,8 @@ class GuardClassifier:
 
     def probabilities(self, embeddings: np.ndarray) -> np.ndarray:
         """(n, d) embeddings -> (n, 1 + k) float64: probability of unsafe, then of each category, in [0, 1].
+
+        Where the head gives no finite logit, the probability is NaN.
 
         Raises:
             ValueError: another width, or values that are not finite.
@@ -141,49 +159,51 @@ class GuardClassifier:
         if not np.isfinite(embeddings).all():
             raise ValueError("embeddings hold NaN or infinite values; embed those images again or leave them out")
         with torch.inference_mode():
-            logits = self.head(torch.from_numpy(embeddings))
-        return torch.sigmoid(logits.double()).numpy()
+            logits = self.head(torch.from_numpy(embeddings)).double()
+            # an infinite logit is an overflow, and its sign says nothing
+            return torch.sigmoid(logits.where(logits.isfinite(), torch.nan)).numpy()
 
-    def _decide(self, batch: list[ImageLike], threshold: float, max_pixels: int) -> list[Decision]:
+    def _decide(self, batch: list[Any], threshold: float, max_pixels: int) -> list[Decision]:
         pixels: list[torch.Tensor] = []
         errors: dict[int, str] = {}
         for i, image in enumerate(batch):
             try:
-                pixels.append(self.encoder.preprocess(read_image(image, max_pixels=max_pixels)))
+                pixels.append(self.encoder.preprocess(read_image(readable(image, max_pixels), max_pixels=max_pixels)))
             except ImageError as error:
                 errors[i] = str(error)
-        rows = iter(self.probabilities(self.encoder.encode_preprocessed(pixels)) if pixels else [])
+        rows = iter(self._rows(self.encoder.encode_preprocessed(pixels)) if pixels else ())
         decisions = []
         for i in range(len(batch)):
-            if i in errors:
-                decisions.append(Decision(None, float("nan"), threshold, {}, errors[i]))
+            values = None if i in errors else next(rows)
+            if values is None or not np.isfinite(values).all():
+                reason = errors.get(i, "not a finite score: the guard's weights or the image's embedding are beyond all bounds")
+                decisions.append(Decision(None, float("nan"), threshold, {}, reason))
                 continue
-            score, *categories = (float(value) for value in next(rows))
+            score, *categories = (float(value) for value in values)
             named = dict(zip(self.policy.category_names, categories, strict=True))
             decisions.append(Decision(int(score >= threshold), score, threshold, named))
         return decisions
+
+    def _rows(self, embeddings: np.ndarray) -> np.ndarray:
+        """`probabilities`, with NaN for an embedding that is not finite."""
+        rows = np.full((len(embeddings), 1 + len(self.policy.categories)), np.nan)
+        finite = np.isfinite(embeddings).all(axis=1)
+        rows[finite] = self.probabilities(embeddings[finite])
+        return rows
 
     # --- keeping ------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes `config.json`, `model.safetensors`, `policy.yaml`, `training_images.parquet` and a model card; config.json comes last.
 
+        Args:
+            folder: new, empty, or that of a guard, which is replaced as a whole.
         Returns:
             The folder.
+        Raises:
+            InputError: the folder holds something else.
         """
-        folder = Path(folder)
-        with written(folder / _WEIGHTS) as temporary:
-            save_file({name: value.contiguous() for name, value in self.head.state_dict().items()}, temporary)
-        self.policy.save(folder / _POLICY)
-        if self.training_images is not None:
-            self.training_images.save(folder / _SEEN)
-        else:
-            (folder / _SEEN).unlink(missing_ok=True)  # of another guard
-        config: dict[str, Any] = {
-            "format": FORMAT,
-            "guardkit_version": __version__,
-            "head": {"kind": self.head.kind, "settings": self.head.settings},
-            "categories": list(self.policy.category_names),
+        config = {
             "threshold": self.threshold,
             "operating_points": self.operating_points,
             "training": self.training,
@@ -194,163 +214,47 @@ class GuardClassifier:
                 "preprocessing": self.encoder.preprocessing,
                 "dim": self.encoder.dim,
             },
-            "policy": {"name": self.policy.name, "digest": self.policy.digest},
             "metrics": self.metrics,
-            "weights_sha256": hash_file(folder / _WEIGHTS),
-            "training_images_sha256": None if self.training_images is None else hash_file(folder / _SEEN),
         }
-        config["digest"] = fingerprint(config)
-        with written(folder / "README.md") as temporary:
-            temporary.write_text(_model_card(config, self.policy), encoding="utf-8")
-        write_json(folder / _CONFIG, config)
-        return folder
+        return write_guard(folder, self.head, self.policy, config, self.training_images)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, encoder: Encoder | None = None) -> GuardClassifier:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        encoder: Encoder | str | Path | None = None,
+        device: str | None = None,
+        batch_size: int | None = None,
+    ) -> GuardClassifier:
         """Loads a guard from a folder, or from the Hugging Face Hub by its id.
 
         Args:
-            folder: a path, or "organisation/name" on the Hub.
-            encoder: to use instead of building the one that the guard names; it must be the same one.
+            folder: a guard's folder, that of the training run, or "organisation/name" on the Hub.
+            encoder: where the guard's encoder is, when it is not where it was trained: an encoder, or a text that
+                `find_encoder` understands, such as a folder that is searched for it. It must be the same one.
+            device: to build the encoder on, like "cpu" or "cuda"; by default a GPU if there is one.
+            batch_size: images that the encoder takes at once.
         Raises:
-            InputError: not a guard folder, a damaged file, or an encoder with other weights or preprocessing.
+            InputError: not a guard folder, a damaged file, an encoder that is not found, or one with other weights or
+                preprocessing.
         """
-        path = _locate(folder)
-        try:
-            config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
-            digest = config.pop("digest")
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(
-                f"{path / _CONFIG} is not a guard's configuration ({error}); train the guard again or copy the folder anew"
-            ) from error
-        if config.get("format") != FORMAT:
-            raise InputError(
-                f"{path} has guard format {config.get('format')!r}, this guardkit reads {FORMAT}; use guardkit {config.get('guardkit_version')}"
-            )
-        if fingerprint(config) != digest:
-            raise InputError(f"{path / _CONFIG} was changed after it was written (its digest does not match); copy the folder anew")
-        policy = Policy.load(path / _POLICY)
-        if policy.digest != config["policy"]["digest"]:
-            raise InputError(
-                f"{path / _POLICY} was changed after the guard was trained (its digest does not match); train a guard for the new policy"
-            )
-        if not (path / _WEIGHTS).is_file() or hash_file(path / _WEIGHTS) != config["weights_sha256"]:
-            raise InputError(f"{path / _WEIGHTS} is missing or damaged (its SHA-256 does not match); copy the folder anew")
-        kind = config["head"]["kind"]
-        if kind not in HEADS:
-            raise InputError(f"{path} has a head of kind {kind!r}, this guardkit knows {', '.join(HEADS)}")
-        head = HEADS[kind](**config["head"]["settings"])
-        try:
-            head.load_state_dict(load_file(path / _WEIGHTS))
-        except (SafetensorError, RuntimeError) as error:
-            raise InputError(f"{path / _WEIGHTS} does not fit its configuration: {error}") from error
-        if encoder is None:
-            encoder = _build_encoder(config["encoder"])
-        _check_encoder(path, config["encoder"], encoder)
+        stored = read_guard(folder)
+        config = stored.config
+        found = find_encoder(config["encoder"], encoder, needed_by=f"guard {stored.folder}", device=device, batch_size=batch_size)
         return cls(
-            head,
-            encoder,
-            policy,
+            stored.head,
+            found,
+            stored.policy,
             threshold=config["threshold"],
             operating_points=config["operating_points"],
             training=config["training"],
             metrics=config["metrics"],
-            training_images=_seen_images(path, config.get("training_images_sha256")),
+            training_images=stored.training_images,
         )
 
 
-def _seen_images(path: Path, sha256: str | None) -> SeenImages | None:
-    """The list of training images; None for a guard of an earlier guardkit, which kept none."""
-    if sha256 is None:
-        return None
-    if not (path / _SEEN).is_file() or hash_file(path / _SEEN) != sha256:
-        raise InputError(f"{path / _SEEN} is missing or damaged (its SHA-256 does not match); copy the folder anew")
-    return SeenImages.load(path / _SEEN)
-
-
-def _locate(folder: str | Path) -> Path:
-    path = Path(folder)
-    if path.exists():
-        return path
-    name = str(folder)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and os.sep not in name.split("/")[1]:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(name, allow_patterns=[_CONFIG, _WEIGHTS, _POLICY, _SEEN]))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{name!r} is neither a folder here nor a guard on the Hub that can be reached ({reason})") from error
-    raise InputError(f"guard folder {name!r} does not exist; give the folder `guard/` that training wrote, or a Hub id like org/name")
-
-
-def _build_encoder(config: Mapping[str, Any]) -> Encoder:
-    from guardkit.encoders.open_clip import OpenClipEncoder
-
-    return OpenClipEncoder(**config["config"])
-
-
-def _check_encoder(path: Path, expected: Mapping[str, Any], encoder: Encoder) -> None:
-    if encoder.fingerprint == expected["fingerprint"]:
-        return
-    raise InputError(
-        f"guard {path} needs encoder {expected['name']} ({expected['dim']}-d, fingerprint {expected['fingerprint'][:12]}, "
-        f"preprocessing {expected['preprocessing']}), got {encoder.name} ({encoder.dim}-d, fingerprint {encoder.fingerprint[:12]}, "
-        f"preprocessing {encoder.preprocessing}); use the first, or train a guard on the second"
-    )
-
-
-def _model_card(config: Mapping[str, Any], policy: Policy) -> str:
-    """A Hugging Face model card: what the guard decides, on what it was trained, what was measured."""
-    test, pairs = config["metrics"].get("test") or {}, config["metrics"].get("pairs") or {}
-
-    def figure(value: Any) -> str:
-        return "not measured" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    rows = [(name, test.get(name)) for name in ("auroc", "average_precision", "f1", "recall", "fpr", "n")]
-    rows += [(name, pairs.get(name)) for name in ("pair_accuracy", "ranking_accuracy")] + [("test pairs", pairs.get("n"))]
-    table = "\n".join(f"| {name} | {figure(value)} |" for name, value in rows)
-    points = "\n".join(
-        f"| {name} | {point['threshold']:.4f} | {point['recall']:.3f} | {point['fpr']:.3f} (95 % upper bound {point['fpr_ci_high']:.3f}, {point['n_safe']} safe images) |"
-        for name, point in config["operating_points"].items()
-    )
-    categories = "\n".join(f"- **{category.name}**: {category.definition}" for category in policy.categories)
-    return f"""---
-library_name: guardkit
-tags: [image-safety, image-classification]
----
-
-# Image guard for the policy `{policy.name}`
-
-A `{config["head"]["kind"]}` head on frozen embeddings of {config["encoder"]["name"]} ({config["encoder"]["dim"]}-d). Label 1 is unsafe; flagged means score >= {config["threshold"]:.4f}.
-
-```python
-from guardkit import GuardClassifier
-
-decisions = GuardClassifier.from_pretrained("THIS_FOLDER").predict(["image.jpg"])
-```
-
-## What it was trained to flag
-
-{categories}
-
-Policy digest `{config["policy"]["digest"][:16]}`, encoder fingerprint `{config["encoder"]["fingerprint"][:16]}`, guardkit {config["guardkit_version"]}.
-Training: {json.dumps(config["training"])}.
-
-## Measured on its test set
-
-| metric | value |
-|---|---|
-{table}
-
-## Operating points, chosen on validation images
-
-| name | threshold | recall | false-positive rate |
-|---|---|---|---|
-{points}
-
-## Limits
-
-The figures hold for images like those of the test set. A guard this small sees only what its encoder sees; measure it on your own images before you rely on it, and let people review what it decides.
-"""
+def _checked_threshold(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise InputError(f"threshold must lie in [0, 1], got {value!r}")
+    return float(value)

@@ -122,7 +122,7 @@ def _guard(name: str | None, place: str, encoders: dict[str, Encoder], trained_o
     return Contender(
         name or guard.name,
         guard,
-        {point: float(figures["threshold"]) for point, figures in guard.operating_points.items()},
+        {point: float(figures["threshold"]) for point, figures in guard.operating_points.items() if figures["threshold"] is not None},
         frozenset(said) if said is not None else trained_on,
         place,
         guard.policy,

@@ -21,7 +21,7 @@ from guardkit.data.datamodule import Batch, GuardDataModule
 from guardkit.encoders.base import Encoder
 from guardkit.heads import Head
 from guardkit.losses import category_loss, decision_loss, pair_loss
-from guardkit.metrics import operating_points
+from guardkit.metrics import operating_points, operating_threshold
 from guardkit.policy import Policy
 from guardkit.progress import progress
 from guardkit.schema import InputError
@@ -184,6 +184,10 @@ def fit(
     """
     started = time.perf_counter()
     data.setup("fit")
+    if isinstance(threshold, str):
+        # with perfect scores: what the validation images allow at best, before the long part
+        labels = data.validation_batch()["labels"].numpy()
+        choose_threshold(threshold, operating_points(labels, labels.astype(float)))
     if trainer.max_epochs:
         with quiet_lightning():
             try:
@@ -212,13 +216,13 @@ def choose_threshold(threshold: float | str, points: dict[str, dict]) -> float:
     """The number itself, or that of the named operating point.
 
     Raises:
-        InputError: a number outside [0, 1], or a name that is not among the points.
+        InputError: a number outside [0, 1], or a name that is not among the points or promises too much.
     """
     if isinstance(threshold, str):
         if threshold not in points:
             known = ", ".join(points) or "none, because validation images of both classes are missing"
             raise InputError(f"threshold must be a number in [0, 1] or an operating point ({known}), got {threshold!r}")
-        return float(points[threshold]["threshold"])
+        return operating_threshold(threshold, points)
     if not 0 <= threshold <= 1:
         raise InputError(f"threshold must lie in [0, 1], got {threshold}")
     return float(threshold)

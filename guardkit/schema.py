@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -90,9 +91,11 @@ class Rejected:
 class Decision:
     """What a guard says of one image.
 
+    A decision has no truth value, because an image that could not be decided is neither: ask for `action` or `flagged`.
+
     Attributes:
-        label: 1 = flagged as unsafe (score >= threshold), 0 = not; None when the image could not be read.
-        score: probability of unsafe in [0, 1]; NaN when the image could not be read.
+        label: 1 = flagged as unsafe (score >= threshold), 0 = not; None when the image could not be decided.
+        score: probability of unsafe in [0, 1]; NaN when the image could not be decided.
         categories: probability per category of the policy, in [0, 1].
         threshold: the threshold that was applied.
         error: why there is no score; None when there is one.
@@ -103,6 +106,50 @@ class Decision:
     threshold: float
     categories: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+
+    @property
+    def action(self) -> Literal["allow", "block", "error"]:
+        """What to do with the image: "allow", "block", or "error" when there is no decision, which never means allow."""
+        if self.error is not None or self.label not in (SAFE, UNSAFE) or not math.isfinite(self.score):
+            return "error"
+        return "block" if self.label == UNSAFE else "allow"
+
+    @property
+    def flagged(self) -> bool:
+        """Whether the image was found unsafe.
+
+        Raises:
+            ValueError: the image could not be decided.
+        """
+        if self.action == "error":
+            raise ValueError(
+                f"this image was not decided ({self.error or 'no finite score'}), so it is neither flagged nor safe; ask for action first"
+            )
+        return self.action == "block"
+
+    @property
+    def top_category(self) -> str | None:
+        """The category with the highest probability, flagged or not; None where there is none."""
+        return max(self.categories, key=self.categories.__getitem__, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Valid JSON: `action`, `top_category` and the attributes; what is not a finite number is null."""
+        return {
+            "action": self.action,
+            "label": self.label,
+            "score": _finite(self.score),
+            "threshold": _finite(self.threshold),
+            "categories": {name: _finite(value) for name, value in self.categories.items()},
+            "top_category": self.top_category,
+            "error": self.error,
+        }
+
+    def __bool__(self) -> bool:
+        raise TypeError('a decision is not true or false; ask for decision.action ("allow", "block" or "error") or decision.flagged')
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

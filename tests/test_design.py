@@ -14,8 +14,8 @@ import guardkit
 
 LEVELS = {
     "schema": 0, "artifacts": 0, "policy": 0, "progress": 0, "reading": 0, "stores": 0, "colour": 0, "limits": 0,
-    "pixels": 1, "images": 1, "scenes": 1, "encoders": 1, "editors": 1, "heads": 1, "losses": 1, "metrics": 1, "stats": 1, "vlm": 1, "seen": 1,
-    "embeddings": 2, "embedding_folder": 2, "counterfactual": 2, "classifier": 2, "baselines": 2,
+    "pixels": 1, "images": 1, "inputs": 1, "scenes": 1, "encoders": 1, "editors": 1, "heads": 1, "losses": 1, "metrics": 1, "stats": 1, "vlm": 1, "seen": 1,
+    "embeddings": 2, "embedding_folder": 2, "counterfactual": 2, "classifier": 2, "guard_folder": 2, "guard_config": 2, "baselines": 2,
     "data": 3, "module": 3,
     "evaluation": 4, "efficiency": 4, "moderation": 4,
     "preflight": 5, "training": 5, "sweeping": 5, "sweep": 5, "_hydra": 5, "train": 5, "embed": 5, "synthesize": 5, "contenders": 5, "evaluating": 5, "evaluate": 5, "app": 5,
@@ -25,6 +25,8 @@ ALLOWED = {
     ("artifacts", "schema"), ("policy", "schema"), ("policy", "artifacts"), ("reading", "schema"), ("reading", "artifacts"), ("stores", "schema"),  # the ground floor
     ("limits", "schema"), ("images", "pixels"),  # a file is opened, then its pixels are shown
     ("vlm", "images"),  # images travel as PNG
+    ("inputs", "images"),  # whatever it is, the reader reads it
+    ("classifier", "guard_folder"), ("guard_folder", "guard_config"),  # a guard on disk
     ("editors", "scenes"),  # the exact editor belongs to the world it edits
     ("counterfactual", "embeddings"),  # a verifier shares the embeddings of the training
     ("embedding_folder", "embeddings"),  # a folder is filled through the store

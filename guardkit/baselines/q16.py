@@ -55,8 +55,8 @@ def q16(policy: Policy, weights: str, encoder: Encoder, *, covers: Sequence[str]
     """
     path = locate("q16", weights, _NAMES)
     prompts = read_array(path)
-    if prompts.ndim != 2 or len(prompts) != 2 or not np.isfinite(prompts).all():
-        raise InputError(f"{path} must hold two prompts as a finite array (2, d), got shape {prompts.shape}")
+    if prompts.ndim != 2 or len(prompts) != 2:
+        raise InputError(f"{path} must hold two prompts as an array (2, d), got shape {prompts.shape}")
     return EmbeddingGuard(
         "q16", Q16Head(prompts), encoder, dim=prompts.shape[1], covers=covered("q16", covers, policy), threshold=threshold
     )

@@ -204,6 +204,10 @@ def _load(folder: Path, processor: Path | None) -> tuple[Any, Any]:
         ) from error
     if report["missing_keys"]:  # by itself transformers would only warn, and go on with random ones
         raise InputError(f"baseline.sd_filter.weights {folder} lacks {', '.join(sorted(report['missing_keys'])[:3])}; get its files anew")
+    if bad := [name for name, value in checker.state_dict().items() if not bool(value.isfinite().all())]:
+        raise InputError(
+            f"baseline.sd_filter.weights {folder}: {bad[0]} holds NaN or infinite values, which decide nothing; get its files anew"
+        )
     return checker.eval().requires_grad_(False), made
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def read_array(path: Path) -> np.ndarray:
     Returns:
         float32.
     Raises:
-        InputError: another type of file, a damaged one, or one that holds more than numbers.
+        InputError: another type of file, a damaged one, or one that holds more than finite numbers.
     """
     suffix = path.suffix.lower()
     if suffix == _SAFETENSORS:
@@ -97,23 +98,31 @@ def read_array(path: Path) -> np.ndarray:
         raise InputError(f"{path}: weights must end in {_SAFETENSORS}, {_NUMPY} or {', '.join(_PICKLES)}")
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         raise InputError(f"{path} holds no array of floating-point numbers; get the published file anew")
-    return array.astype(np.float32)
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise InputError(f"{path} holds NaN or infinite values, which decide nothing; get the published file anew")
+    return array
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Names to tensors, from .safetensors or from a state dict of torch.
 
     Raises:
-        InputError: another type of file, a damaged one, or one that holds more than tensors.
+        InputError: another type of file, a damaged one, or one that holds more than tensors of finite numbers.
     """
     suffix = path.suffix.lower()
     if suffix == _SAFETENSORS:
-        return _refused(path, lambda: load_file(path))
-    if suffix not in _TORCH:
+        state = _refused(path, lambda: load_file(path))
+    elif suffix in _TORCH:
+        state = _refused(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
+    else:
         raise InputError(f"{path}: weights must end in {_SAFETENSORS}, {', '.join(_TORCH)}")
-    state = _refused(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path} holds no names with tensors; get the published file anew")
+    for name, value in state.items():
+        if not _refused(path, partial(_is_finite, value)):
+            raise InputError(f"{path}: {name} holds NaN or infinite values, which decide nothing; get the published file anew")
     return dict(state)
 
 
@@ -127,6 +136,10 @@ def load_into(module: nn.Module, path: Path) -> None:
         module.load_state_dict(read_tensors(path))
     except RuntimeError as error:
         raise InputError(f"{path} holds other weights than expected: {' '.join(str(error).split())[:300]}") from error
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    return bool(value.isfinite().all())
 
 
 def _refused(path: Path, read: Callable[[], Any]) -> Any:

@@ -239,6 +239,10 @@ class ScoreVerifier:
         start, end = (float(values[column]) if one.record.label else 1 - float(values[column]) for values in (before, after))
         is_null = one.request.kind != "counterfactual"
         reason = None
+        if not np.isfinite([start, end, cosine, kept]).all():
+            # every comparison below is false for NaN, and would let the edit pass
+            reason = f"verifier={self.name}: not a finite score"
+            return Verdict(reason, None, round(kept, _DECIMALS) if np.isfinite(kept) else None)
         if cosine < self.min_cosine:
             reason = f"verifier={self.name}: the edit is another picture (cosine of embeddings below {self.min_cosine})"
         elif kept < self.min_preservation:

@@ -18,6 +18,7 @@ from guardkit.efficiency.results import CellStore, CellTable, FinishedCell
 from guardkit.metrics import operating_points
 from guardkit.module import choose_threshold
 from guardkit.progress import progress
+from guardkit.schema import InputError
 from guardkit.stats import GroupDraws
 
 FIGURES = (*METRICS, "threshold_logit")
@@ -146,7 +147,11 @@ def _scores(plan: Plan, finished: Mapping[Cell, FinishedCell], failed: dict[Cell
             if not points:
                 failed[cell] = f"threshold={plan.threshold} needs validation images of both labels"
                 continue
-        share = choose_threshold(plan.threshold, points)
+        try:
+            share = choose_threshold(plan.threshold, points)
+        except InputError as error:
+            failed[cell] = str(error)
+            continue
         logit = -math.inf if share <= 0 else math.inf if share >= 1 else math.log(share / (1 - share))
         yield cell, Scores(fitted.logits, fitted.twin_logits, logit)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+from guardkit.schema import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +18,18 @@ if TYPE_CHECKING:
 # At other batch sizes (5, 6, 7, 9, ...; which ones depends on the number of threads) the CPU's matrix product rounds the
 # last rows differently, so that a vector depends on its place in the batch; multiples of 4 were never seen to.
 _FIXED_MULTIPLE = 8
+_PREPROCESS_FIELDS = ("size", "mean", "std", "interpolation", "resize_mode")
+_INTERPOLATIONS, _RESIZE_MODES = ("bicubic", "bilinear"), ("shortest", "longest", "squash")
+
+
+def _one_thread() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
+# OpenMP's threads do not survive a fork: a child that asked for more than its own would wait for them for ever
+os.register_at_fork(after_in_child=_one_thread)
 
 
 class Encoder(Protocol):
@@ -171,3 +187,30 @@ def _resized(rows: int, columns: int, size: Sequence[int], resize_mode: str) -> 
     pick = min if resize_mode == "shortest" else max
     ratio = pick(rows / height, columns / width)
     return max(1, round(rows / ratio)), max(1, round(columns / ratio))
+
+
+def checked_preprocess(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A stated preprocessing in plain JSON types.
+
+    Raises:
+        InputError: a field is missing, unknown or out of range.
+    """
+    unknown, missing = set(given) - set(_PREPROCESS_FIELDS), set(_PREPROCESS_FIELDS) - set(given)
+    if unknown or missing:
+        raise InputError(
+            f"encoder.preprocess must have {', '.join(_PREPROCESS_FIELDS)}; missing: {', '.join(sorted(missing)) or 'none'}, unknown: {', '.join(sorted(unknown)) or 'none'}"
+        )
+    plain: dict[str, Any] = {key: list(value) if isinstance(value, (list, tuple)) else value for key, value in given.items()}
+    sides = plain["size"] if isinstance(plain["size"], list) else [plain["size"]] * 2
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+        raise InputError(f"encoder.preprocess.size must be pixels, or height and width in pixels, got {plain['size']!r}")
+    for key in ("mean", "std"):
+        values = plain[key]
+        if not (isinstance(values, list) and len(values) == 3 and all(isinstance(v, (int, float)) for v in values)):
+            raise InputError(f"encoder.preprocess.{key} must be 3 numbers, for red, green and blue in [0, 1], got {values!r}")
+    if min(plain["std"]) <= 0:
+        raise InputError(f"encoder.preprocess.std must be above 0, got {plain['std']!r}")
+    for key, allowed in (("interpolation", _INTERPOLATIONS), ("resize_mode", _RESIZE_MODES)):
+        if plain[key] not in allowed:
+            raise InputError(f"encoder.preprocess.{key} must be one of {', '.join(allowed)}, got {plain[key]!r}")
+    return plain

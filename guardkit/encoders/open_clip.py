@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,14 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from guardkit.artifacts import fingerprint, shipped
-from guardkit.encoders.base import cut_texts, encode_in_batches, prepare_pixels
+from guardkit.encoders.base import checked_preprocess, cut_texts, encode_in_batches, prepare_pixels
 from guardkit.schema import InputError, shortened
 
 if TYPE_CHECKING:
     import torch
 
-_PREPROCESS_FIELDS = ("size", "mean", "std", "interpolation", "resize_mode")
-_INTERPOLATIONS, _RESIZE_MODES = ("bicubic", "bilinear"), ("shortest", "longest", "squash")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")  # what open_clip looks for in a folder
 _HUB, _LOCAL = "hf-hub:", "local-dir:"
 _N_SHOWN = 3  # texts in a warning
@@ -62,7 +61,7 @@ class OpenClipEncoder:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"encoder.batch_size must be a whole number of at least 1, got {batch_size!r}")
         self.architecture, self.weights, self.device, self.batch_size = architecture, weights, device, batch_size
-        self._preprocess = None if preprocess is None else _checked_preprocess(preprocess)
+        self._preprocess = None if preprocess is None else checked_preprocess(preprocess)
         self._folder = self._find_folder()
         self._is_file = (
             self._folder is None
@@ -83,6 +82,25 @@ class OpenClipEncoder:
         self.name = weights if architecture is None else f"{architecture} ({Path(weights).name if self._is_file else weights})"
         self._lock = threading.Lock()
         self._cut_before: set[str] = set()
+        self._pickled: str | None = None
+
+    # --- copies -------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What builds it again. The weights stay where they are; the copy reads them, and they must still be the same."""
+        left_out = ("_lock", "_loaded", "_built", "_tokenizer", "fingerprint")
+        state = {key: value for key, value in self.__dict__.items() if key not in left_out}
+        return state | {"_pickled": self.fingerprint if "_built" in self.__dict__ else self._pickled}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OpenClipEncoder:
+        """The model is frozen, so that copies within a process share it."""
+        new = object.__new__(type(self))
+        new.__setstate__(self.__dict__)
+        return new
 
     def _find_folder(self) -> Path | None:
         if (folder := shipped(self.weights)) is not None:
@@ -115,7 +133,12 @@ class OpenClipEncoder:
         """The model, its preprocessing of PIL images, the width of its embeddings, and its settings."""
         with self._lock:
             if "_built" not in self.__dict__:
-                self._built = self._build()
+                built = self._build()
+                if self._pickled is not None and _hashed(*built) != self._pickled:
+                    raise InputError(
+                        f"the weights of encoder {self.name} changed after it was pickled; pickle it anew, or put the old ones back"
+                    )
+                self._built, self._builder = built, os.getpid()
             return self._built
 
     def _build(self) -> tuple[Any, Any, int, dict[str, Any]]:
@@ -144,7 +167,9 @@ class OpenClipEncoder:
             model.eval().requires_grad_(False)
             height, width = _height_width(model.visual.preprocess_cfg["size"])
             with torch.inference_mode():
-                dim = int(model.encode_image(torch.zeros(1, 3, height, width, device=device)).shape[1])
+                vector = model.encode_image(torch.zeros(1, 3, height, width, device=device))
+                if not bool(vector.isfinite().all()):
+                    raise ValueError("its weights give vectors that are not finite")
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             if self._folder or self._is_file:
@@ -152,7 +177,7 @@ class OpenClipEncoder:
             else:
                 remedy = f"without a network, save the model's files in a folder and give weights={_LOCAL}FOLDER"
             raise InputError(f"encoder {self.name} could not be loaded ({type(error).__name__}: {reason}); {remedy}") from error
-        return model, transform, dim, settings
+        return model, transform, int(vector.shape[1]), settings
 
     def _checked_device(self) -> torch.device:
         import torch
@@ -190,14 +215,7 @@ class OpenClipEncoder:
     @cached_property
     def preprocessing(self) -> dict[str, Any]:
         """size (h, w), mean, std, interpolation, resize_mode, as open_clip applies them."""
-        cfg = self.model.visual.preprocess_cfg
-        return {
-            "size": list(_height_width(cfg["size"])),
-            "mean": [float(v) for v in cfg["mean"]],
-            "std": [float(v) for v in cfg["std"]],
-            "interpolation": cfg["interpolation"],
-            "resize_mode": cfg["resize_mode"],
-        }
+        return _preprocessing(self.model)
 
     @property
     def dim(self) -> int:
@@ -207,11 +225,7 @@ class OpenClipEncoder:
     @cached_property
     def fingerprint(self) -> str:
         """Over the weights' names, types, shapes and values, the architecture's settings, and the preprocessing."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return fingerprint({"weights": digest.hexdigest(), "architecture": self._loaded[3], "preprocessing": self.preprocessing})
+        return _hashed(*self._loaded)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -220,7 +234,13 @@ class OpenClipEncoder:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device = next(self.model.parameters()).device
+        if device.type == "cuda" and self._builder != os.getpid():
+            raise InputError(
+                f"encoder {self.name} is on {device}, which a forked process cannot use; start workers by spawn "
+                '(multiprocessing.get_context("spawn")), or take encoder.device=cpu'
+            )
+        return device
 
     # --- encoding -----------------------------------------------------------------------------------------------------
 
@@ -306,8 +326,34 @@ class OpenClipEncoder:
             ) from error
 
 
+def is_architecture(name: str) -> bool:
+    """Whether open_clip has an architecture of that name."""
+    import open_clip
+
+    return name in open_clip.list_models()
+
+
 def _height_width(size: Any) -> tuple[int, int]:
     return (int(size), int(size)) if isinstance(size, (int, float)) else (int(size[0]), int(size[1]))
+
+
+def _preprocessing(model: Any) -> dict[str, Any]:
+    cfg = model.visual.preprocess_cfg
+    return {
+        "size": list(_height_width(cfg["size"])),
+        "mean": [float(v) for v in cfg["mean"]],
+        "std": [float(v) for v in cfg["std"]],
+        "interpolation": cfg["interpolation"],
+        "resize_mode": cfg["resize_mode"],
+    }
+
+
+def _hashed(model: Any, transform: Any, dim: int, settings: Mapping[str, Any]) -> str:  # noqa: ARG001 - what `_loaded` holds
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return fingerprint({"weights": digest.hexdigest(), "architecture": settings, "preprocessing": _preprocessing(model)})
 
 
 def _settings(model_config: Mapping[str, Any], vision_defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,28 +368,6 @@ def _settings(model_config: Mapping[str, Any], vision_defaults: Mapping[str, Any
         if key != "timm_model_pretrained" and (key not in vision_defaults or value != vision_defaults[key])
     }
     return {"quick_gelu": bool(model_config.get("quick_gelu", False)), "vision": said}
-
-
-def _checked_preprocess(given: Mapping[str, Any]) -> dict[str, Any]:
-    unknown, missing = set(given) - set(_PREPROCESS_FIELDS), set(_PREPROCESS_FIELDS) - set(given)
-    if unknown or missing:
-        raise InputError(
-            f"encoder.preprocess must have {', '.join(_PREPROCESS_FIELDS)}; missing: {', '.join(sorted(missing)) or 'none'}, unknown: {', '.join(sorted(unknown)) or 'none'}"
-        )
-    plain: dict[str, Any] = {key: list(value) if isinstance(value, (list, tuple)) else value for key, value in given.items()}
-    sides = plain["size"] if isinstance(plain["size"], list) else [plain["size"]] * 2
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
-        raise InputError(f"encoder.preprocess.size must be pixels, or height and width in pixels, got {plain['size']!r}")
-    for key in ("mean", "std"):
-        values = plain[key]
-        if not (isinstance(values, list) and len(values) == 3 and all(isinstance(v, (int, float)) for v in values)):
-            raise InputError(f"encoder.preprocess.{key} must be 3 numbers, for red, green and blue in [0, 1], got {values!r}")
-    if min(plain["std"]) <= 0:
-        raise InputError(f"encoder.preprocess.std must be above 0, got {plain['std']!r}")
-    for key, allowed in (("interpolation", _INTERPOLATIONS), ("resize_mode", _RESIZE_MODES)):
-        if plain[key] not in allowed:
-            raise InputError(f"encoder.preprocess.{key} must be one of {', '.join(allowed)}, got {plain[key]!r}")
-    return plain
 
 
 @contextmanager

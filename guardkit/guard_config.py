@@ -1,0 +1,125 @@
+"""What the configuration of a saved guard may hold. Anybody can write one, digest included."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints
+
+from guardkit.heads import HEADS, Head
+
+_MAX_WIDTH = 1 << 20
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Checks every value that is used: there, of its type, in its range, and fitting the others.
+
+    Args:
+        config: an object of JSON.
+    Raises:
+        ValueError: the place, what was expected there and what came.
+    """
+    head, encoder, policy = (_object(config, key, "") for key in ("head", "encoder", "policy"))
+    _expect(config, "guardkit_version", _is_text, "a text")
+    _expect(config, "weights_sha256", _is_hash, "64 hex digits")
+    if config.get("training_images_sha256") is not None:
+        _expect(config, "training_images_sha256", _is_hash, "64 hex digits or null")
+    _expect(config, "threshold", _is_share, "a number in [0, 1]")
+    names = _expect(config, "categories", _is_texts, "a list of at least one name")
+    _expect(encoder, "name", _is_text, "a text", "encoder.")
+    _expect(encoder, "fingerprint", _is_hash, "64 hex digits", "encoder.")
+    dim = _expect(encoder, "dim", _is_width, f"a whole number from 1 to {_MAX_WIDTH}", "encoder.")
+    _object(encoder, "preprocessing", "encoder.")
+    built = _object(encoder, "config", "encoder.")
+    _expect(built, "weights", _is_text, "a text", "encoder.config.")
+    _expect(built, "architecture", lambda one: one is None or _is_text(one), "a text or null", "encoder.config.")
+    _expect(built, "preprocess", lambda one: one is None or isinstance(one, dict), "an object or null", "encoder.config.")
+    if set(built) != {"weights", "architecture", "preprocess"}:
+        raise ValueError(f"encoder.config must have architecture, weights and preprocess, got {', '.join(sorted(built))}")
+    _expect(policy, "name", _is_text, "a text", "policy.")
+    _expect(policy, "digest", _is_hash, "64 hex digits", "policy.")
+    _expect(head, "kind", lambda one: isinstance(one, str) and one in HEADS, f"one of {', '.join(HEADS)}", "head.")
+    _check_settings(_object(head, "settings", "head."), HEADS[head["kind"]], dim=dim, n_categories=len(names))
+    for name, point in _object(config, "operating_points", "").items():
+        where = f"operating_points.{name}."
+        point = _object(config["operating_points"], name, "operating_points.")
+        for key in ("threshold", "recall", "fpr", "fpr_ci_high"):
+            _expect(point, key, lambda one: one is None or _is_share(one), "a number in [0, 1] or null", where)
+        for key in ("n_unsafe", "n_safe"):
+            _expect(point, key, _is_count, "a whole number of at least 0", where)
+        if point["threshold"] is None or "reason" in point:
+            _expect(point, "reason", _is_text, "a text", where)
+    training = _object(config, "training", "")
+    if "experiment" in training:
+        _expect(training, "experiment", _is_text, "a text", "training.")
+    if "sources" in training:
+        _expect(training, "sources", lambda one: isinstance(one, list) and all(map(_is_text, one)), "a list of texts", "training.")
+    if training.get("prevalence") is not None:
+        _expect(training, "prevalence", _is_share, "a number in [0, 1]", "training.")
+    metrics = _object(config, "metrics", "")
+    for key in ("test", "pairs"):
+        if metrics.get(key) is not None:
+            _object(metrics, key, "metrics.")
+
+
+def _check_settings(settings: Mapping[str, Any], kind: type[Head], *, dim: int, n_categories: int) -> None:
+    hints, parameters = get_type_hints(kind.__init__), inspect.signature(kind).parameters
+    if set(settings) - set(parameters):
+        raise ValueError(f"head.settings must be among {', '.join(parameters)}, got {', '.join(sorted(settings))}")
+    for name, parameter in parameters.items():
+        if name in settings or parameter.default is parameter.empty:
+            rule, text = _KINDS[hints[name]]
+            _expect(settings, name, rule, text, "head.settings.")
+    for name, wanted in (("dim", dim), ("n_categories", n_categories)):
+        if settings[name] != wanted:
+            raise ValueError(f"head.settings.{name} must be {wanted}, as encoder and categories say, got {settings[name]!r}")
+
+
+def _expect(values: Mapping[str, Any], key: str, rule: Callable[[Any], bool], text: str, where: str = "") -> Any:
+    if key not in values:
+        raise ValueError(f"{where}{key} is missing")
+    if not rule(values[key]):
+        raise ValueError(f"{where}{key} must be {text}, got {json.dumps(values[key])[:60]}")
+    return values[key]
+
+
+def _object(values: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    return _expect(values, key, lambda one: isinstance(one, dict), "an object", where)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _is_width(value: Any) -> bool:
+    return _is_count(value) and 1 <= value <= _MAX_WIDTH
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and _HASH.fullmatch(value) is not None
+
+
+_KINDS: dict[type, tuple[Callable[[Any], bool], str]] = {
+    int: (_is_width, f"a whole number from 1 to {_MAX_WIDTH}"),
+    float: (_is_number, "a finite number"),
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+}

@@ -1,0 +1,278 @@
+"""A guard on disk: what its configuration must hold, its weights, and its model card. Nothing in it is believed unchecked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+
+from guardkit import __version__
+from guardkit.artifacts import fingerprint, hash_file, read_json, written
+from guardkit.guard_config import check_config
+from guardkit.heads import HEADS, Head
+from guardkit.policy import Policy
+from guardkit.schema import InputError
+from guardkit.seen import FILE as SEEN
+from guardkit.seen import SeenImages
+
+FORMAT = 1
+CONFIG, WEIGHTS, POLICY, CARD = "config.json", "model.safetensors", "policy.yaml", "README.md"
+FILES = frozenset({CONFIG, WEIGHTS, POLICY, CARD, SEEN})
+_HEADER_BYTES = 1 << 20  # more than names and shapes of a head's weights take
+_MEND = "copy the folder anew or train the guard again"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A guard's files, read and checked.
+
+    Attributes:
+        folder: where they are.
+        config: the content of config.json, without its digest.
+        policy, head: as they were saved.
+        training_images: as well; None for a guard of an earlier guardkit, which kept none.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    policy: Policy
+    head: Head
+    training_images: SeenImages | None
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_guard(folder: str | Path) -> Stored:
+    """Reads a guard from its folder, from a training run's folder, or from the Hugging Face Hub.
+
+    Args:
+        folder: a path, or "organisation/name" on the Hub.
+    Raises:
+        InputError: there is none, or a file is damaged, was changed, or holds what no guard can have.
+    """
+    path = _locate(folder)
+    config = _read_config(path / CONFIG)
+    policy = Policy.load(path / POLICY)
+    if policy.digest != config["policy"]["digest"]:
+        raise InputError(
+            f"{path / POLICY} was changed after the guard was trained (its digest does not match); train a guard for the new policy"
+        )
+    if tuple(config["categories"]) != policy.category_names:
+        raise InputError(f"{path / CONFIG}: categories must be those of {POLICY}, {', '.join(policy.category_names)}; {_MEND}")
+    return Stored(path, config, policy, _read_head(path, config), _read_seen(path, config.get("training_images_sha256")))
+
+
+def _locate(folder: str | Path) -> Path:
+    name = os.fspath(folder)
+    path = Path(name).expanduser()
+    if path.exists():
+        # the folder of a training run holds its guard
+        return path / "guard" if not (path / CONFIG).exists() and (path / "guard" / CONFIG).exists() else path
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(name, allow_patterns=sorted(FILES - {CARD})))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{name!r} is neither a folder here nor a guard on the Hub that can be reached ({reason})") from error
+    raise InputError(f"guard folder {name!r} does not exist; give the folder `guard/` that training wrote, or a Hub id like org/name")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path, "a guard's configuration", _MEND)
+    if config.get("format") != FORMAT:
+        raise InputError(
+            f"{path} has guard format {config.get('format')!r}, this guardkit reads {FORMAT}; use guardkit {config.get('guardkit_version')}"
+        )
+    digest = config.pop("digest", None)
+    try:
+        if fingerprint(config) != digest:
+            raise InputError(f"{path} was changed after it was written (its digest does not match); copy the folder anew")
+        check_config(config)
+    except InputError:
+        raise
+    except (ValueError, RecursionError, OverflowError) as error:  # also numbers too large for JSON
+        raise InputError(f"{path} is not a guard's configuration ({_line(error)}); {_MEND}") from error
+    return config
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _read_head(folder: Path, config: Mapping[str, Any]) -> Head:
+    path, kind, settings = folder / WEIGHTS, config["head"]["kind"], config["head"]["settings"]
+    try:
+        with torch.device("meta"):  # names, shapes and types without memory: sizes are not believed yet
+            expected = HEADS[kind](**settings).state_dict()
+    except (InputError, RuntimeError, TypeError) as error:
+        raise InputError(f"{folder / CONFIG}: head.settings do not make a head of kind {kind!r} ({_line(error)}); {_MEND}") from error
+    limit = _HEADER_BYTES + sum(value.numel() * value.element_size() for value in expected.values())
+    try:
+        data = path.read_bytes() if path.stat().st_size <= limit else b""
+    except OSError:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != config["weights_sha256"]:
+        raise InputError(f"{path} is missing or damaged (its SHA-256 does not match); copy the folder anew")
+    try:
+        found = load(data)
+    except SafetensorError as error:
+        raise InputError(f"{path} does not fit its configuration: {_line(error)}; {_MEND}") from error
+    for name in sorted(expected.keys() | found.keys()):
+        said, got = (_outline(values.get(name)) for values in (expected, found))
+        if said != got:
+            raise InputError(f"{path} does not fit its configuration: {name} is {got}, expected {said}; {_MEND}")
+        if not bool(found[name].isfinite().all()):
+            raise InputError(f"{path}: {name} holds NaN or infinite values, which decide nothing; {_MEND}")
+    head = HEADS[kind](**settings)
+    head.load_state_dict(found)
+    return head
+
+
+def _read_seen(folder: Path, sha256: str | None) -> SeenImages | None:
+    if sha256 is None:
+        return None
+    if not (folder / SEEN).is_file() or hash_file(folder / SEEN) != sha256:
+        raise InputError(f"{folder / SEEN} is missing or damaged (its SHA-256 does not match); copy the folder anew")
+    return SeenImages.load(folder / SEEN)
+
+
+def _outline(value: torch.Tensor | None) -> str:
+    return "not there" if value is None else f"{value.dtype} of shape {tuple(value.shape)}".removeprefix("torch.")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_guard(folder: str | Path, head: Head, policy: Policy, config: Mapping[str, Any], training_images: SeenImages | None) -> Path:
+    """Writes a guard's files; an older guard in the folder is replaced as a whole.
+
+    Args:
+        folder: new, empty, or that of a guard.
+        head, policy: what the guard decides with.
+        config: everything else that config.json says.
+        training_images: those it has seen, if they are known.
+    Returns:
+        The folder.
+    Raises:
+        InputError: the folder holds something else.
+    """
+    folder = Path(folder).expanduser()
+    _check_free(folder)
+    with ExitStack() as files:
+        # all are complete before the first gets its name; the one that is opened first gets it last
+        new = {name: files.enter_context(written(folder / name)) for name in (CONFIG, CARD, POLICY, WEIGHTS)}
+        save_file({name: value.contiguous() for name, value in head.state_dict().items()}, new[WEIGHTS])
+        policy.save(new[POLICY])
+        if training_images is not None:
+            new[SEEN] = files.enter_context(written(folder / SEEN))
+            training_images.save(new[SEEN])
+        whole: dict[str, Any] = {
+            "format": FORMAT,
+            "guardkit_version": __version__,
+            "head": {"kind": head.kind, "settings": head.settings},
+            "categories": list(policy.category_names),
+            **config,
+            "policy": {"name": policy.name, "digest": policy.digest},
+            "weights_sha256": hash_file(new[WEIGHTS]),
+            "training_images_sha256": hash_file(new[SEEN]) if SEEN in new else None,
+        }
+        whole["digest"] = fingerprint(whole)
+        new[CARD].write_text(_model_card(whole, policy), encoding="utf-8")
+        new[CONFIG].write_text(json.dumps(whole, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        for name in FILES - new.keys():
+            (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+def _check_free(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder to save the guard in")
+    # names with a dot in front belong to tools such as git, and to a writer that was killed
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    foreign = sorted(names - FILES)
+    if not foreign and names:
+        try:
+            is_guard = {"format", "head", "policy", "weights_sha256", "digest"} <= read_json(
+                folder / CONFIG, "a guard's configuration"
+            ).keys()
+        except InputError:
+            is_guard = False
+        foreign = [] if is_guard else sorted(names)
+    if foreign:
+        raise InputError(
+            f"{folder} holds {foreign[0]!r}, which is not a guard's; save the guard in a new or empty folder, or in one that holds nothing but a guard"
+        )
+
+
+def _model_card(config: Mapping[str, Any], policy: Policy) -> str:
+    """A Hugging Face model card: what the guard decides, on what it was trained, what was measured."""
+    test, pairs = config["metrics"].get("test") or {}, config["metrics"].get("pairs") or {}
+
+    def figure(value: Any) -> str:
+        return "not measured" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    def shown(value: float | None, digits: int = 3) -> str:
+        return "none" if value is None else f"{value:.{digits}f}"
+
+    rows = [(name, test.get(name)) for name in ("auroc", "average_precision", "f1", "recall", "fpr", "n")]
+    rows += [(name, pairs.get(name)) for name in ("pair_accuracy", "ranking_accuracy")] + [("test pairs", pairs.get("n"))]
+    table = "\n".join(f"| {name} | {figure(value)} |" for name, value in rows)
+    points = "\n".join(
+        f"| {name} | {shown(point['threshold'], 4)} | {shown(point['recall'])} | {shown(point['fpr'])} (95 % upper bound "
+        f"{shown(point['fpr_ci_high'])}, {point['n_safe']} safe images) | {point.get('reason', '')} |"
+        for name, point in config["operating_points"].items()
+    )
+    categories = "\n".join(f"- **{category.name}**: {category.definition}" for category in policy.categories)
+    return f"""---
+library_name: guardkit
+tags: [image-safety, image-classification]
+---
+
+# Image guard for the policy `{policy.name}`
+
+A `{config["head"]["kind"]}` head on frozen embeddings of {config["encoder"]["name"]} ({config["encoder"]["dim"]}-d). Label 1 is unsafe; flagged means score >= {config["threshold"]:.4f}.
+
+```python
+from guardkit import GuardClassifier
+
+decisions = GuardClassifier.from_pretrained("THIS_FOLDER").predict(["image.jpg"])
+```
+
+## What it was trained to flag
+
+{categories}
+
+Policy digest `{config["policy"]["digest"][:16]}`, encoder fingerprint `{config["encoder"]["fingerprint"][:16]}`, guardkit {config["guardkit_version"]}.
+Training: {json.dumps(config["training"])}.
+
+## Measured on its test set
+
+| metric | value |
+|---|---|
+{table}
+
+## Operating points, chosen on validation images
+
+| name | threshold | recall | false-positive rate | cannot be promised, because |
+|---|---|---|---|---|
+{points}
+
+## Limits
+
+The figures hold for images like those of the test set. A guard this small sees only what its encoder sees; measure it on your own images before you rely on it, and let people review what it decides.
+"""

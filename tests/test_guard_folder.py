@@ -1,0 +1,348 @@
+"""A guard on disk: it travels, it replaces guards only, and nothing that its files say is believed unchecked."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import stat
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+from safetensors.torch import load_file, save_file
+
+from guardkit import GuardClassifier
+from guardkit.artifacts import fingerprint, shipped, written
+from guardkit.encoders.open_clip import OpenClipEncoder
+from guardkit.heads import LinearHead, MLPHead, PromptHead
+from guardkit.schema import InputError
+
+IMAGES = [np.asarray(picture(seed)) for seed in range(3)]
+
+
+def make(encoder, policy, kind=LinearHead, **options):
+    torch.manual_seed(0)
+    head = kind.build(encoder, policy)
+    for value in head.parameters():
+        torch.nn.init.normal_(value, std=0.1) if value.ndim == 2 else None
+    points = {
+        "balanced": {"threshold": 0.4, "recall": 1.0, "fpr": 0.0, "fpr_ci_high": 0.3, "n_unsafe": 9, "n_safe": 9},
+        "fpr_0.01": {
+            "threshold": None, "recall": None, "fpr": None, "fpr_ci_high": None, "n_unsafe": 9, "n_safe": 9, "reason": "it rests on 9 safe images",
+        },
+    }  # fmt: skip
+    return GuardClassifier(
+        head, encoder, policy, operating_points=points, training={"prevalence": 0.5, "experiment": "unpaired"}, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def guard(scenes_encoder, scenes_policy):
+    return make(scenes_encoder, scenes_policy)
+
+
+@pytest.fixture
+def folder(guard, tmp_path):
+    return guard.save_pretrained(tmp_path / "run" / "guard")
+
+
+@pytest.fixture(scope="module")
+def moved(scenes_policy, tmp_path_factory):
+    """A guard whose encoder was in a folder that is no longer there, and the folder that holds it now."""
+    here = tmp_path_factory.mktemp("models")
+    shutil.copytree(shipped("guardkit:scenes_clip"), here / "old" / "clip")
+    encoder = OpenClipEncoder(None, f"local-dir:{here / 'old' / 'clip'}")
+    trained = make(encoder, scenes_policy)
+    scores = [decision.score for decision in trained.predict(IMAGES)]
+    folder = trained.save_pretrained(here / "guard")
+    other = here / "new" / "a" / "other"
+    shutil.copytree(here / "old" / "clip", other)
+    config = json.loads((other / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["mean"] = [0.4, 0.4, 0.4]
+    (other / "open_clip_config.json").write_text(json.dumps(config))
+    shutil.move(here / "old" / "clip", here / "new" / "b" / "clip")
+    return folder, here / "new", scores
+
+
+# --- it travels -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_can_be_read_by_whom_the_umask_allows(guard, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        folder = guard.save_pretrained(tmp_path / "guard")
+    finally:
+        os.umask(before)
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == dict.fromkeys(
+        ["config.json", "model.safetensors", "policy.yaml", "README.md"], mode
+    )
+
+
+def test_a_writer_of_private_files_leaves_a_usual_one(tmp_path):
+    with written(tmp_path / "a.bin") as temporary:
+        temporary.write_bytes(b"x")
+        temporary.chmod(0o600)
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "a.bin").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_an_encoder_that_moved_is_asked_for_with_the_call_that_helps(moved):
+    folder, _, _ = moved
+    with pytest.raises(InputError) as caught:
+        GuardClassifier.from_pretrained(folder)
+    said = str(caught.value)
+    assert "\n" not in said
+    for part in (
+        "needs encoder local-dir:",
+        "could not be had where it was recorded",
+        "from_pretrained(..., encoder=...)",
+        "a folder that",
+    ):
+        assert part in said
+
+
+def test_an_encoder_that_moved_is_found_by_its_weights(moved):
+    folder, models, scores = moved
+    places = [models, str(models), models / "b" / "clip", f"local-dir:{models / 'b' / 'clip'}", "guardkit:scenes_clip"]
+    places += [next((models / "b" / "clip").glob("*.safetensors"))]
+    for place in places:
+        loaded = GuardClassifier.from_pretrained(folder, encoder=place, batch_size=2, device="cpu")
+        assert (loaded.encoder.batch_size, loaded.encoder.device) == (2, "cpu")
+        assert [decision.score for decision in loaded.predict(IMAGES)] == pytest.approx(scores, abs=1e-6)
+
+
+def test_another_encoder_is_refused_wherever_it_comes_from(moved, tmp_path):
+    folder, models, _ = moved
+    with pytest.raises(InputError, match=r"needs encoder local-dir:.*clip \(256-d.*, got local-dir:.*other"):
+        GuardClassifier.from_pretrained(folder, encoder=models / "a" / "other")
+    with pytest.raises(InputError, match="none of the 1 models below .* has these weights"):
+        GuardClassifier.from_pretrained(folder, encoder=models / "a")
+    with pytest.raises(InputError, match="holds no model"):
+        GuardClassifier.from_pretrained(folder, encoder=tmp_path)
+    with pytest.raises(InputError, match="could not be had as encoder=openai .*no folder and no file"):
+        GuardClassifier.from_pretrained(folder, encoder="openai")
+    with pytest.raises(InputError, match="encoder must be a folder .* got int"):
+        GuardClassifier.from_pretrained(folder, encoder=3)
+
+
+def test_settings_of_an_encoder_that_is_there_are_refused(folder, scenes_encoder):
+    with pytest.raises(InputError, match="device and batch_size belong to an encoder that is built here"):
+        GuardClassifier.from_pretrained(folder, encoder=scenes_encoder, device="cpu", batch_size=4)
+
+
+def test_the_folder_of_the_run_and_the_home_directory_will_do(folder, scenes_encoder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent.parent))
+    for place in (folder.parent, "~/run", "~/run/guard"):
+        assert GuardClassifier.from_pretrained(place, encoder=scenes_encoder).training["experiment"] == "unpaired"
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda guard: pickle.loads(pickle.dumps(guard))], ids=["deepcopy", "pickle"])
+def test_a_copy_decides_alike(guard, copied):
+    scores = [decision.score for decision in guard.predict(IMAGES)]
+    twin = copied(guard)
+    assert [decision.score for decision in twin.predict(IMAGES)] == scores
+    assert twin.fingerprint == guard.fingerprint
+    with torch.no_grad():
+        twin.head.linear.bias += 1
+    twin.threshold = 0.9
+    assert [decision.score for decision in guard.predict(IMAGES)] == scores
+    assert guard.threshold == 0.5
+
+
+def test_a_pickled_guard_is_small_and_notices_other_weights(tmp_path, scenes_policy):
+    place = tmp_path / "clip"
+    shutil.copytree(shipped("guardkit:scenes_clip"), place)
+    data = pickle.dumps(make(OpenClipEncoder(None, f"local-dir:{place}"), scenes_policy))
+    assert len(data) < 1 << 17
+    weights = next(place.glob("*.safetensors"))
+    save_file({name: value * 1.01 if value.is_floating_point() else value for name, value in load_file(weights).items()}, weights)
+    with pytest.raises(InputError, match="changed after it was pickled"):
+        pickle.loads(data).predict(IMAGES)
+
+
+# --- what it overwrites -----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_something_else_is_left_alone(guard, tmp_path):
+    for name, text in (("notes.txt", "mine"), ("config.json", '{"model_type": "clip"}'), ("README.md", "mine"), ("policy.yaml", "mine")):
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / name).write_text(text)
+        with pytest.raises(InputError, match=f"holds '{name}', which is not a guard's; save the guard in a new or empty folder"):
+            guard.save_pretrained(folder)
+        assert {path.name: path.read_text() for path in folder.iterdir()} == {name: text}
+    with pytest.raises(InputError, match="is a file"):
+        guard.save_pretrained(tmp_path / "notes_txt" / "notes.txt")
+
+
+def test_a_guard_replaces_a_guard_whole(guard, folder, scenes_encoder, scenes_policy):
+    (folder / ".gitattributes").write_text("")
+    make(scenes_encoder, scenes_policy, MLPHead, threshold=0.7).save_pretrained(folder)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "policy.yaml", "README.md", ".gitattributes"}
+    loaded = GuardClassifier.from_pretrained(folder, encoder=scenes_encoder)
+    assert (loaded.head.kind, loaded.threshold) == ("mlp", 0.7)
+    (folder / "mine.txt").touch()
+    with pytest.raises(InputError, match="holds 'mine.txt'"):
+        guard.save_pretrained(folder)
+
+
+def test_a_write_that_fails_leaves_the_old_guard_whole(guard, folder, scenes_encoder, monkeypatch):
+    import guardkit.guard_folder
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(guardkit.guard_folder, "_model_card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        guard.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert GuardClassifier.from_pretrained(folder, encoder=scenes_encoder).threshold == 0.5
+
+
+# --- what it believes -------------------------------------------------------------------------------------------------
+
+
+def sign(folder, change):
+    """Changes config.json as somebody who knows how its digest is made."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["digest"]
+    change(config)
+    text = json.dumps(config)
+    try:
+        config["digest"] = fingerprint(config)
+        text = json.dumps(config)
+    except ValueError:
+        text = text[:-1] + ', "digest": "0"}'
+    (folder / "config.json").write_text(text)
+
+
+def put(*path_and_value):
+    *path, last, value = path_and_value
+
+    def change(config):
+        for key in path:
+            config = config[key]
+        config[last] = value
+
+    return change
+
+
+def drop(*path):
+    def change(config):
+        for key in path[:-1]:
+            config = config[key]
+        del config[path[-1]]
+
+    return change
+
+
+TAMPERED = {
+    "threshold below": (put("threshold", -1), r"threshold must be a number in \[0, 1\], got -1"),
+    "threshold text": (put("threshold", "x"), r"threshold must be a number in \[0, 1\], got \"x\""),
+    "threshold true": (put("threshold", True), "threshold must be"),
+    "threshold null": (put("threshold", None), "threshold must be"),
+    "threshold huge": (put("threshold", 10**400), "a number that is too large"),
+    "threshold NaN": (put("threshold", float("nan")), "is no JSON number"),
+    "threshold infinite": (put("threshold", float("inf")), "is no JSON number"),
+    "no threshold": (drop("threshold"), "threshold is missing"),
+    "no head": (drop("head"), "head is missing"),
+    "no digest of the policy": (drop("policy", "digest"), "policy.digest is missing"),
+    "head of another kind": (put("head", "kind", "forest"), "head.kind must be one of linear"),
+    "head kind a list": (put("head", "kind", []), "head.kind must be one of linear"),
+    "width": (put("head", "settings", "dim", 10**15), "head.settings.dim must be a whole number from 1"),
+    "another width": (put("head", "settings", "dim", 255), "head.settings.dim must be 256, as encoder"),
+    "unknown setting": (put("head", "settings", "hooks", 1), "head.settings must be among dim, n_categories, whitened"),
+    "setting of another type": (put("head", "settings", "whitened", "yes"), "head.settings.whitened must be true or false"),
+    "whitened weights": (put("head", "settings", "whitened", True), "map is not there, expected float32"),
+    "categories": (put("categories", 0, "nudity"), "categories must be those of policy.yaml"),
+    "more categories": (put("categories", ["a"] * 99999), "head.settings.n_categories must be 99999"),
+    "categories a text": (put("categories", "abc"), "categories must be a list"),
+    "a point out of range": (put("operating_points", "balanced", "threshold", 7), "operating_points.balanced.threshold must be"),
+    "a point without reason": (drop("operating_points", "fpr_0.01", "reason"), "operating_points.fpr_0.01.reason is missing"),
+    "a point that is a number": (put("operating_points", "balanced", 0.5), "operating_points.balanced must be an object"),
+    "points a list": (put("operating_points", []), "operating_points must be an object"),
+    "metrics a list": (put("metrics", [1]), "metrics must be an object"),
+    "test metrics a text": (put("metrics", "test", "good"), "metrics.test must be an object"),
+    "training": (put("training", "experiment", ["x"]), "training.experiment must be a text"),
+    "constructor arguments": (put("encoder", "config", "hook", "x"), "encoder.config must have architecture, weights and preprocess"),
+    "weights of the encoder": (put("encoder", "config", "weights", 3), "encoder.config.weights must be a text"),
+    "fingerprint": (put("encoder", "fingerprint", "abc"), "encoder.fingerprint must be 64 hex digits"),
+    "format": (put("format", 99), "has guard format 99, this guardkit reads 1"),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_configuration_signed_anew_is_refused_in_one_line(folder, scenes_encoder, name):
+    change, message = TAMPERED[name]
+    sign(folder, change)
+    with pytest.raises(InputError, match=message) as caught:
+        GuardClassifier.from_pretrained(folder, encoder=scenes_encoder)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"format": 1, "a": ' + '{"a": ' * 5000 + "1" + "}" * 5001, "[]", "7", "", "\xff", '{"format": ' + "9" * 9000 + "}"],
+)
+def test_a_configuration_that_is_none_is_refused(folder, scenes_encoder, text):
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=r"config.json") as caught:
+        GuardClassifier.from_pretrained(folder, encoder=scenes_encoder)
+    assert "\n" not in str(caught.value)
+
+
+def resign_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors")
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    sign(folder, put("weights_sha256", digest))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: tensors | {"linear.weight": tensors["linear.weight"] * float("nan")},
+            "linear.weight holds NaN or infinite values",
+        ),
+        (lambda tensors: tensors | {"linear.bias": tensors["linear.bias"] + float("inf")}, "linear.bias holds NaN or infinite values"),
+        (
+            lambda tensors: tensors | {"linear.bias": tensors["linear.bias"][:-1].clone()},
+            r"linear.bias is float32 of shape \(\d\d?,\), expected",
+        ),
+        (lambda tensors: tensors | {"linear.bias": tensors["linear.bias"].double()}, "linear.bias is float64"),
+        (lambda tensors: tensors | {"more": torch.zeros(2)}, "more is float32 of shape .*, expected not there"),
+        (lambda tensors: {"linear.bias": tensors["linear.bias"]}, "linear.weight is not there"),
+        (lambda tensors: tensors | {"more": torch.zeros(1 << 20)}, "is missing or damaged"),
+    ],
+)
+def test_weights_signed_anew_are_refused(folder, scenes_encoder, change, message):
+    resign_weights(folder, change)
+    with pytest.raises(InputError, match=message) as caught:
+        GuardClassifier.from_pretrained(folder, encoder=scenes_encoder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [LinearHead, MLPHead, PromptHead])
+def test_every_kind_of_head_comes_back(kind, scenes_encoder, scenes_policy, tmp_path):
+    embeddings = np.random.default_rng(0).normal(size=(5, 256)).astype(np.float32)
+    saved = make(scenes_encoder, scenes_policy, kind)
+    loaded = GuardClassifier.from_pretrained(saved.save_pretrained(tmp_path / "guard"), encoder=scenes_encoder)
+    np.testing.assert_array_equal(loaded.probabilities(embeddings), saved.probabilities(embeddings))
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf"), 3e38, -3e38])
+def test_a_score_that_is_no_number_is_never_safe(scenes_encoder, scenes_policy, weight):
+    guard = make(scenes_encoder, scenes_policy)
+    with torch.no_grad():
+        guard.head.linear.weight.fill_(weight)
+        guard.head.linear.bias.fill_(weight)
+    for decision in guard.predict(IMAGES):
+        assert (decision.action, decision.label) == ("error", None)
+        assert "not a finite score" in decision.error
+    assert all(judgment.reason for judgment in guard.judge(IMAGES))
