@@ -5,26 +5,32 @@ from __future__ import annotations
 import functools
 import json
 import os
+import stat
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from filelock import FileLock, Timeout
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from guardkit import __version__
+from guardkit._errors import user_error
+from guardkit._overrides import job_name, mended
+from guardkit._signals import end_stopped, stoppable, was_stopped
 from guardkit.artifacts import fingerprint, write_json, written
+from guardkit.folders import FINISHED, LOCK, UNFINISHED, locked, read_mark
 from guardkit.schema import InputError
+from guardkit.terminal import complain, forgiving_streams, one_line, say
 
 if TYPE_CHECKING:
     from guardkit.policy import Policy
@@ -34,14 +40,49 @@ _PACKAGE = Path(__file__).resolve().parent
 CONF_DIR = next(path for path in (_PACKAGE / "_conf", _PACKAGE.parent / "conf") if path.is_dir())
 
 USER_ERROR = 2
-INTERRUPTED = 130
-_FINISHED, _ERROR = "finished.json", "error.txt"
+_ERROR, _JOBS = "error.txt", ".jobs"
 
 
 def default_cache_dir() -> str:
-    """GUARDKIT_CACHE, else guardkit's folder in the user's cache."""
+    """GUARDKIT_CACHE, else guardkit's folder in the user's cache, else, without a home directory, a temporary one."""
     root = os.environ.get("GUARDKIT_CACHE")
-    return root or str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "guardkit")
+    if root:
+        return root
+    try:
+        return str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "guardkit")
+    except RuntimeError:
+        return str(_own_temporary_folder())
+
+
+def _own_temporary_folder() -> Path:
+    """A folder of this user's that nobody else may write to, the same for all of the user's processes."""
+    folder = Path(tempfile.gettempdir()) / f"guardkit-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    except OSError:
+        is_own = False
+    if not is_own:
+        raise InputError(
+            f"there is no home directory, and {folder} cannot be used as a cache; set GUARDKIT_CACHE or cache_dir to a folder of your own"
+        )
+    return folder
+
+
+def _settle_without_home() -> None:
+    """Gives libraries that ask for a home directory or a user name one, where the system has none."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = str(_own_temporary_folder())
+        os.environ.setdefault("USER", f"uid{os.getuid()}")
+
+
+# here, because a launcher's processes import this module and run no entry point
+OmegaConf.register_new_resolver("default_cache_dir", default_cache_dir, replace=True)
+OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
+OmegaConf.register_new_resolver("job_name", lambda overrides: job_name([str(one) for one in overrides]), replace=True)
 
 
 def main(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -54,18 +95,17 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[
     def decorate(run: Callable[[DictConfig], None]) -> Callable[[], None]:
         @functools.wraps(run)
         def guarded(cfg: DictConfig) -> None:
-            is_one_of_many = HydraConfig.get().mode == RunMode.MULTIRUN
-            with _readable_errors(), _one_of_many(cfg) if is_one_of_many else nullcontext(True) as wanted:
-                missing = sorted(OmegaConf.missing_keys(cfg))
-                if missing:
-                    raise InputError(f"{', '.join(missing)} must be given, as in {missing[0]}=VALUE; see --help")
-                if wanted:
-                    run(cfg)
+            _run_job(run, cfg)
 
         @functools.wraps(run)
         def start() -> None:
-            OmegaConf.register_new_resolver("default_cache_dir", default_cache_dir, replace=True)
-            with _readable_errors():
+            if "--version" in sys.argv[1:]:
+                print(f"guardkit {__version__}")
+                return
+            forgiving_streams()
+            with stoppable(), _readable_errors():
+                _settle_without_home()
+                sys.argv[1:] = mended(sys.argv[1:])
                 # Hydra would otherwise print an abridged traceback of its own and exit with 1
                 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
                 hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(guarded)()
@@ -80,79 +120,134 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("stopped; what was finished is kept", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        end_stopped()
     except Exception as error:
+        if was_stopped():
+            end_stopped()  # what was under way failed because it was stopped
         line = user_error(error)
         if line is None or os.environ.get("GUARDKIT_TRACEBACK"):
             raise
-        print(f"error: {line}", file=sys.stderr)
+        complain(f"error: {line}")
         sys.exit(USER_ERROR)
 
 
-@contextmanager
-def _one_of_many(cfg: DictConfig) -> Iterator[bool]:
-    """Around one job of a multirun: gives False where it is finished already, and keeps its failure from the others.
-
-    A finished job leaves `finished.json` with a hash of its settings in its folder, a failed one `error.txt`.
-    """
+def _run_job(run: Callable[[DictConfig], None], cfg: DictConfig) -> None:
+    """One job, alone or of a multirun, in its folder."""
     folder = output_dir()
+    is_one_of_many = HydraConfig.get().mode == RunMode.MULTIRUN
+    with ExitStack() as stack:
+        stack.enter_context(_readable_errors())
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        about = {"job": "" if missing else fingerprint(settings_of(cfg)), "overrides": list(HydraConfig.get().overrides.task)}
+        if is_one_of_many and not stack.enter_context(_one_of_many(folder, about)):
+            return
+        if missing:
+            raise InputError(f"{', '.join(missing)} must be given, as in {missing[0]}=VALUE; see --help")
+        _expand_home(cfg)
+        stack.enter_context(locked(folder, about=about, on_claim=lambda: _write_settings(folder, cfg)))
+        run(cfg)
+
+
+def settings_of(cfg: DictConfig) -> str:
+    """All that the results of a configuration may depend on, as a text to compare."""
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
-    settings.pop("output_dir", None)
-    about = {"settings": fingerprint(settings), "guardkit": __version__}
-    done, failed = folder / _FINISHED, folder / _ERROR
+    return repr({key: value for key, value in settings.items() if key != "output_dir"})
+
+
+def _expand_home(node: DictConfig | ListConfig) -> None:
+    """Replaces ~ at the beginning of a text by the home directory: the shell does so only at the beginning of a word."""
+    for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
+        value = node._get_node(key)
+        if isinstance(value, (DictConfig, ListConfig)):
+            if not value._is_none() and not value._is_missing() and not value._is_interpolation():
+                _expand_home(value)
+        elif isinstance(text := value._value(), str) and text.startswith("~"):  # type: ignore[union-attr]
+            value._set_value(os.path.expanduser(text))  # type: ignore[union-attr]
+
+
+def _write_settings(folder: Path, cfg: DictConfig) -> None:
+    """What Hydra would write before the folder is claimed, and so over the settings of whoever is at work there."""
+    place = folder / ".hydra"
+    for name, value in (("config", cfg), ("hydra", HydraConfig.instance().cfg), ("overrides", HydraConfig.get().overrides.task)):
+        with written(place / f"{name}.yaml") as temporary:
+            temporary.write_text(OmegaConf.to_yaml(value), encoding="utf-8")
+
+
+@contextmanager
+def _one_of_many(folder: Path, about: Mapping[str, Any]) -> Iterator[bool]:
+    """Around one job of a multirun: gives False where it is finished already, and keeps its failure from the others.
+
+    What became of the job is recorded for the end of the multirun; a failed one leaves `error.txt` in its folder.
+    """
+    sweep = HydraConfig.get().sweep
+    record = Path(str(sweep.dir)) / _JOBS / f"{fingerprint(str(sweep.subdir))[:16]}.json"
+    failed = folder / _ERROR
     try:
-        finished = json.loads(done.read_text(encoding="utf-8")) == about
-    except (OSError, ValueError):
-        finished = False
-    if finished:
-        print(f"finished before: {folder}")
+        mark = read_mark(folder) or {}
+    except InputError:
+        mark = {}  # the job itself will say so
+    if about["job"] and mark.get("state") == FINISHED and (mark.get("job"), mark.get("guardkit")) == (about["job"], __version__):
+        say(f"finished before: {folder}")
+        write_json(record, {"folder": str(folder), "state": FINISHED})
         yield False
         return
+    write_json(record, {"folder": str(folder), "state": UNFINISHED, "error": "it was ended before it could say why"})
     failed.unlink(missing_ok=True)
-    done.unlink(missing_ok=True)
     try:
         yield True
     except Exception as error:
-        text = user_error(error) or "".join(traceback.format_exception(error))
+        if was_stopped():
+            raise
+        line = user_error(error)
+        text = line or "".join(traceback.format_exception(error))
+        last = line or one_line(text.strip().splitlines()[-1])
+        write_json(record, {"folder": str(folder), "state": UNFINISHED, "error": last})
         with written(failed) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
-        print(f"error: {folder.name}: {text.strip().splitlines()[-1]}", file=sys.stderr)
+            temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        complain(f"error: {folder.name}: {last}")
     else:
-        write_json(done, about)
+        write_json(record, {"folder": str(folder), "state": FINISHED})
 
 
-class Failures(Callback):
-    """Hydra's callback: says after a multirun which jobs failed, and ends it with status 2 if one did."""
+class Jobs(Callback):
+    """Hydra's callback around a multirun: one at a time in a folder; at the end says which jobs failed, with status 2."""
+
+    def __init__(self) -> None:
+        self._lock: FileLock | None = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
+        """Takes the folder, and forgets what earlier multiruns recorded there."""
+        # Hydra turns an exception of a callback into a warning, and goes on
+        with _readable_errors():
+            folder = Path(str(config.hydra.sweep.dir))
+            mark = read_mark(folder)
+            if mark is not None:
+                raise InputError(
+                    f"{folder} holds the results of guardkit {mark.get('command')}, not of a multirun; choose another output_dir"
+                )
+            (folder / _JOBS).mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(folder / _JOBS / LOCK)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout as error:
+                raise InputError(f"another multirun is at work in {folder}; wait for it, or choose another output_dir") from error
+            for path in (folder / _JOBS).glob("*.json"):
+                path.unlink()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
-        """Lists them."""
-        failed = sorted(Path(str(config.hydra.sweep.dir)).rglob(_ERROR))
-        for path in failed:
-            print(f"failed: {path.parent}: {path.read_text(encoding='utf-8').strip().splitlines()[-1]}", file=sys.stderr)
-        if failed:
-            print(f"{len(failed)} job(s) failed; the same command tries them again and leaves out what is finished", file=sys.stderr)
-            sys.exit(USER_ERROR)
-
-
-def user_error(error: BaseException) -> str | None:
-    """One line for an error that the user can mend, None for one that is ours."""
-    for cause in _causes(error):
-        if isinstance(cause, InputError):
-            return " ".join(str(cause).split())
-    for cause in _causes(error):
-        if isinstance(cause, OSError) and cause.filename is not None:
-            return f"{cause.strerror}: {cause.filename}; check the path, its permissions and the space left (output_dir and cache_dir set where results go)"
-    if isinstance(error, (HydraException, OmegaConfBaseException)) and not _wraps_bug(error):
-        # Hydra's messages hold their options over several lines
-        lines = [
-            line.strip() for line in str(error).splitlines() if line.strip() and not line.strip().startswith(("full_key", "object_type"))
-        ]
-        if any("hydra/launcher/submitit" in line for line in lines):
-            return 'hydra/launcher=submitit_slurm needs the submitit launcher; pip install "guardkit[slurm]"'
-        return "; ".join(lines) + "; see --help for all settings"
-    return None
+        """Lists the failed ones."""
+        with _readable_errors():
+            paths = sorted((Path(str(config.hydra.sweep.dir)) / _JOBS).glob("*.json"))
+            records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+            if self._lock is not None:
+                self._lock.release()
+            failed = [record for record in records if record["state"] != FINISHED]
+            for record in failed:
+                complain(f"failed: {record['folder']}: {record['error']}")
+            if failed:
+                complain(f"{len(failed)} job(s) failed; the same command tries them again and leaves out what is finished")
+                sys.exit(USER_ERROR)
 
 
 def output_dir() -> Path:
@@ -203,14 +298,3 @@ def compose_group(group: str, name: str, overrides: list[str], *, root: Mapping[
     chosen: DictConfig = composed[group]
     OmegaConf.set_struct(chosen, True)
     return chosen
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _wraps_bug(error: BaseException) -> bool:
-    """Whether Hydra only carries somebody else's exception."""
-    return any(not isinstance(cause, (HydraException, OmegaConfBaseException, OSError)) for cause in list(_causes(error))[1:])

@@ -7,7 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from guardkit._hydra import main, output_dir
+from guardkit._hydra import main, output_dir, settings_of
+from guardkit.terminal import say
 
 
 @main("app")
@@ -15,6 +16,7 @@ def app(cfg: DictConfig) -> None:
     """Shows the page until Ctrl-C, then prints what was said and how far people agree."""
     from guardkit.artifacts import write_json
     from guardkit.counterfactual.review import REVIEWS
+    from guardkit.folders import claim
     from guardkit.moderation.review_page import review_pairs
 
     folder = Path(str(cfg.pairs)).expanduser()
@@ -26,10 +28,11 @@ def app(cfg: DictConfig) -> None:
         port=cfg.port,
         announce=lambda address: print(f"review {folder} at {address} (Ctrl-C ends it)", flush=True),
     )
-    write_json(output_dir() / "agreement.json", summary)
-    print(_table(summary))
-    print(f"  verdicts are kept in {folder / REVIEWS}")
-    print(output_dir())
+    with claim(output_dir(), "app", settings_of(cfg), replaces=["agreement.json"]):
+        write_json(output_dir() / "agreement.json", summary)
+    say(_table(summary))
+    say(f"  verdicts are kept in {folder / REVIEWS}")
+    say(output_dir())
 
 
 def _table(summary: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 import threading
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,7 @@ _PACKAGE = Path(__file__).resolve().parent
 _SHIPPED = "guardkit:"
 _VARIANTS = ("fp16", "bf16")  # what diffusers and transformers put into the names of files in half precision
 _MAX_JSON_BYTES, _MAX_JSON_DEPTH = 256 << 20, 64
+_TEMPORARY = re.compile(r"\..*\.\d+\.\d+\.tmp")  # names that `written` gives: process, thread
 
 
 def fingerprint(inputs: Any) -> str:
@@ -70,7 +72,8 @@ def remove_leftovers(folder: Path) -> None:
     Only for a folder that nobody else writes to meanwhile.
     """
     for left in folder.rglob(".*.tmp*"):
-        left.unlink(missing_ok=True)
+        if _TEMPORARY.match(left.name):
+            left.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

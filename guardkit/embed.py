@@ -5,6 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from guardkit._hydra import main, output_dir
+from guardkit.terminal import say
 
 
 @main("embed")
@@ -13,8 +14,8 @@ def embed(cfg: DictConfig) -> None:
     from guardkit.training import embed_source
 
     counts = embed_source(cfg, output_dir())
-    print("\n".join(f"  {name:<9} {count}" for name, count in counts.items()))
-    print(output_dir())
+    say("\n".join(f"  {name:<9} {count}" for name, count in counts.items()))
+    say(output_dir())
 
 
 if __name__ == "__main__":

@@ -20,14 +20,13 @@ import pyarrow.parquet as pq
 from guardkit import __version__
 from guardkit.artifacts import read_json, write_json, written
 from guardkit.embeddings import EmbeddingStore
-from guardkit.encoders.base import Encoder
+from guardkit.folders import claim, is_unfinished
 from guardkit.progress import progress
 from guardkit.reading import read_array, read_table
 from guardkit.schema import UNLABELLED, InputError, Record, Rejected
 
 MANIFEST, REJECTED = "manifest.json", "rejected.parquet"
 _BLOCK = 512  # records embedded between two looks at the clock
-UNFINISHED = "manifest.unfinished.json"  # stands in for the manifest while a folder is being written
 
 
 def write_embedding_folder(
@@ -47,66 +46,59 @@ def write_embedding_folder(
         InputError: the folder holds embeddings of another encoder, or some that guardkit did not write.
     """
     folder = Path(folder)
-    _claim(folder, store.encoder)
-    refused = list(rejected)
-    n_written = n_shards = 0
-    total = len(records) if isinstance(records, Sequence) else None
-    stream = iter(progress(records, total=total, what="embedding images"))
-    waiting: list[Record] = []
-    vectors = np.zeros((0, store.encoder.dim), np.float32)
-    block = list(islice(stream, min(_BLOCK, shard_size)))
-    while block or waiting:
-        readable, more, unreadable = store.embed_readable(block)
-        refused += unreadable
-        waiting += readable
-        vectors = np.concatenate([vectors, more])
+
+    def recognise() -> dict[str, Any] | None:
+        # a copy without hidden files has no mark
+        return {"encoder": str(_read_manifest(folder / MANIFEST).get("encoder_fingerprint"))} if (folder / MANIFEST).is_file() else None
+
+    settings = {"encoder": store.encoder.fingerprint}
+    with claim(folder, "embed", settings, recognise=recognise, differs="made by another encoder"):
+        (folder / MANIFEST).unlink(missing_ok=True)
+        refused = list(rejected)
+        n_written = n_shards = 0
+        total = len(records) if isinstance(records, Sequence) else None
+        stream = iter(progress(records, total=total, what="embedding images"))
+        waiting: list[Record] = []
+        vectors = np.zeros((0, store.encoder.dim), np.float32)
         block = list(islice(stream, min(_BLOCK, shard_size)))
-        # a shard is written when it is full, or when nothing more comes
-        while len(waiting) >= shard_size or (waiting and not block):
-            with written(folder / "img_emb" / f"img_emb_{n_shards}.npy") as temporary:
-                np.save(temporary, vectors[:shard_size].astype(np.float16))
-            with written(folder / "metadata" / f"metadata_{n_shards}.parquet") as temporary:
-                pq.write_table(_metadata(waiting[:shard_size]), temporary)
-            n_written, n_shards = n_written + len(waiting[:shard_size]), n_shards + 1
-            waiting, vectors = waiting[shard_size:], vectors[shard_size:]
-    for stale in [*folder.glob("img_emb/img_emb_*.npy"), *folder.glob("metadata/metadata_*.parquet")]:
-        if _number(stale) >= n_shards:
-            stale.unlink()
-    with written(folder / REJECTED) as temporary:
-        pq.write_table(
-            pa.table({"id": pa.array([r.id for r in refused], pa.string()), "reason": pa.array([r.reason for r in refused], pa.string())}),
-            temporary,
-        )
-    counts = {"given": n_written + len(refused), "written": n_written, "rejected": len(refused)}
-    manifest: dict[str, Any] = {
-        "encoder": store.encoder.config | {"name": store.encoder.name},
-        "encoder_fingerprint": store.encoder.fingerprint,
-        "preprocessing": store.encoder.preprocessing,
-        "dim": store.encoder.dim,
-        "dtype": "float16",
-        "normalized": True,
-        "n_shards": n_shards,
-        "guardkit_version": __version__,
-        **counts,
-    }
-    write_json(folder / MANIFEST, manifest)
-    (folder / UNFINISHED).unlink()
-    return counts
-
-
-def _claim(folder: Path, encoder: Encoder) -> None:
-    """Marks a folder as being written, if it is free or ours."""
-    marks = [_read_manifest(folder / name) for name in (MANIFEST, UNFINISHED) if (folder / name).is_file()]
-    for mark in marks:
-        found = mark.get("encoder_fingerprint")
-        if found != encoder.fingerprint:
-            raise InputError(
-                f"{folder} holds embeddings of another encoder ({str(found)[:12]}, not {encoder.fingerprint[:12]}); choose another output_dir"
+        while block or waiting:
+            readable, more, unreadable = store.embed_readable(block)
+            refused += unreadable
+            waiting += readable
+            vectors = np.concatenate([vectors, more])
+            block = list(islice(stream, min(_BLOCK, shard_size)))
+            # a shard is written when it is full, or when nothing more comes
+            while len(waiting) >= shard_size or (waiting and not block):
+                with written(folder / "img_emb" / f"img_emb_{n_shards}.npy") as temporary:
+                    np.save(temporary, vectors[:shard_size].astype(np.float16))
+                with written(folder / "metadata" / f"metadata_{n_shards}.parquet") as temporary:
+                    pq.write_table(_metadata(waiting[:shard_size]), temporary)
+                n_written, n_shards = n_written + len(waiting[:shard_size]), n_shards + 1
+                waiting, vectors = waiting[shard_size:], vectors[shard_size:]
+        for stale in [*folder.glob("img_emb/img_emb_*.npy"), *folder.glob("metadata/metadata_*.parquet")]:
+            if _number(stale) >= n_shards:
+                stale.unlink()
+        with written(folder / REJECTED) as temporary:
+            pq.write_table(
+                pa.table(
+                    {"id": pa.array([r.id for r in refused], pa.string()), "reason": pa.array([r.reason for r in refused], pa.string())}
+                ),
+                temporary,
             )
-    if not marks and any(folder.glob("img_emb/*.npy")):
-        raise InputError(f"{folder} holds embeddings that another tool wrote (it has no {MANIFEST}); choose another output_dir")
-    write_json(folder / UNFINISHED, {"encoder_fingerprint": encoder.fingerprint, "guardkit_version": __version__})
-    (folder / MANIFEST).unlink(missing_ok=True)
+        counts = {"given": n_written + len(refused), "written": n_written, "rejected": len(refused)}
+        manifest: dict[str, Any] = {
+            "encoder": store.encoder.config | {"name": store.encoder.name},
+            "encoder_fingerprint": store.encoder.fingerprint,
+            "preprocessing": store.encoder.preprocessing,
+            "dim": store.encoder.dim,
+            "dtype": "float16",
+            "normalized": True,
+            "n_shards": n_shards,
+            "guardkit_version": __version__,
+            **counts,
+        }
+        write_json(folder / MANIFEST, manifest)
+    return counts
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -143,7 +135,7 @@ def read_stored_embeddings(folder: Path) -> StoredEmbeddings:
         InputError: no such folder, or shards that do not fit each other or the manifest.
     """
     folder = Path(folder)
-    if (folder / UNFINISHED).is_file():
+    if is_unfinished(folder):
         raise InputError(f"{folder} is not complete; run python -m guardkit.embed with output_dir={folder} again")
     manifest = _checked_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
     vector_files, table_files = _numbered(folder, "img_emb", ".npy"), _numbered(folder, "metadata", ".parquet")

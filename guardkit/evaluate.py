@@ -5,6 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from guardkit._hydra import main, output_dir
+from guardkit.terminal import say
 
 
 @main("evaluate")
@@ -14,8 +15,8 @@ def evaluate(cfg: DictConfig) -> None:
     from guardkit.evaluating import run
 
     report = run(cfg, output_dir())
-    print(report.table)
-    print(report.folder)
+    say(report.table)
+    say(report.folder)
 
 
 if __name__ == "__main__":

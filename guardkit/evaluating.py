@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from guardkit._hydra import cache_dir, make
+from guardkit._hydra import cache_dir, make, settings_of
 from guardkit.contenders import build_contenders
 from guardkit.evaluation.benchmark import read_benchmark
 from guardkit.evaluation.effectiveness import Sheet, covered_rows, make_sheet, measure
@@ -22,9 +22,12 @@ from guardkit.evaluation.held_out import leave_out_seen, sentences
 from guardkit.evaluation.report import Evaluation, short_table, write_report
 from guardkit.evaluation.robustness import RobustnessSettings, measure_robustness, write_robustness
 from guardkit.evaluation.scoring import Contender, LazyImages, embedding_stores, score
+from guardkit.folders import claim
 from guardkit.schema import InputError
 
 log = logging.getLogger(__name__)
+
+WRITTEN = ("effectiveness.parquet", "robustness.parquet", "summary.json", "report.html", "report.md", "*.png")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,6 @@ def run(cfg: DictConfig, folder: Path) -> Report:
             raise InputError(f"{name} must be a whole number of at least {least}, got {cfg[name]!r}")
     if not isinstance(cfg.prevalence, (int, float)) or not 0 < cfg.prevalence < 1:
         raise InputError(f"prevalence must lie in (0, 1), got {cfg.prevalence!r}")
-    folder.mkdir(parents=True, exist_ok=True)
     cache = cache_dir(cfg)
     attacks: RobustnessSettings = make(cfg.robustness)
     rules, contenders, notes = build_contenders(cfg)
@@ -93,8 +95,9 @@ def run(cfg: DictConfig, folder: Path) -> Report:
             "robustness": attacked - measured,
         },
     )
-    write_robustness(folder / "robustness.parquet", robustness)
-    return Report(folder, write_report(folder, evaluation), short_table(evaluation))
+    with claim(folder, "evaluate", settings_of(cfg), replaces=WRITTEN):
+        write_robustness(folder / "robustness.parquet", robustness)
+        return Report(folder, write_report(folder, evaluation), short_table(evaluation))
 
 
 def _attack(contender: Contender, sheet: Sheet, settings: RobustnessSettings, stores: Mapping[str, Any]) -> list[dict[str, Any]]:

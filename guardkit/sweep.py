@@ -5,6 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig, OmegaConf
 
 from guardkit._hydra import main, output_dir
+from guardkit.terminal import say
 
 
 @main("sweep")
@@ -14,8 +15,8 @@ def sweep(cfg: DictConfig) -> None:
     from guardkit.sweeping import run_sweep
 
     report = run_sweep(cfg, OmegaConf.to_container(cfg, resolve=True), output_dir())
-    print(report.table)
-    print(report.folder)
+    say(report.table)
+    say(report.folder)
 
 
 if __name__ == "__main__":

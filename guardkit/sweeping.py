@@ -24,6 +24,7 @@ from guardkit.efficiency.report import write_report
 from guardkit.efficiency.results import opened, run_cells
 from guardkit.efficiency.stacked import Schedule
 from guardkit.heads import Head, LinearHead
+from guardkit.loggers import logger_of
 from guardkit.module import Diverged, quiet_lightning
 from guardkit.preflight import check_parts, check_settings
 from guardkit.schema import InputError
@@ -323,30 +324,27 @@ class LightningEngine:
 
 def _log_results(cfg: DictConfig, settings: Any, folder: Path, summary: Mapping[str, Any]) -> None:
     """One run of the logger per sweep: its curves by size, and where the logger can hold them, its table and picture."""
-    logger = instantiate(cfg.logger, save_dir=str(folder))
-    logger.log_hyperparams(settings)
-    for size in summary["sizes"]:
-        figures = {
-            f"{arm}/{name}": point[name]
-            for arm, curve in summary["curves"].items()
-            for name in ("mean", "ci_low", "ci_high")
-            if (point := curve[str(size)])[name] is not None
-        }
-        if figures:
-            logger.log_metrics(figures, step=size)
-    if hasattr(logger, "log_table"):
-        columns = ["target", "arm", "n", "baseline_n", "ratio", "ratio_low", "ratio_high"]
-        rows = [
-            [row["target"], row["arm"], row["n"], row["baseline_n"], row["ratio"], *row["ratio_ci"]] for row in summary["samples_to_target"]
-        ]
-        logger.log_table("samples_to_target", columns=columns, data=rows)
-        points = [
-            [arm, int(size), point["mean"], point["ci_low"], point["ci_high"]]
-            for arm, curve in summary["curves"].items()
-            for size, point in curve.items()
-        ]
-        logger.log_table("curves", columns=["arm", "n_unsafe", "mean", "ci_low", "ci_high"], data=points)
-        logger.log_image("sample_efficiency", images=[str(folder / "sample_efficiency.png")])
-    logger.finalize("success")
-    if hasattr(logger, "log_table"):
-        logger.experiment.finish()
+    with logger_of(cfg, settings, folder) as logger:
+        for size in summary["sizes"]:
+            figures = {
+                f"{arm}/{name}": point[name]
+                for arm, curve in summary["curves"].items()
+                for name in ("mean", "ci_low", "ci_high")
+                if (point := curve[str(size)])[name] is not None
+            }
+            if figures:
+                logger.log_metrics(figures, step=size)
+        if hasattr(logger, "log_table"):
+            columns = ["target", "arm", "n", "baseline_n", "ratio", "ratio_low", "ratio_high"]
+            rows = [
+                [row["target"], row["arm"], row["n"], row["baseline_n"], row["ratio"], *row["ratio_ci"]]
+                for row in summary["samples_to_target"]
+            ]
+            logger.log_table("samples_to_target", columns=columns, data=rows)
+            points = [
+                [arm, int(size), point["mean"], point["ci_low"], point["ci_high"]]
+                for arm, curve in summary["curves"].items()
+                for size, point in curve.items()
+            ]
+            logger.log_table("curves", columns=["arm", "n_unsafe", "mean", "ci_low", "ci_high"], data=points)
+            logger.log_image("sample_efficiency", images=[str(folder / "sample_efficiency.png")])

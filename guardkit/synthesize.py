@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from guardkit._hydra import main, output_dir
 from guardkit.schema import InputError
+from guardkit.terminal import say
 
 
 @main("synthesize")
@@ -17,9 +18,9 @@ def synthesize(cfg: DictConfig) -> None:
 
     manifest = synthesize_source(cfg, output_dir())
     names = ("given", "unreadable", "edited", "tries", "accepted", "yield_per_try", "yield_per_image")
-    print("\n".join(f"  {name:<16} {_short(manifest[name])}" for name in names))
-    print("\n".join(f"  {count:>6} x {reason}" for reason, count in manifest["rejected"].items()))
-    print(output_dir())
+    say("\n".join(f"  {name:<16} {_short(manifest[name])}" for name in names))
+    say("\n".join(f"  {count:>6} x {reason}" for reason, count in manifest["rejected"].items()))
+    say(output_dir())
     if not manifest["accepted"]:
         raise InputError(_nothing_accepted(manifest["tries"], manifest["rejected"]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig, OmegaConf
 
 from guardkit._hydra import main, output_dir
+from guardkit.terminal import say
 
 
 @main("train")
@@ -15,8 +16,8 @@ def train(cfg: DictConfig) -> None:
 
     settings = OmegaConf.to_container(cfg, resolve=True)
     report = run(cfg, settings, output_dir())
-    print(report.table)
-    print(report.folder)
+    say(report.table)
+    say(report.folder)
 
 
 if __name__ == "__main__":

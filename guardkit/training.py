@@ -14,7 +14,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from guardkit._hydra import cache_dir, make, policy
+from guardkit._hydra import cache_dir, make, policy, settings_of
 from guardkit.artifacts import write_json
 from guardkit.counterfactual.pair_dataset import write_pair_dataset
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
@@ -27,13 +27,17 @@ from guardkit.embedding_folder import write_embedding_folder
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.evaluation.training_report import measure, summary_table, write_pictures, write_predictions
+from guardkit.folders import claim
 from guardkit.heads import Head
+from guardkit.loggers import logger_of
 from guardkit.module import DEFAULT_THRESHOLD, EpochProgress, Fitted, GuardModule, fit, quiet_lightning
 from guardkit.policy import Policy
 from guardkit.preflight import check_parts, check_settings
 from guardkit.schema import InputError
 
 log = logging.getLogger(__name__)
+
+WRITTEN = ("guard", "metrics.json", "predictions.parquet", "*.png", "checkpoints", "csv", "wandb")
 
 
 @dataclass(frozen=True)
@@ -91,35 +95,33 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> Report:
         check_parts(parts.encoder, parts.pipeline, parts.policy, [cfg.head])
         parts.data.setup("fit")
         head = build_head(cfg, parts)
-        logger = make(cfg.logger, save_dir=str(folder))
-        checkpoint = L.pytorch.callbacks.ModelCheckpoint(
-            dirpath=folder / "checkpoints", monitor="validation_loss", save_last=False, filename="best"
-        )
-        module, fitted = fit_guard(cfg, parts, head, logger=logger, callbacks=[EpochProgress(), checkpoint], threshold=cfg.threshold)
-        metrics, measured = measure(fitted, parts.data, experiment=cfg.experiment_name, seed=cfg.seed)
-        metrics["notes"] = [*parts.data.notes, *parts.unlabelled.notes]
-        fitted.guard.training = {
-            "prevalence": module.prevalence,
-            "experiment": cfg.experiment_name,
-            "seed": cfg.seed,
-            "sources": sorted({record.source for record in parts.data.unsafe_train}),
-            **{key: metrics[key] for key in ("n_unsafe", "n_safe", "n_counterfactuals")},
-        }
-        fitted.guard.training_images = training_images(parts.data, parts.unlabelled)
-        fitted.guard.metrics = {key: metrics[key] for key in ("test", "pairs", "always_unsafe")}
-        fitted.guard.save_pretrained(folder / "guard")
-        write_predictions(folder / "predictions.parquet", measured)
-        write_pictures(folder, fitted, parts.data, measured)
-        metrics["timing_s"] = {
-            "total": time.perf_counter() - started,
-            "encode": parts.store.seconds,
-            "edit": parts.data.edits.seconds + parts.data.other_edits.seconds,
-            "fit": fitted.seconds,
-        }
-        logger.log_hyperparams(settings)
-        logger.log_metrics(_scalars({key: metrics[key] for key in ("test", "pairs")}), step=len(fitted.curve))
-        logger.finalize("success")
-        write_json(folder / "metrics.json", metrics)
+        with claim(folder, "train", settings_of(cfg), replaces=WRITTEN), logger_of(cfg, settings, folder) as logger:
+            checkpoint = L.pytorch.callbacks.ModelCheckpoint(
+                dirpath=folder / "checkpoints", monitor="validation_loss", save_last=False, filename="best"
+            )
+            module, fitted = fit_guard(cfg, parts, head, logger=logger, callbacks=[EpochProgress(), checkpoint], threshold=cfg.threshold)
+            metrics, measured = measure(fitted, parts.data, experiment=cfg.experiment_name, seed=cfg.seed)
+            metrics["notes"] = [*parts.data.notes, *parts.unlabelled.notes]
+            fitted.guard.training = {
+                "prevalence": module.prevalence,
+                "experiment": cfg.experiment_name,
+                "seed": cfg.seed,
+                "sources": sorted({record.source for record in parts.data.unsafe_train}),
+                **{key: metrics[key] for key in ("n_unsafe", "n_safe", "n_counterfactuals")},
+            }
+            fitted.guard.training_images = training_images(parts.data, parts.unlabelled)
+            fitted.guard.metrics = {key: metrics[key] for key in ("test", "pairs", "always_unsafe")}
+            fitted.guard.save_pretrained(folder / "guard")
+            write_predictions(folder / "predictions.parquet", measured)
+            write_pictures(folder, fitted, parts.data, measured)
+            metrics["timing_s"] = {
+                "total": time.perf_counter() - started,
+                "encode": parts.store.seconds,
+                "edit": parts.data.edits.seconds + parts.data.other_edits.seconds,
+                "fit": fitted.seconds,
+            }
+            logger.log_metrics(_scalars({key: metrics[key] for key in ("test", "pairs")}), step=len(fitted.curve))
+            write_json(folder / "metrics.json", metrics)
     finally:
         parts.data.close()
     return Report(folder, metrics, summary_table(metrics))

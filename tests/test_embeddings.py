@@ -6,10 +6,13 @@ import json
 import multiprocessing
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from guardkit.artifacts import fingerprint, write_json, written
 from guardkit.data.sources.embeddings import EmbeddingsSource
 from guardkit.embedding_folder import read_embedding_folder, write_embedding_folder
 from guardkit.embeddings import EmbeddingStore
+from guardkit.folders import is_unfinished
 from guardkit.images import ArrayContent, FileContent
 from guardkit.schema import ImageError, InputError, Record
 
@@ -140,11 +144,21 @@ def test_several_processes_may_write_at_once(tmp_path):
     assert store.encoder.n == 0
 
 
+def n_stored(folder):
+    """Rows in the store of embeddings, while another process writes it."""
+    for path in folder.rglob("*.sqlite"):
+        with closing(sqlite3.connect(path)) as connection, suppress(sqlite3.OperationalError):
+            return connection.execute("SELECT COUNT(*) FROM items").fetchone()[0]
+    return 0
+
+
 def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
     code = f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT)!r}]; import test_embeddings as t; from pathlib import Path; print('go', flush=True); t.EmbeddingStore(t.CountingEncoder(pause=0.25), Path({str(tmp_path)!r})).embed(t.CONTENTS)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     process.stdout.readline()
-    time.sleep(0.45)  # in the second of three chunks
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not n_stored(tmp_path):
+        time.sleep(0.01)  # until the first of three chunks is there
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
@@ -197,7 +211,7 @@ def test_folder_round_trip_and_layout(tmp_path):
     assert manifest["encoder_fingerprint"] == CountingEncoder.fingerprint
     other = CountingEncoder()
     other.fingerprint = "f" * 64
-    with pytest.raises(InputError, match="holds embeddings of another encoder"):
+    with pytest.raises(InputError, match="made by another encoder"):
         write_embedding_folder(records(), EmbeddingStore(other, None), tmp_path / "out")
 
 
@@ -305,16 +319,22 @@ def test_the_unreadable_image_is_named(tmp_path):
 
 
 def test_reading_ahead_overlaps_encoding():
-    class Slow(CountedContent):
+    """Images of the next chunk are read while one is encoded: each waits for the other, so one after the other would never end."""
+    read_ahead = threading.Event()
+
+    class Read(CountedContent):
         def load(self):
-            time.sleep(0.02)
+            if self._seed >= 4:
+                read_ahead.set()
             return super().load()
 
-    given = [Record(str(i), 0, None, "test", str(i), Slow(i)) for i in range(24)]
-    store = EmbeddingStore(CountingEncoder(pause=0.04), None)
-    store.embed_readable(given)
-    # six chunks: 0.04 s to read with two loaders, 0.04 s to encode; one after the other would take 0.48 s
-    assert store.seconds < 0.42
+    class Waiting(CountingEncoder):
+        def encode_preprocessed(self, images, **how):
+            assert read_ahead.wait(60), "nothing was read while the first chunk was encoded"
+            return super().encode_preprocessed(images, **how)
+
+    given = [Record(str(i), 0, None, "test", str(i), Read(i)) for i in range(24)]
+    EmbeddingStore(Waiting(), None).embed_readable(given)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +364,7 @@ def test_another_images_vector_is_not_taken(tmp_path):
 def test_what_another_tool_wrote_is_not_overwritten(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(2, 12)).astype(np.float16)
     folder = foreign_folder(tmp_path / "f", vectors, {"image_path": ["a", "b"]})
-    with pytest.raises(InputError, match="another tool wrote"):
+    with pytest.raises(InputError, match=r"holds files that guardkit embed did not write .img_emb, metadata"):
         write_embedding_folder(records(), EmbeddingStore(CountingEncoder(), None), folder)
     np.testing.assert_array_equal(np.load(folder / "img_emb/img_emb_00.npy"), vectors)
 
@@ -363,14 +383,14 @@ def test_an_interrupted_folder_is_not_taken_for_whole_and_goes_on(tmp_path):
         read_embedding_folder(tmp_path / "out")
     other = CountingEncoder()
     other.fingerprint = "f" * 64
-    with pytest.raises(InputError, match="holds embeddings of another encoder"):
+    with pytest.raises(InputError, match="made by another encoder"):
         write_embedding_folder(records(), EmbeddingStore(other, None), tmp_path / "out")
     again = CountingEncoder()
     assert start(again, records()) == {"given": 11, "written": 11, "rejected": 0}
     assert again.n == 5  # the first six were in the store
     assert [len(np.load(path)) for path in sorted((tmp_path / "out/img_emb").iterdir())] == [3, 3, 3, 2]
     assert len(read_embedding_folder(tmp_path / "out")[0]) == 11
-    assert not (tmp_path / "out/manifest.unfinished.json").exists()
+    assert not is_unfinished(tmp_path / "out")
 
 
 @pytest.mark.parametrize("shard_size", [1, 4, 11, 50])

@@ -232,7 +232,7 @@ def test_a_folder_never_mixes_two_experiments(tmp_path):
         opened(tmp_path, {**one, "arms": {"a": {"transform": "classic"}}}),
     ):
         pass
-    with opened(tmp_path, one), pytest.raises(InputError, match="another sweep is at work"), opened(tmp_path, one):
+    with opened(tmp_path, one), pytest.raises(InputError, match="is being written by another process"), opened(tmp_path, one):
         pass
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +25,21 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from guardkit import __version__
-from guardkit.artifacts import fingerprint, read_json, remove_leftovers, write_json, written
+from guardkit.artifacts import fingerprint, read_json, write_json, written
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.counterfactual.review import REVIEWS, VERDICTS, ReviewLog, combined, current_reviews
 from guardkit.counterfactual.store import Try
+from guardkit.folders import LOCK, claim, is_unfinished
 from guardkit.images import encode_png
 from guardkit.progress import progress
 from guardkit.reading import read_table
 from guardkit.schema import ImageError, InputError, Record, Rejected
 
-METADATA, MANIFEST, UNFINISHED, GALLERY = "metadata.parquet", "manifest.json", "manifest.unfinished.json", "gallery.html"
+METADATA, MANIFEST, GALLERY = "metadata.parquet", "manifest.json", "gallery.html"
 REJECTED_INPUTS = "rejected.parquet"
 _FORMAT = 2  # counts up when the same settings give other files
 _MEND = "copy the folder anew, or make the dataset anew"
-_LOCK, _LOCK_TIMEOUT_S = ".lock", 10.0
+_LOCK_TIMEOUT_S = 10.0
 PUBLISHED_YIELD = 0.23  # of tries, after a look at every one by hand: SafetyPairs (2025)
 _REQUIRED = ("pair_id", "file_name", "label", "status")  # have a value in each row
 _SCHEMA = pa.schema(
@@ -103,7 +103,16 @@ def write_pair_dataset(
         "source": made_from,
         "records": fingerprint([record.id for record in records]),
     }
-    with _claimed(folder, settings):
+
+    def recognise() -> dict[str, Any] | None:
+        # a copy without hidden files has no mark
+        if not (folder / MANIFEST).is_file():
+            return None
+        found = _read_manifest(folder / MANIFEST)
+        return {key: found.get(key) for key in settings}
+
+    with claim(folder, "synthesize", settings, recognise=recognise):
+        (folder / MANIFEST).unlink(missing_ok=True)
         ReviewLog(folder).read()  # a damaged file of reviews is said before the work, not after it
         rows: list[dict[str, Any]] = []
         unreadable = list(rejected)
@@ -150,7 +159,6 @@ def write_pair_dataset(
         with written(folder / GALLERY) as temporary:
             temporary.write_text(gallery(rows, manifest), encoding="utf-8")
         write_json(folder / MANIFEST, manifest)
-        (folder / UNFINISHED).unlink()
     return manifest
 
 
@@ -174,7 +182,7 @@ def write_reviews(folder: Path) -> bool:
     """
     folder = Path(folder)
     try:
-        with FileLock(folder / _LOCK, timeout=_LOCK_TIMEOUT_S):
+        with FileLock(folder / LOCK, timeout=_LOCK_TIMEOUT_S):
             table, _ = _read_table(folder)
             reviews = [row["review"] for row in _reviewed(folder, table)]
             if reviews != table["review"].to_pylist():
@@ -218,7 +226,7 @@ def _read_table(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
     if not (folder / MANIFEST).is_file():
         state = (
             "is not complete; run the same synthesize again"
-            if (folder / UNFINISHED).is_file()
+            if is_unfinished(folder)
             else f"is no pair dataset: {MANIFEST} is missing; give a folder that python -m guardkit.synthesize wrote"
         )
         raise InputError(f"{folder} {state}")
@@ -322,33 +330,6 @@ def _file_name(record: Record, used: Counter[str]) -> str:
     name = re.sub(r"(?<![A-Za-z])[a-z]", lambda letter: letter[0].upper(), name)
     used[name.lower()] += 1
     return name if used[name.lower()] == 1 else f"{name}-{fingerprint(record.id)[:8]}"
-
-
-@contextmanager
-def _claimed(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Holds the folder for one process, and marks it as being written with these settings."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(f"{folder} is being written by another process; wait for it, or choose another output_dir") from error
-    try:
-        mark = {"settings": fingerprint(settings)}
-        for name in (MANIFEST, UNFINISHED):
-            if (folder / name).is_file():
-                found = _read_manifest(folder / name)
-                theirs = found.get("settings") if name == UNFINISHED else fingerprint({key: found.get(key) for key in settings})
-                if theirs != mark["settings"]:
-                    raise InputError(f"{folder} holds a pair dataset that was made with other settings; choose another output_dir")
-        if (folder / METADATA).exists() and not (folder / MANIFEST).is_file() and not (folder / UNFINISHED).is_file():
-            raise InputError(f"{folder} holds a {METADATA} that guardkit did not write; choose another output_dir")
-        remove_leftovers(folder)
-        write_json(folder / UNFINISHED, mark)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        yield
-    finally:
-        lock.release()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -16,19 +16,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 from safetensors.numpy import load, save
 
 from guardkit.artifacts import fingerprint, read_json, write_json
 from guardkit.efficiency.cells import Cell, CellData, CellError, Stock
 from guardkit.efficiency.engine import Engine, FittedCell
+from guardkit.folders import claim
 from guardkit.progress import progress
 from guardkit.schema import InputError
 from guardkit.stores import KeyValueStore
 
 SETTINGS, CELLS, TABLE = "settings.json", "cells.sqlite", "cells.parquet"
 _SETTINGS = ("shared", "arms", "heads")
-_LOCK = ".lock"
 _PART_BYTES = 64 << 20  # of embeddings and scores that are held together; an engine needs several times as much
 _ROWS_AT_ONCE = 1 << 14  # of the table
 
@@ -112,14 +111,19 @@ def opened(folder: Path, settings: Mapping[str, Any]) -> Iterator[CellStore]:
     Raises:
         InputError: the folder holds cells made with other settings, or another process is at work in it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / _LOCK, timeout=0):
-            _check(folder, json.loads(json.dumps(settings)))
-            with CellStore(folder) as store:
-                yield store
-    except Timeout as error:
-        raise InputError(f"another sweep is at work in {folder}; wait for it or choose another output_dir") from error
+    plain = json.loads(json.dumps(settings))
+    # which settings may change between two sweeps into one folder, `_check` knows
+    with (
+        claim(
+            folder,
+            "sweep",
+            {},
+            recognise=lambda: {} if (folder / SETTINGS).is_file() else None,
+            check=lambda: _check(folder, plain),
+        ),
+        CellStore(folder) as store,
+    ):
+        yield store
 
 
 def _check(folder: Path, settings: dict[str, Any]) -> None:

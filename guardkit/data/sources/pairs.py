@@ -14,10 +14,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from guardkit.counterfactual.pair_dataset import MANIFEST, UNFINISHED, read_pair_dataset
+from guardkit.counterfactual.pair_dataset import MANIFEST, read_pair_dataset
 from guardkit.counterfactual.review import ACCEPT, REJECT, UNSURE, Review, current_reviews, image_file
 from guardkit.data.grouping import DISTANCE, check_grouping_settings, group, look
 from guardkit.data.sources.base import Loaded
+from guardkit.folders import is_unfinished
 from guardkit.images import MAX_PIXELS, SUFFIXES, FileContent
 from guardkit.policy import Policy
 from guardkit.schema import ImageError, InputError, Record, Region, Rejected
@@ -64,7 +65,7 @@ class PairsSource:
         check_grouping_settings(True, near_duplicate_distance)
         self.category, self.max_pixels, self.near_duplicate_distance = category, max_pixels, near_duplicate_distance
         self.keep_unsure, self.reviewed_only = keep_unsure, reviewed_only
-        self._is_dataset = (self.root / MANIFEST).is_file() or (self.root / UNFINISHED).is_file()
+        self._is_dataset = (self.root / MANIFEST).is_file() or is_unfinished(self.root)
         self._rows, manifest = read_pair_dataset(self.root) if self._is_dataset else ([], {})
         if reviewed_only and not self._is_dataset:
             raise InputError(f"source.reviewed_only needs a pair dataset with reviews; {root} is a plain folder")

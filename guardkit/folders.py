@@ -1,0 +1,186 @@
+"""One owner of an output folder: a lock, a mark that says whose it is and whether it is finished, and no leftovers.
+
+A folder that a command writes to is claimed first. One process at a time holds it. The mark `.guardkit.json` names the
+command, a hash of its settings, whether the run is finished, and the files it wrote; it is set to finished last. A
+folder with files that guardkit did not write is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from guardkit import __version__
+from guardkit.artifacts import fingerprint, remove_leftovers, write_json
+from guardkit.schema import InputError
+
+log = logging.getLogger(__name__)
+
+MARK, LOCK = ".guardkit.json", ".lock"
+FINISHED, UNFINISHED = "finished", "unfinished"
+
+
+@dataclass
+class _Held:
+    thread: int
+    about: Mapping[str, Any] = field(default_factory=dict)
+    on_claim: Callable[[], None] | None = None
+    is_claimed: bool = False
+
+
+_held: dict[Path, _Held] = {}  # folders that this process holds
+
+
+@contextmanager
+def locked(folder: Path, *, about: Mapping[str, Any] | None = None, on_claim: Callable[[], None] | None = None) -> Iterator[None]:
+    """Holds a folder for this process, before it is known whether anything will be written there; `claim` follows inside.
+
+    Args:
+        folder: is made.
+        about: further entries of the mark, in plain JSON types.
+        on_claim: is called when the folder is claimed.
+    Raises:
+        InputError: another process or thread holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder.resolve()
+    busy = InputError(f"{folder} is being written by another process; wait for it, or choose another output_dir")
+    if place in _held:
+        raise busy
+    lock = FileLock(place / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise busy from error
+    _held[place] = _Held(threading.get_ident(), about or {}, on_claim)
+    try:
+        yield
+    finally:
+        del _held[place]
+        lock.release()
+
+
+@contextmanager
+def claim(
+    folder: Path,
+    command: str,
+    settings: Any,
+    *,
+    replaces: Sequence[str] | None = None,
+    recognise: Callable[[], Any] | None = None,
+    check: Callable[[], None] | None = None,
+    differs: str = "made with other settings",
+) -> Iterator[None]:
+    """Makes a folder this run's own until the block ends: locked, marked as unfinished, and as finished at the end.
+
+    Args:
+        folder: is made.
+        command: that writes there; a folder of another command is refused.
+        settings: what the results depend on, in plain JSON types.
+        replaces: names or patterns of what the command writes: an earlier run is replaced as a whole, whatever its
+            settings were. None: the command goes on with stored work, and only under the same settings.
+        recognise: gives the settings that the files of a folder without a mark were made with; None: they are not ours.
+        check: looks further into what an earlier run left, and raises InputError where this run cannot go on with it.
+        differs: what results are that were made with other settings.
+    Raises:
+        InputError: another process holds the folder, it belongs to another command or other settings, or it holds files
+            that guardkit did not write.
+    """
+    folder = Path(folder)
+    with ExitStack() as stack:
+        held = _held.get(folder.resolve())
+        if held is None or held.is_claimed or held.thread != threading.get_ident():
+            stack.enter_context(locked(folder))
+            held = _held[folder.resolve()]
+        held.is_claimed = True
+        wanted = fingerprint(settings)
+        before = _checked(folder, command, wanted, goes_on=replaces is None, recognise=recognise, differs=differs)
+        if check is not None:
+            check()
+        mark = {"command": command, "settings": wanted, "guardkit": __version__, **held.about}
+        earlier = (before or {}).get("files", [])
+        write_json(folder / MARK, mark | {"state": UNFINISHED, "files": earlier})
+        remove_leftovers(folder)
+        if replaces is not None:
+            _remove(folder, [*replaces, *(name for name in earlier if isinstance(name, str))])
+        if before is not None:
+            same = "the same" if before.get("settings") == wanted else "other"
+            log.info(
+                "%s: %s", folder, "goes on with the earlier run" if replaces is None else f"replaces an earlier run with {same} settings"
+            )
+        others = set(_visible(folder))
+        if held.on_claim is not None:
+            held.on_claim()
+        yield
+        files = sorted({*_visible(folder)} - others) if replaces is not None else []
+        write_json(folder / MARK, mark | {"state": FINISHED, "files": files})
+
+
+def read_mark(folder: Path) -> dict[str, Any] | None:
+    """What the mark of a folder says; None: it has none.
+
+    Raises:
+        InputError: the mark is damaged.
+    """
+    path = Path(folder) / MARK
+    try:
+        mark = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(mark, dict) or not isinstance(mark.get("files", []), list):
+            raise ValueError("no mark of guardkit")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}); choose another output_dir, or delete the folder") from error
+    return mark
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a run is at work in the folder, or was ended before its last file."""
+    mark = read_mark(folder)
+    return mark is not None and mark.get("state") != FINISHED
+
+
+def _checked(
+    folder: Path, command: str, wanted: str, *, goes_on: bool, recognise: Callable[[], Any] | None, differs: str
+) -> dict[str, Any] | None:
+    mark = read_mark(folder)
+    advice = "choose another output_dir"
+    if mark is None and (strangers := [name for name in _visible(folder) if _has_files(folder / name)]):
+        found = recognise() if recognise is not None else None
+        if found is None:
+            shown = ", ".join(strangers[:3]) + (f" and {len(strangers) - 3} more" if len(strangers) > 3 else "")
+            raise InputError(f"{folder} holds files that guardkit {command} did not write ({shown}); {advice}")
+        mark = {"command": command, "settings": fingerprint(found)}
+    if mark is not None and mark.get("command") != command:
+        raise InputError(f"{folder} holds the results of guardkit {mark.get('command')}, not of {command}; {advice}")
+    if mark is not None and goes_on and mark.get("settings") != wanted:
+        raise InputError(f"{folder} holds results of guardkit {command} that were {differs}; {advice}")
+    return mark
+
+
+def _visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _has_files(path: Path) -> bool:
+    return not path.is_dir() or any(not below.name.startswith(".") and not below.is_dir() for below in path.rglob("*"))
+
+
+def _remove(folder: Path, patterns: Sequence[str]) -> None:
+    for name in _visible(folder):
+        if name in patterns or any(fnmatch(name, pattern) for pattern in patterns):
+            path = folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

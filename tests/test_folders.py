@@ -1,0 +1,123 @@
+"""One owner of an output folder: locked, marked, replaced as a whole or gone on with, and nobody else's files touched."""
+
+from __future__ import annotations
+
+import json
+import threading
+from contextlib import suppress
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+
+from guardkit.folders import LOCK, MARK, claim, is_unfinished, locked, read_mark
+from guardkit.schema import InputError
+
+
+def write(folder, name="metrics.json", settings=1, command="train", **more):
+    with claim(folder, command, settings, replaces=["metrics.json", "guard"], **more):
+        (folder / name).write_text(str(settings))
+
+
+def test_a_second_run_replaces_the_first_as_a_whole(tmp_path, caplog):
+    (tmp_path / "guard").mkdir()  # empty folders are nobody's
+    write(tmp_path)
+    (tmp_path / "guard").mkdir(exist_ok=True)
+    (tmp_path / "guard/config.json").touch()
+    write(tmp_path, "other.csv", settings=1)  # a name that only the mark knows
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name not in (LOCK, MARK)) == ["other.csv"]
+    (tmp_path / "notes.txt").write_text("somebody's own")
+    caplog.set_level("INFO")
+    write(tmp_path, settings=2)
+    assert "replaces an earlier run with other settings" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name not in (LOCK, MARK)) == ["metrics.json", "notes.txt"]
+    assert read_mark(tmp_path)["state"] == "finished"
+
+
+def test_a_run_that_ends_early_leaves_the_mark_unfinished_and_nothing_older(tmp_path):
+    write(tmp_path)
+    with suppress(KeyboardInterrupt), claim(tmp_path, "train", 1, replaces=["metrics.json", "guard"]):
+        assert not (tmp_path / "metrics.json").exists()
+        (tmp_path / "guard").mkdir()
+        (tmp_path / "guard/config.json").touch()
+        (tmp_path / ".metrics.12.34.tmp.json").touch()  # as a killed writer leaves it
+        raise KeyboardInterrupt
+    assert is_unfinished(tmp_path)
+    write(tmp_path)
+    assert not is_unfinished(tmp_path)
+    assert not (tmp_path / "guard").exists()
+    assert not list(tmp_path.glob(".metrics*"))
+
+
+def test_strangers_files_other_commands_and_damaged_marks_are_refused(tmp_path):
+    (tmp_path / "guard").mkdir()
+    (tmp_path / "guard/thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match=r"holds files that guardkit train did not write .guard.; choose another output_dir"):
+        write(tmp_path)
+    assert (tmp_path / "guard/thesis.tex").exists()
+    write(tmp_path / "a", command="evaluate")
+    with pytest.raises(InputError, match="holds the results of guardkit evaluate, not of train"):
+        write(tmp_path / "a")
+    (tmp_path / "a" / MARK).write_text("[" * 100_000)
+    with pytest.raises(InputError, match="is damaged"):
+        write(tmp_path / "a")
+
+
+def test_stored_work_goes_on_only_under_the_same_settings(tmp_path):
+    with claim(tmp_path, "embed", {"encoder": "a"}):
+        (tmp_path / "part").touch()
+    with claim(tmp_path, "embed", {"encoder": "a"}):
+        assert (tmp_path / "part").exists()
+    with pytest.raises(InputError, match="made with other settings"), claim(tmp_path, "embed", {"encoder": "b"}):
+        pass
+    (tmp_path / MARK).unlink()  # as a copy without hidden files
+    with claim(tmp_path, "embed", {"encoder": "a"}, recognise=lambda: {"encoder": "a"}):
+        pass
+
+
+def test_one_process_and_one_thread_at_a_time(tmp_path):
+    with FileLock(tmp_path / LOCK), pytest.raises(InputError, match="is being written by another process"):
+        write(tmp_path)
+    with locked(tmp_path, about={"overrides": ["seed=1"]}):
+        refused = []
+
+        def other():
+            with pytest.raises(InputError, match="is being written by another process"):
+                write(tmp_path)
+            refused.append(True)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert refused == [True]
+        write(tmp_path)  # the thread that holds it
+        with claim(tmp_path.parent / "elsewhere", "train", 1, replaces=[]):
+            pass
+    assert read_mark(tmp_path)["overrides"] == ["seed=1"]
+
+
+def test_a_second_training_leaves_nothing_of_the_first(train, tmp_path):
+    train("experiment=unpaired", "trainer.max_epochs=5", folder=tmp_path)
+    (tmp_path / "mistakes.png").touch()  # of an older version
+    train("experiment=unpaired", "trainer.max_epochs=5", "seed=5", folder=tmp_path)
+    assert json.loads((tmp_path / "metrics.json").read_text())["seed"] == 5
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    state = torch.load(checkpoint, weights_only=False)["state_dict"]
+    for key, value in load_file(tmp_path / "guard/model.safetensors").items():
+        torch.testing.assert_close(state[f"head.{key}"], value, rtol=0, atol=0)
+    assert not (tmp_path / "mistakes.png").exists()
+
+
+def test_a_training_that_fails_late_leaves_no_older_figures(train, tmp_path, monkeypatch):
+    train("experiment=unpaired", "trainer.max_epochs=5", folder=tmp_path)
+
+    def full(path, measured):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("guardkit.training.write_predictions", full)
+    with pytest.raises(OSError, match="No space left"):
+        train("experiment=unpaired", "trainer.max_epochs=5", "seed=5", folder=tmp_path)
+    assert (tmp_path / "guard").exists()
+    assert not (tmp_path / "metrics.json").exists()
+    assert is_unfinished(tmp_path)
