@@ -148,7 +148,7 @@ def n_stored(folder):
     """Rows in the store of embeddings, while another process writes it."""
     for path in folder.rglob("*.sqlite"):
         with closing(sqlite3.connect(path)) as connection, suppress(sqlite3.OperationalError):
-            return connection.execute("SELECT COUNT(*) FROM items").fetchone()[0]
+            return connection.execute("SELECT COUNT(*) FROM entries").fetchone()[0]
     return 0
 
 
