@@ -16,10 +16,11 @@ def app(cfg: DictConfig) -> None:
     """Shows the page until Ctrl-C, then prints what was said and how far people agree."""
     from guardkit.artifacts import write_json
     from guardkit.counterfactual.review import REVIEWS
-    from guardkit.folders import claim
+    from guardkit.folders import claim, refuse_others
     from guardkit.moderation.review_page import review_pairs
 
     folder = Path(str(cfg.pairs)).expanduser()
+    refuse_others(output_dir(), "app", replaces=True)
     summary = review_pairs(
         folder,
         show=cfg.show,

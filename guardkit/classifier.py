@@ -141,7 +141,7 @@ class GuardClassifier:
         """(n, d) float embeddings of the guard's encoder -> (n,) probability of unsafe in [0, 1]; see `probabilities`.
 
         Raises:
-            ValueError: another width, or values that are not finite.
+            InputError: another width, or rows that are not finite or zero.
         """
         return self.probabilities(embeddings)[:, 0]
 
@@ -151,13 +151,13 @@ class GuardClassifier:
         Where the head gives no finite logit, the probability is NaN.
 
         Raises:
-            ValueError: another width, or values that are not finite.
+            InputError: another width, or rows that are not finite or zero.
         """
         embeddings = np.asarray(embeddings, dtype=np.float32)
         if embeddings.ndim != 2 or embeddings.shape[1] != self.encoder.dim:
-            raise ValueError(f"embeddings must be (n, {self.encoder.dim}) for encoder {self.encoder.name}, got shape {embeddings.shape}")
-        if not np.isfinite(embeddings).all():
-            raise ValueError("embeddings hold NaN or infinite values; embed those images again or leave them out")
+            raise InputError(f"embeddings must be (n, {self.encoder.dim}) for encoder {self.encoder.name}, got shape {embeddings.shape}")
+        if not np.isfinite(embeddings).all() or not embeddings.any(axis=1).all():
+            raise InputError("embeddings hold NaN, infinite values or rows of zeros; embed those images again or leave them out")
         with torch.inference_mode():
             logits = self.head(torch.from_numpy(embeddings)).double()
             # an infinite logit is an overflow, and its sign says nothing
@@ -185,10 +185,10 @@ class GuardClassifier:
         return decisions
 
     def _rows(self, embeddings: np.ndarray) -> np.ndarray:
-        """`probabilities`, with NaN for an embedding that is not finite."""
+        """`probabilities`, with NaN for an embedding that is not finite or zero."""
         rows = np.full((len(embeddings), 1 + len(self.policy.categories)), np.nan)
-        finite = np.isfinite(embeddings).all(axis=1)
-        rows[finite] = self.probabilities(embeddings[finite])
+        sound = np.isfinite(embeddings).all(axis=1) & embeddings.any(axis=1)
+        rows[sound] = self.probabilities(embeddings[sound])
         return rows
 
     # --- keeping ------------------------------------------------------------------------------------------------------
@@ -255,6 +255,6 @@ class GuardClassifier:
 
 
 def _checked_threshold(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
         raise InputError(f"threshold must lie in [0, 1], got {value!r}")
     return float(value)

@@ -22,12 +22,12 @@ from guardkit.evaluation.held_out import leave_out_seen, sentences
 from guardkit.evaluation.report import Evaluation, short_table, write_report
 from guardkit.evaluation.robustness import RobustnessSettings, measure_robustness, write_robustness
 from guardkit.evaluation.scoring import Contender, LazyImages, embedding_stores, score
-from guardkit.folders import claim
+from guardkit.folders import claim, refuse_others
 from guardkit.schema import InputError
 
 log = logging.getLogger(__name__)
 
-WRITTEN = ("effectiveness.parquet", "robustness.parquet", "summary.json", "report.html", "report.md", "*.png")
+WRITTEN = ("effectiveness.parquet", "predictions.parquet", "robustness.parquet", "summary.json", "report.html", "report.md", "*.png")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def run(cfg: DictConfig, folder: Path) -> Report:
             raise InputError(f"{name} must be a whole number of at least {least}, got {cfg[name]!r}")
     if not isinstance(cfg.prevalence, (int, float)) or not 0 < cfg.prevalence < 1:
         raise InputError(f"prevalence must lie in (0, 1), got {cfg.prevalence!r}")
+    refuse_others(folder, "evaluate", replaces=True)
     cache = cache_dir(cfg)
     attacks: RobustnessSettings = make(cfg.robustness)
     rules, contenders, notes = build_contenders(cfg)

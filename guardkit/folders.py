@@ -126,6 +126,20 @@ def claim(
         write_json(folder / MARK, mark | {"state": FINISHED, "files": files})
 
 
+def refuse_others(folder: Path, command: str, *, replaces: bool) -> None:
+    """What `claim` will refuse whatever the settings are, asked before the long part of a command.
+
+    Args:
+        folder: may be missing.
+        command: that is going to write there.
+        replaces: it needs a mark to know an earlier run by.
+    Raises:
+        InputError: the folder belongs to another command, or holds files that guardkit did not write.
+    """
+    if Path(folder).is_dir():
+        _earlier(Path(folder), command, None if replaces else dict)
+
+
 def read_mark(folder: Path) -> dict[str, Any] | None:
     """What the mark of a folder says; None: it has none.
 
@@ -153,18 +167,27 @@ def is_unfinished(folder: Path) -> bool:
 def _checked(
     folder: Path, command: str, wanted: str, *, goes_on: bool, recognise: Callable[[], Any] | None, differs: str
 ) -> dict[str, Any] | None:
+    mark = _earlier(folder, command, recognise)
+    if mark is not None and goes_on and mark.get("settings") != wanted:
+        raise InputError(f"{folder} holds results of guardkit {command} that were {differs}; choose another output_dir")
+    return mark
+
+
+def _earlier(folder: Path, command: str, recognise: Callable[[], Any] | None) -> dict[str, Any] | None:
+    """The mark of an earlier run of the command, written or recognised; None: there was none."""
     mark = read_mark(folder)
     advice = "choose another output_dir"
     if mark is None and (strangers := [name for name in _visible(folder) if _has_files(folder / name)]):
         found = recognise() if recognise is not None else None
         if found is None:
             shown = ", ".join(strangers[:3]) + (f" and {len(strangers) - 3} more" if len(strangers) > 3 else "")
-            raise InputError(f"{folder} holds files that guardkit {command} did not write ({shown}); {advice}")
+            # results of versions that left no mark are refused too, because nothing tells them from somebody's own files
+            raise InputError(
+                f"{folder} holds files that guardkit {command} did not write ({shown}); {advice}, or delete what an earlier version left"
+            )
         mark = {"command": command, "settings": fingerprint(found)}
     if mark is not None and mark.get("command") != command:
         raise InputError(f"{folder} holds the results of guardkit {mark.get('command')}, not of {command}; {advice}")
-    if mark is not None and goes_on and mark.get("settings") != wanted:
-        raise InputError(f"{folder} holds results of guardkit {command} that were {differs}; {advice}")
     return mark
 
 

@@ -40,7 +40,10 @@ def each_image(images: Any) -> Iterator[Any]:
     if _is_one(images):
         return iter([images])
     if hasattr(images, "__array__"):
-        return each_image(np.asarray(images))
+        try:
+            return each_image(_from_anybody(images))
+        except ImageError:  # it is one image, whose decision says why it cannot be read
+            return iter([images])
     try:
         return iter(images)
     except TypeError as error:
@@ -70,7 +73,7 @@ def readable(image: Any, max_pixels: int) -> ImageLike:
     if _is_tensor(image):
         return _pixels(_from_tensor(image), max_pixels, is_tensor=True)
     if hasattr(image, "__array__"):
-        return _pixels(np.asarray(image), max_pixels, is_tensor=False)
+        return _pixels(_from_anybody(image), max_pixels, is_tensor=False)
     raise ImageError(f"an image must be {_ACCEPTED}, got {type(image).__name__}")
 
 
@@ -116,6 +119,15 @@ def _from_tensor(tensor: Any) -> np.ndarray:
         return (values.float() if values.is_floating_point() else values).numpy()
     except Exception as error:  # sparse, quantised, on a device that holds no values, ...
         raise ImageError(f"the tensor cannot be read ({' '.join(str(error).split())[:120]}); pass a dense one on the CPU") from error
+
+
+def _from_anybody(image: Any) -> np.ndarray:
+    if isinstance(image, np.ma.MaskedArray) and np.ma.is_masked(image):
+        raise ImageError("the array hides pixels behind a mask; pass array.filled(value), as it is to be seen")
+    try:
+        return np.asarray(image)
+    except Exception as error:  # an object of anybody's raises anything
+        raise ImageError(f"the array cannot be read ({' '.join(str(error).split())[:120] or type(error).__name__})") from error
 
 
 def _pixels(array: np.ndarray, max_pixels: int, *, is_tensor: bool) -> ImageLike:

@@ -23,6 +23,7 @@ from guardkit.efficiency.plan import Plan, in_sentences
 from guardkit.efficiency.report import write_report
 from guardkit.efficiency.results import opened, run_cells
 from guardkit.efficiency.stacked import Schedule
+from guardkit.folders import refuse_others
 from guardkit.heads import Head, LinearHead
 from guardkit.loggers import logger_of
 from guardkit.module import Diverged, quiet_lightning
@@ -58,6 +59,7 @@ def run_sweep(cfg: DictConfig, settings: Any, folder: Path) -> SweepReport:
     plan, arms, heads = _plan(cfg)
     objective = _objective(cfg)
     check_settings(cfg, optimizers=("optimizer", "linear_optimizer"))
+    refuse_others(folder, "sweep", replaces=False)
     parts = build(_cell_cfg(cfg, arms[0].name, next(iter(heads.values()))))
     try:
         check_parts(parts.encoder, parts.pipeline, parts.policy, heads.values())

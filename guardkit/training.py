@@ -27,7 +27,7 @@ from guardkit.embedding_folder import write_embedding_folder
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.evaluation.training_report import measure, summary_table, write_pictures, write_predictions
-from guardkit.folders import claim
+from guardkit.folders import claim, refuse_others
 from guardkit.heads import Head
 from guardkit.loggers import logger_of
 from guardkit.module import DEFAULT_THRESHOLD, EpochProgress, Fitted, GuardModule, fit, quiet_lightning
@@ -88,6 +88,7 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> Report:
     if not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise InputError(f"seed must be a whole number of at least 0, got {cfg.seed!r}")
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_others(folder, "train", replaces=True)
     check_settings(cfg)
     torch.manual_seed(cfg.seed)
     parts = build(cfg)
@@ -183,6 +184,7 @@ def embed_source(cfg: DictConfig, folder: Path) -> dict[str, int]:
     """
     _check_whole(cfg, "limit", may_be_null=True)
     _check_whole(cfg, "shard_size")
+    refuse_others(folder, "embed", replaces=False)
     rules, encoder = policy(cfg), make(cfg.encoder)
     check_parts(encoder, None, rules)
     loaded = load_source(make(cfg.source, policy=rules))
@@ -206,6 +208,7 @@ def synthesize_source(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """
     _check_whole(cfg, "limit", may_be_null=True)
     _check_whole(cfg, "variants_per_image")
+    refuse_others(folder, "synthesize", replaces=False)
     labels = {"to_safe": (1,), "to_unsafe": (0,), "both": (1, 0)}
     if cfg.direction not in labels:
         raise InputError(f"direction must be one of {', '.join(labels)}, got {cfg.direction!r}")

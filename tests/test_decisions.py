@@ -43,6 +43,13 @@ def at_end(data):
     return file
 
 
+class Stubborn:
+    """An object that says it is an array, and is none."""
+
+    def __array__(self, *args, **kwargs):
+        raise RuntimeError("no\nvalues here")
+
+
 CHW = torch.from_numpy(IMAGE.copy()).permute(2, 0, 1)
 ONE = {
     "bytes": PNG,
@@ -124,6 +131,8 @@ WRONG = {
     "data address": ("data:image/png;base64,AAAA", "is a URL, and nothing is fetched"),
     "a dictionary": ({"image": PNG}, "an image must be a path, .* got dict"),
     "nothing": (None, "an image must be a path, .* got NoneType"),
+    "an array that raises": (Stubborn(), "cannot be read .no values here"),
+    "a masked array": (np.ma.masked_less(IMAGE, 128), "hides pixels behind a mask"),
     "closed": (io.BytesIO(), "empty"),
 }
 
@@ -183,7 +192,21 @@ def test_a_decision_is_valid_json(guard):
         assert (found["score"] is None) == (decision.action == "error") == (found["error"] is not None)
 
 
-@pytest.mark.parametrize("value", [float("nan"), -0.1, 2, "0.5", True, None])
+def test_one_array_that_raises_is_one_decision(guard):
+    (decision,) = guard.predict(Stubborn())
+    assert decision.action == "error"
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_an_embedding_without_a_direction_has_no_score(guard, value):
+    rows = np.eye(2, guard.encoder.dim, dtype=np.float32)
+    assert guard.score_embeddings(rows).shape == (2,)
+    rows[1] = value
+    with pytest.raises(InputError, match="NaN, infinite values or rows of zeros"):
+        guard.score_embeddings(rows)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -0.1, 2, 10**400, "0.5", True, None])
 def test_a_threshold_is_a_number(guard, value):
     before = guard.threshold
     with pytest.raises(InputError, match=r"threshold must lie in \[0, 1\]"):

@@ -97,6 +97,40 @@ def test_one_process_and_one_thread_at_a_time(tmp_path):
     assert read_mark(tmp_path)["overrides"] == ["seed=1"]
 
 
+@pytest.mark.parametrize("command", ["train", "embed", "synthesize", "sweep", "evaluate", "app"])
+def test_a_folder_of_another_command_is_refused_before_the_long_part(compose, tmp_path, monkeypatch, command):
+    from guardkit.app import app
+    from guardkit.evaluating import run as evaluate
+    from guardkit.sweeping import run_sweep
+    from guardkit.training import embed_source, run, synthesize_source
+
+    def long(*args, **kwargs):
+        raise AssertionError("the long part has begun")
+
+    for place in (
+        "training.make",
+        "training.load_source",
+        "sweeping.build",
+        "evaluating.build_contenders",
+        "moderation.review_page.review_pairs",
+    ):
+        monkeypatch.setattr(f"guardkit.{place}", long)
+    monkeypatch.setattr("guardkit.app.output_dir", lambda: tmp_path)
+    write(tmp_path, command="calibrate")
+    cfg = compose(command, *(["pairs=x"] if command == "app" else []))
+    start = {
+        "train": lambda: run(cfg, {}, tmp_path),
+        "embed": lambda: embed_source(cfg, tmp_path),
+        "synthesize": lambda: synthesize_source(cfg, tmp_path),
+        "sweep": lambda: run_sweep(cfg, {}, tmp_path),
+        "evaluate": lambda: evaluate(cfg, tmp_path),
+        "app": lambda: app.__wrapped__(cfg),
+    }
+    with pytest.raises(InputError, match=f"holds the results of guardkit calibrate, not of {command}"):
+        start[command]()
+    assert read_mark(tmp_path)["command"] == "calibrate"
+
+
 def test_a_second_training_leaves_nothing_of_the_first(train, tmp_path):
     train("experiment=unpaired", "trainer.max_epochs=5", folder=tmp_path)
     (tmp_path / "mistakes.png").touch()  # of an older version
