@@ -153,6 +153,16 @@ def test_what_a_killed_writer_left_is_swept_away(scenes_policy, tmp_path):
     assert (tmp_path / "d/images/Folder_0.png").exists()
 
 
+def test_an_image_that_is_another_by_now_is_written_anew(scenes_policy, tmp_path):
+    """Under the same settings, a photograph may have been replaced by another of its name, and a file been damaged."""
+    new = [replace(photograph(seed), id=f"folder/{i}.png") for i, seed in enumerate((0, 7))]
+    for name, records in (("d", photographs(2)), ("d", new), ("whole", new)):
+        write_pair_dataset(records, pipeline(scenes_policy, CountingEditor(darker)), tmp_path / name, made_from={})
+        (tmp_path / "d/images/Folder_0_edited.png").write_bytes((tmp_path / "d/images/Folder_0.png").read_bytes())
+    write_pair_dataset(new, pipeline(scenes_policy, CountingEditor(darker)), tmp_path / "d", made_from={})
+    assert digests(tmp_path / "d/images") == digests(tmp_path / "whole/images")
+
+
 def test_a_dataset_comes_back_as_a_source(scenes_policy, tmp_path):
     records = photographs(4)
     write_pair_dataset(

@@ -285,13 +285,13 @@ def _write_tries(folder: Path, name: str, record: Record, tries: list[Try], pipe
     """Writes what images there are and gives the rows. Raises ImageError when the original cannot be read."""
     assert record.content is not None
     original = f"images/{name}.png"
-    _write_once(folder / original, encode_png(record.content.load()))
+    _write_image(folder / original, encode_png(record.content.load()))
     box = dict(zip(("x_min", "y_min", "x_max", "y_max"), record.region or (None,) * 4, strict=True))
     for number, one in enumerate(tries):
         pair_id = name if number == 0 else f"{name}.{number}"  # no record has a dot in its name
         edited = f"images/{pair_id}_edited.png" if one.png is not None else None
         if edited is not None and one.png is not None:
-            _write_once(folder / edited, one.png)
+            _write_image(folder / edited, one.png)
         yield {
             "pair_id": pair_id,
             "file_name": original,
@@ -315,9 +315,9 @@ def _write_tries(folder: Path, name: str, record: Record, tries: list[Try], pipe
         }
 
 
-def _write_once(path: Path, data: bytes) -> None:
-    # a file appears under its name only when whole, and what belongs there is fixed by the settings
-    if not path.exists():
+def _write_image(path: Path, data: bytes) -> None:
+    # what an earlier run left under the name may be damaged, or of a picture that has been replaced since
+    if not path.is_file() or path.read_bytes() != data:
         with written(path) as temporary:
             temporary.write_bytes(data)
 
