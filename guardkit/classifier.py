@@ -255,6 +255,7 @@ class GuardClassifier:
 
 
 def _checked_threshold(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_real or not 0 <= value <= 1:
         raise InputError(f"threshold must lie in [0, 1], got {value!r}")
     return float(value)

@@ -24,7 +24,7 @@ from guardkit.losses import category_loss, decision_loss, pair_loss
 from guardkit.metrics import operating_points, operating_threshold
 from guardkit.policy import Policy
 from guardkit.progress import progress
-from guardkit.schema import InputError
+from guardkit.schema import InputError, is_number
 
 DEFAULT_THRESHOLD = 0.5
 
@@ -43,6 +43,15 @@ def divergence(epoch: int, rate: float, l2: float) -> str:
     """
     pull = f" or loss.l2 (now {l2:g})" if l2 else ""
     return f"training diverged: the loss is not finite in epoch {epoch}; lower optimizer.lr (now {rate:g}){pull}"
+
+
+def check_loss(prevalence: object, **weights: object) -> None:
+    """Raises InputError for settings of the loss that are out of range, or no finite numbers."""
+    if not is_number(prevalence) or not 0 < prevalence < 1:
+        raise InputError(f"loss.prevalence must lie in (0, 1), got {prevalence!r}")
+    for name, value in weights.items():
+        if not is_number(value) or value < 0:
+            raise InputError(f"loss.{name} must be a number of at least 0, got {value!r}")
 
 
 class GuardModule(L.LightningModule):
@@ -73,11 +82,7 @@ class GuardModule(L.LightningModule):
         l2: float = 0.0,
     ) -> None:
         super().__init__()
-        if not 0 < prevalence < 1:
-            raise InputError(f"loss.prevalence must lie in (0, 1), got {prevalence}")
-        for name, value in (("pair_weight", pair_weight), ("pair_margin", pair_margin), ("category_weight", category_weight), ("l2", l2)):
-            if value < 0:
-                raise InputError(f"loss.{name} must be at least 0, got {value}")
+        check_loss(prevalence, pair_weight=pair_weight, pair_margin=pair_margin, category_weight=category_weight, l2=l2)
         self.head = head
         self._optimizer = optimizer
         self.prevalence, self.pair_weight, self.pair_margin, self.category_weight = prevalence, pair_weight, pair_margin, category_weight

@@ -18,13 +18,13 @@ from guardkit._hydra import make
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
 from guardkit.encoders.base import Encoder
 from guardkit.metrics import operating_points
-from guardkit.module import choose_threshold, quiet_lightning
+from guardkit.module import check_loss, choose_threshold, quiet_lightning
 from guardkit.policy import Policy
 from guardkit.schema import InputError, shortened
 
 
 def check_settings(cfg: DictConfig, *, optimizers: Iterable[str] = ("optimizer",)) -> None:
-    """Threshold, optimizer, trainer and logger, of which training would otherwise learn at its end, or midway.
+    """Threshold, loss, optimizer, trainer and logger, of which training would otherwise learn at its end, or midway.
 
     Args:
         cfg: composed from conf/train.yaml or conf/sweep.yaml.
@@ -33,6 +33,7 @@ def check_settings(cfg: DictConfig, *, optimizers: Iterable[str] = ("optimizer",
         InputError: one of them cannot work.
     """
     _check_threshold(cfg.threshold)
+    check_loss(**cfg.loss)
     for name in optimizers:
         _check_optimizer(cfg[name], name)
     _check_trainer(cfg.trainer)

@@ -26,9 +26,9 @@ from guardkit.efficiency.stacked import Schedule
 from guardkit.folders import refuse_others
 from guardkit.heads import Head, LinearHead
 from guardkit.loggers import logger_of
-from guardkit.module import Diverged, quiet_lightning
+from guardkit.module import Diverged, check_loss, quiet_lightning
 from guardkit.preflight import check_parts, check_settings
-from guardkit.schema import InputError
+from guardkit.schema import InputError, is_list, is_number
 from guardkit.training import Parts, build, build_head, fit_guard, rebuild_data
 
 log = logging.getLogger(__name__)
@@ -96,6 +96,9 @@ def run_sweep(cfg: DictConfig, settings: Any, folder: Path) -> SweepReport:
 
 def _plan(cfg: DictConfig) -> tuple[Plan, list[Arm], dict[str, DictConfig]]:
     sweep = cfg.sweep
+    for name in ("arms", "sizes", "strengths", "target_scores", "heads", "target_sizes"):
+        if not is_list(sweep[name]) and not (sweep[name] is None and name in ("heads", "target_sizes")):
+            raise InputError(f"sweep.{name} must be a list, as in sweep.{name}=[{sweep[name]}], got {sweep[name]!r}")
     wanted = list(sweep.arms)
     for name in wanted:
         if name not in cfg.arms:
@@ -113,7 +116,7 @@ def _plan(cfg: DictConfig) -> tuple[Plan, list[Arm], dict[str, DictConfig]]:
     if not isinstance(sweep.n_resamples, int) or sweep.n_resamples < 100:
         raise InputError(f"sweep.n_resamples must be a whole number of at least 100, got {sweep.n_resamples!r}")
     sizes = chosen_sizes(list(sweep.sizes))
-    seeds = list(range(sweep.seeds)) if isinstance(sweep.seeds, int) else list(sweep.seeds)
+    seeds = list(range(sweep.seeds)) if isinstance(sweep.seeds, int) else list(sweep.seeds) if is_list(sweep.seeds) else []
     if not seeds or any(not isinstance(seed, int) or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         raise InputError(
             f"sweep.seeds must be a number of seeds of at least 1, or a list of different whole numbers of at least 0, got {sweep.seeds}"
@@ -123,7 +126,7 @@ def _plan(cfg: DictConfig) -> tuple[Plan, list[Arm], dict[str, DictConfig]]:
         if set(values) - set(sizes):
             raise InputError(f"sweep.{name} must be among sweep.sizes {sizes}, got {values}")
     for score in sweep.target_scores:
-        if not isinstance(score, (int, float)) or not 0 < score <= 1:
+        if not is_number(score) or not 0 < score <= 1:
             raise InputError(f"sweep.target_scores must be numbers in (0, 1], got {score!r}")
     heads = _heads(cfg)
     plan = Plan(
@@ -172,16 +175,12 @@ def _heads(cfg: DictConfig) -> dict[str, DictConfig]:
 
 
 def _objective(cfg: DictConfig) -> Objective:
-    strengths = [float(value) for value in cfg.sweep.strengths]
-    if not strengths or min(strengths) <= 0 or len(set(strengths)) < len(strengths):
+    strengths = list(cfg.sweep.strengths)
+    if not strengths or not all(map(is_number, strengths)) or min(strengths) <= 0 or len(set(strengths)) < len(strengths):
         raise InputError(f"sweep.strengths must be different numbers above 0, got {strengths}")
     loss = cfg.loss
-    if not 0 < loss.prevalence < 1:
-        raise InputError(f"loss.prevalence must lie in (0, 1), got {loss.prevalence}")
-    for name in ("pair_weight", "pair_margin"):
-        if loss[name] < 0:
-            raise InputError(f"loss.{name} must be at least 0, got {loss[name]}")
-    return Objective(tuple(strengths), float(loss.prevalence), float(loss.pair_weight), float(loss.pair_margin))
+    check_loss(loss.prevalence, pair_weight=loss.pair_weight, pair_margin=loss.pair_margin)
+    return Objective(tuple(map(float, strengths)), float(loss.prevalence), float(loss.pair_weight), float(loss.pair_margin))
 
 
 def _shared_settings(

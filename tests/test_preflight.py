@@ -253,6 +253,15 @@ def test_a_dataset_without_a_pair_is_no_success(compose, tmp_path, monkeypatch, 
         (["early_stopping_patience=soon"], "early_stopping_patience must be a whole number of at least 0, got 'soon'"),
         (["+trainer.speed=3"], "trainer cannot work with these settings .*speed"),
         (["logger=wandb", "logger.offline=false"], "needs a login: run `wandb login`"),
+        (["loss.prevalence=nan"], r"loss.prevalence must lie in \(0, 1\), got nan"),
+        (["loss.pair_weight=x"], "loss.pair_weight must be a number of at least 0, got 'x'"),
+        (["loss.pair_margin=nan"], "loss.pair_margin must be a number of at least 0, got nan"),
+        (["head=linear_whitened", "head.shrinkage=nan"], "head=linear_whitened needs n_images >= 2 and shrinkage > 0"),
+        (["head=linear_texts", "head.scale=x"], "head=linear_texts needs scale > 0, got x"),
+        (["head=prompt", "head.scale=inf"], "head=prompt needs scale > 0, got inf"),
+        (["head=mlp", "head.dropout=nan"], r"head=mlp needs hidden >= 1 and dropout in"),
+        (["editor=inpaint", "editor.radius=x"], "editor=inpaint needs radius >= 1, .* got radius=x"),
+        (["verifier=encoder", "verifier.min_drop=nan"], "nan"),
         (["head=mlp", "head.hidden=0"], "head=mlp needs hidden >= 1"),
         (["encoder=open_clip", "encoder.weights=local-dir:/nowhere"], "holds no open_clip_config.json"),
         (["verifier=guard", "verifier.guard.folder=/nowhere"], "/nowhere"),
@@ -272,6 +281,24 @@ def test_settings_that_cannot_work_are_said_before_any_image_is_read(compose, tm
     line = user_error(caught.value)
     assert line is not None, caught.value
     assert re.search(message, line), line
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("sweep.sizes=8", r"sweep.sizes must be a list, as in sweep.sizes=\[8\], got 8"),
+        ("sweep.arms=null", "sweep.arms must be a list"),
+        ("sweep.target_scores=0.9", "sweep.target_scores must be a list"),
+        ("sweep.seeds=1.5", "sweep.seeds must be a number of seeds of at least 1, or a list"),
+        ("sweep.strengths=[x]", "sweep.strengths must be different numbers above 0"),
+        ("sweep.strengths=[nan]", "sweep.strengths must be different numbers above 0"),
+    ],
+)
+def test_a_sweep_says_which_settings_are_lists(compose, tmp_path, setting, message):
+    from guardkit.sweeping import run_sweep
+
+    with pytest.raises(InputError, match=message):
+        run_sweep(compose("sweep", setting), {}, tmp_path)
 
 
 @pytest.mark.parametrize("settings", [["head=prompt"], ["head=linear_texts"], ["verifier=encoder"], ["experiment=zero_shot"]])

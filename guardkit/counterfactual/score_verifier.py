@@ -18,7 +18,7 @@ from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.heads import PromptHead
 from guardkit.policy import Policy
-from guardkit.schema import InputError
+from guardkit.schema import InputError, is_number
 
 _DECIMALS = 6
 _LEAST_WAY = 1e-3
@@ -80,7 +80,10 @@ class ScoreVerifier:
         min_arrival: float = 0.0,
         prepare: Callable[[], object] | None = None,
     ) -> None:
-        if not (0 < max_score < 1 and 0 <= min_drop < 1 and 0 <= min_preservation <= 1 and -1 <= min_cosine <= 1 and 0 <= min_arrival <= 1):
+        limits = (max_score, min_drop, min_preservation, min_cosine, min_arrival)
+        if not all(map(is_number, limits)) or not (
+            0 < max_score < 1 and 0 <= min_drop < 1 and 0 <= min_preservation <= 1 and -1 <= min_cosine <= 1 and 0 <= min_arrival <= 1
+        ):
             raise InputError(
                 f"verifier={name} needs max_score in (0, 1), min_drop in [0, 1), min_preservation in [0, 1], min_cosine in [-1, 1] and "
                 f"min_arrival in [0, 1], got max_score={max_score}, min_drop={min_drop}, min_preservation={min_preservation}, "

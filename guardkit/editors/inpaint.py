@@ -15,7 +15,7 @@ import numpy as np
 
 from guardkit.editors.base import NEEDS_REGION, NO_ROUND_TRIP, EditRequest, EditResult, lacks_region
 from guardkit.editors.registration import pasted
-from guardkit.schema import ImageError, InputError, Region
+from guardkit.schema import ImageError, InputError, Region, is_number
 
 _METHODS = {"telea": cv2.INPAINT_TELEA, "navier_stokes": cv2.INPAINT_NS}
 
@@ -41,7 +41,8 @@ class InpaintEditor:
     ) -> None:
         if method not in _METHODS:
             raise InputError(f"editor.method must be one of {', '.join(_METHODS)}, got {method!r}")
-        if radius < 1 or max_side < 16 or not 0 <= dilate < 0.5 or not 0 < max_area <= 1:
+        sizes = (radius, max_side, dilate, max_area)
+        if not all(map(is_number, sizes)) or radius < 1 or max_side < 16 or not 0 <= dilate < 0.5 or not 0 < max_area <= 1:
             raise InputError(
                 "editor=inpaint needs radius >= 1, max_side >= 16, dilate in [0, 0.5) and max_area in (0, 1], "
                 f"got radius={radius}, max_side={max_side}, dilate={dilate}, max_area={max_area}"

@@ -69,7 +69,7 @@ def gaussian_noise(image: np.ndarray, std: float, *, seed: int = 0) -> np.ndarra
     Raises:
         InputError: a negative std.
     """
-    if std < 0:
+    if not std >= 0:
         raise InputError(f"the standard deviation of noise must be at least 0 of 255 levels, got {std}")
     rng, image = _generator(image, "noise", seed), shrink(image)
     noise = rng.standard_normal(image.shape, dtype=np.float32)

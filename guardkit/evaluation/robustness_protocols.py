@@ -23,7 +23,7 @@ from torch import Tensor
 from guardkit.evaluation import attacks
 from guardkit.evaluation.perturbations import EDITS, STRENGTHS, PerturbedContent, PixelContent, check_edit
 from guardkit.evaluation.victim import Victim, to_images, to_pixels
-from guardkit.schema import InputError
+from guardkit.schema import InputError, is_list, is_number
 
 Attack = Callable[[attacks.Value, Tensor, Tensor, np.random.Generator], Tensor]
 """(value, pixels, labels, generator) -> changed pixels."""
@@ -91,6 +91,9 @@ class RobustnessSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("protocols", "epsilons", "noise_stds", "edits", "strengths"):
+            if not is_list(getattr(self, name)):
+                raise InputError(f"robustness.{name} must be a list, as in robustness.{name}=[{getattr(self, name)}]")
         for name in self.protocols:
             if name not in PROTOCOLS:
                 raise InputError(f"robustness.protocols may hold {' and '.join(PROTOCOLS)}, got {name!r}")
@@ -100,7 +103,7 @@ class RobustnessSettings:
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise InputError(f"robustness.{name} must be a whole number of at least {low}, got {value!r}")
         for name in ("epsilons", "noise_stds"):
-            if not all(0 < value <= 255 for value in getattr(self, name)):
+            if not all(is_number(value) and 0 < value <= 255 for value in getattr(self, name)):
                 raise InputError(f"robustness.{name} are 8-bit levels, above 0 and at most 255, got {list(getattr(self, name))}")
         for edit, strength in product(self.edits, self.strengths):
             check_edit(edit, strength)
