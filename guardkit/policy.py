@@ -21,6 +21,7 @@ _RESERVED = ("safe", "unsafe", "decision")
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2
 _MAX_NODES = 100_000  # of a YAML file
+_MAX_PROBLEMS = 10  # told at once
 _SNAKE_CASE = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -122,28 +123,38 @@ class Policy:
         """Validates plain data.
 
         Args:
-            data: as `to_dict` gives it.
+            data: as `to_dict` gives it. Needed are `name` and `categories`, and of each category `name`, `definition` and `unsafe_texts`.
+                A missing `edit` asks to remove the category; missing `safe_texts` are those of the policy, or one made from the name.
             where: names the data in errors.
         Raises:
-            InputError: naming `where`, the field and the fix.
+            InputError: naming `where`, and of every problem the field and the fix.
         """
-        given = _mapping(data, where, "", Policy, optional=("safe_texts", "source"))
-        raw = given["categories"]
-        if not isinstance(raw, list | tuple) or not raw:
-            raise InputError(f"{where}: categories must be a list of at least one category, got {_show(raw)}; write one map for each")
-        categories = tuple(_category(item, where, f"categories[{i}]") for i, item in enumerate(raw))
+        problems: list[str] = []
+        given = _mapping(data, problems, "", Policy, needed=("name", "categories"))
+        name = _snake_case(given["name"], problems, "name") if "name" in given else ""
+        safe_texts = _texts(given.get("safe_texts", []), problems, "safe_texts", least=0)
+        raw = given.get("categories", ())
+        if "categories" in given and (not isinstance(raw, list | tuple) or not raw):
+            problems.append(f"categories must be a list of at least one category, got {_show(raw)}; write one map for each")
+            raw = ()
+        categories = tuple(_category(item, problems, f"categories[{i}]", safe_texts) for i, item in enumerate(raw))
         first: dict[str, int] = {}
         for i, category in enumerate(categories):
-            if first.setdefault(category.name, i) != i:
+            if category.name and first.setdefault(category.name, i) != i:
                 before = f"categories[{first[category.name]}]"
-                raise InputError(f"{where}: categories[{i}].name repeats {category.name!r} of {before}; merge the two, or rename one")
-        return cls(
-            name=_snake_case(given["name"], where, "name"),
-            description=_text(given["description"], where, "description"),
+                problems.append(f"categories[{i}].name repeats {category.name!r} of {before}; merge the two, or rename one")
+        policy = cls(
+            name=name,
+            description=_text(given["description"], problems, "description") if "description" in given else f"Policy {name}.",
             categories=categories,
-            safe_texts=_texts(given.get("safe_texts", []), where, "safe_texts", least=0),
-            source=_text(given.get("source", ""), where, "source", may_be_empty=True),
+            safe_texts=safe_texts,
+            source=_text(given.get("source", ""), problems, "source", may_be_empty=True),
         )
+        if problems:
+            count = f"{len(problems)} problems: " if len(problems) > 1 else ""
+            more = f" | and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
+            raise InputError(f"{where}: {count}{' | '.join(problems[:_MAX_PROBLEMS])}{more}")
+        return policy
 
 
 def _parsed(text: str) -> Any:
@@ -170,62 +181,67 @@ def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
     return n
 
 
-def _category(data: Any, where: str, field: str) -> Category:
-    given = _mapping(data, where, field, Category)
-    name = _snake_case(given["name"], where, f"{field}.name")
+def _category(data: Any, problems: list[str], field: str, ordinary: tuple[str, ...]) -> Category:
+    """One category; `ordinary` texts of the policy stand in where it has no allowed look-alikes of its own."""
+    given = _mapping(data, problems, field, Category, needed=("name", "definition", "unsafe_texts"))
+    name = _snake_case(given["name"], problems, f"{field}.name") if "name" in given else ""
     if name in _RESERVED:
-        raise InputError(f"{where}: {field}.name must not be {name!r}, a name that guardkit itself gives to scores; choose another")
+        problems.append(f"{field}.name must not be {name!r}, a name that guardkit itself gives to scores; choose another")
+    plain = name.replace("_", " ")
+
+    def texts(key: str, *, least: int = 0, default: tuple[str, ...] = ()) -> tuple[str, ...]:
+        return _texts(given[key], problems, f"{field}.{key}", least=least) if key in given else default
+
     return Category(
         name=name,
-        definition=_text(given["definition"], where, f"{field}.definition"),
-        covered=_texts(given["covered"], where, f"{field}.covered", least=0),
-        not_covered=_texts(given["not_covered"], where, f"{field}.not_covered", least=0),
-        edit=_text(given["edit"], where, f"{field}.edit"),
-        unsafe_texts=_texts(given["unsafe_texts"], where, f"{field}.unsafe_texts", least=1),
-        safe_texts=_texts(given["safe_texts"], where, f"{field}.safe_texts", least=1),
+        definition=_text(given["definition"], problems, f"{field}.definition") if "definition" in given else "",
+        covered=texts("covered"),
+        not_covered=texts("not_covered"),
+        edit=_text(given["edit"], problems, f"{field}.edit") if "edit" in given else f"Remove whatever shows {plain}.",
+        unsafe_texts=texts("unsafe_texts", least=1),
+        safe_texts=texts("safe_texts", least=1, default=ordinary or (f"a photo without {plain}",)),
     )
 
 
-def _mapping(data: Any, where: str, field: str, kind: type, optional: tuple[str, ...] = ()) -> Mapping[str, Any]:
+def _mapping(data: Any, problems: list[str], field: str, kind: type, needed: tuple[str, ...]) -> Mapping[str, Any]:
     """Checks the keys of one map against the fields of `kind`; `field` is where the map stands, "" at the top."""
     known = [one.name for one in fields(kind)]
     if not isinstance(data, Mapping):
-        raise InputError(f"{where}: {field or 'the policy'} must be a mapping with the fields {', '.join(known)}, got {_show(data)}")
+        problems.append(f"{field or 'the policy'} must be a mapping with the fields {', '.join(known)}, got {_show(data)}")
+        return {}
     prefix = f"{field}." if field else ""
     for key in data:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"the fields are {', '.join(known)}"
-            raise InputError(f"{where}: {prefix}{key if str(key).isidentifier() else _SHORT.repr(key)} is not a field; {hint}")
-    for key in known:
-        if key not in data and key not in optional:
-            raise InputError(f"{where}: {prefix}{key} is missing; add it")
+            problems.append(f"{prefix}{key if str(key).isidentifier() else _SHORT.repr(key)} is not a field; {hint}")
+    problems += [f"{prefix}{key} is missing; add it" for key in needed if key not in data]
     return data
 
 
-def _text(value: Any, where: str, field: str, *, may_be_empty: bool = False) -> str:
+def _text(value: Any, problems: list[str], field: str, *, may_be_empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise InputError(f"{where}: {field} must be a text, got {_show(value)}; write one, in quotes if it looks like something else")
+        problems.append(f"{field} must be a text, got {_show(value)}; write one, in quotes if it looks like something else")
+        return ""
     if not (value.strip() or may_be_empty):
-        raise InputError(f"{where}: {field} must not be empty; write a text")
+        problems.append(f"{field} must not be empty; write a text")
     # where a text is laid out as a block, YAML may end it with a line break
     return value.strip()
 
 
-def _texts(value: Any, where: str, field: str, *, least: int) -> tuple[str, ...]:
+def _texts(value: Any, problems: list[str], field: str, *, least: int) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
-        raise InputError(f"{where}: {field} must be a list of texts, got {_show(value)}; write one text a line, each after a dash")
+        problems.append(f"{field} must be a list of texts, got {_show(value)}; write one text a line, each after a dash")
+        return ()
     if len(value) < least:
-        raise InputError(f"{where}: {field} must not be empty; write at least {least} text")
-    return tuple(_text(item, where, f"{field}[{i}]") for i, item in enumerate(value))
+        problems.append(f"{field} must not be empty; write at least {least} text")
+    return tuple(_text(item, problems, f"{field}[{i}]") for i, item in enumerate(value))
 
 
-def _snake_case(value: Any, where: str, field: str) -> str:
-    name = _text(value, where, field)
-    if not _SNAKE_CASE.fullmatch(name):
-        raise InputError(
-            f"{where}: {field} must be lower-case letters, digits and underscores, a letter first, got {_show(name)}; rename it"
-        )
+def _snake_case(value: Any, problems: list[str], field: str) -> str:
+    name = _text(value, problems, field)
+    if name and not _SNAKE_CASE.fullmatch(name):
+        problems.append(f"{field} must be lower-case letters, digits and underscores, a letter first, got {_show(name)}; rename it")
     return name
 
 

@@ -23,8 +23,9 @@ SHIPPED = {
     "llavaguard": "hate violence sexual_content nudity criminal_planning weapons_substance_abuse self_harm animal_cruelty disasters_emergencies",
     "unsafebench": "hate harassment violence self_harm sexual shocking illegal_activity deception political health spam",
     "handled_objects": "weapons substances disasters",
+    "template": "motor_vehicles",
 }
-REAL = [name for name in SHIPPED if name != "scenes"]
+REAL = [name for name in SHIPPED if name not in ("scenes", "template")]
 
 
 def example() -> dict[str, Any]:
@@ -191,7 +192,6 @@ def test_a_policy_is_frozen_and_hashable():
 
 WRONG = {
     "missing name": (("name",), ..., "name is missing; add it"),
-    "missing description": (("description",), ..., "description is missing; add it"),
     "missing categories": (("categories",), ..., "categories is missing; add it"),
     "missing field of a category": (("categories", 1, "unsafe_texts"), ..., "categories[1].unsafe_texts is missing; add it"),
     "unknown field, a close one": (("safe_text",), [], "safe_text is not a field; did you mean safe_texts?"),
@@ -325,3 +325,31 @@ def test_policies_load_without_torch_or_hydra():
     code = "import sys, guardkit.policy; print(sorted({'torch', 'hydra', 'omegaconf'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER.parents[1], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_policy_needs_no_more_than_names_definitions_and_a_text():
+    category = {"name": "motor_vehicles", "definition": "Cars.", "unsafe_texts": ["a photo of a car"]}
+    policy = Policy.from_dict({"name": "mine", "categories": [category]})
+    assert policy["motor_vehicles"].edit == "Remove whatever shows motor vehicles."
+    assert policy["motor_vehicles"].safe_texts == ("a photo without motor vehicles",)
+    assert Policy.from_dict(policy.to_dict()) == policy
+    ordinary = Policy.from_dict({"name": "mine", "safe_texts": ["a photo of a cup"], "categories": [category]})
+    assert ordinary["motor_vehicles"].safe_texts == ("a photo of a cup",)
+
+
+def test_all_problems_of_a_policy_are_told_at_once():
+    data = example()
+    del data["name"], data["categories"][0]["definition"]
+    data["categories"][1]["unsafe_texts"] = []
+    data["versoin"] = 1
+    with pytest.raises(InputError) as caught:
+        Policy.from_dict(data, where="my.yaml")
+    told = str(caught.value)
+    assert told.startswith("my.yaml: 4 problems: ")
+    for part in (
+        "versoin is not a field",
+        "name is missing",
+        "categories[0].definition is missing",
+        "categories[1].unsafe_texts must not be",
+    ):
+        assert part in told
