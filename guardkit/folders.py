@@ -112,7 +112,7 @@ def claim(
         write_json(folder / MARK, mark | {"state": UNFINISHED, "files": earlier})
         remove_leftovers(folder)
         if replaces is not None:
-            _remove(folder, [*replaces, *(name for name in earlier if isinstance(name, str))])
+            _remove(folder, replaces, [name for name in earlier if isinstance(name, str)])
         if before is not None:
             same = "the same" if before.get("settings") == wanted else "other"
             log.info(
@@ -199,9 +199,10 @@ def _has_files(path: Path) -> bool:
     return not path.is_dir() or any(not below.name.startswith(".") and not below.is_dir() for below in path.rglob("*"))
 
 
-def _remove(folder: Path, patterns: Sequence[str]) -> None:
+def _remove(folder: Path, patterns: Sequence[str], names: Sequence[str]) -> None:
     for name in _visible(folder):
-        if name in patterns or any(fnmatch(name, pattern) for pattern in patterns):
+        # names come from a mark, which may be somebody's: they mean themselves alone
+        if name in names or any(fnmatch(name, pattern) for pattern in patterns):
             path = folder / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -35,6 +35,16 @@ def test_a_second_run_replaces_the_first_as_a_whole(tmp_path, caplog):
     assert read_mark(tmp_path)["state"] == "finished"
 
 
+def test_the_mark_of_somebody_else_deletes_no_more_than_it_names(tmp_path):
+    write(tmp_path)
+    mark = json.loads((tmp_path / MARK).read_text())
+    (tmp_path / MARK).write_text(json.dumps(mark | {"files": ["*", "../*", "metrics.json", 3]}))
+    (tmp_path / "thesis.tex").write_text("years of work")
+    write(tmp_path, settings=2)
+    assert (tmp_path / "thesis.tex").exists()
+    assert (tmp_path / "metrics.json").read_text() == "2"
+
+
 def test_a_run_that_ends_early_leaves_the_mark_unfinished_and_nothing_older(tmp_path):
     write(tmp_path)
     with suppress(KeyboardInterrupt), claim(tmp_path, "train", 1, replaces=["metrics.json", "guard"]):
