@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core; read when NumPy and PyTorch are imported
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # a shell starts `pytest &` with SIGINT ignored and every process below inherits that; the tests that interrupt one need it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 

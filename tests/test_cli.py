@@ -67,10 +67,7 @@ def test_ctrl_c_and_sigterm_stop_cleanly(tmp_path, number):
     """Interrupted in the middle of its work it ends soon, without a traceback, and the next run uses what is there."""
     cache = tmp_path / "cache"
     command = [sys.executable, "-m", "guardkit.train", "source.n_test=400", f"output_dir={tmp_path / 'run'}"]
-    running = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"GUARDKIT_CACHE": str(cache)},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # `pytest &` hands it down as ignored
-    )  # fmt: skip
+    running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"GUARDKIT_CACHE": str(cache)})
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not list(cache.glob("embeddings/*.sqlite")):
         time.sleep(0.05)

@@ -210,9 +210,12 @@ busy()
 def test_a_signal_ends_a_command_whatever_its_threads_do(tmp_path, number, finally_):
     code = BUSY.replace("{finally_}", finally_)
     running = subprocess.Popen(
-        [sys.executable, "-c", code, "pairs=x", f"output_dir={tmp_path}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # pytest itself may run in the background
-    )  # fmt: skip
+        [sys.executable, "-c", code, "pairs=x", f"output_dir={tmp_path}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
     assert running.stdout.readline() == "at work\n"
     started = time.monotonic()
     running.send_signal(number)
@@ -227,13 +230,11 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
     code = (
         "import signal\nfrom guardkit._signals import stoppable\nwith stoppable(): print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a child inherits
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done.stdout == "True\n"
 
 

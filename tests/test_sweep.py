@@ -585,11 +585,14 @@ def test_both_engines_make_the_same_decisions(sweep, tmp_path):
     cells = [Cell(arm, head, size, 0) for arm in LISTED for head in ("linear", "linear_whitened", "mlp", "prompt") for size in (4, 16)]
     batched, lightning = (CellStore(folders[name]).get(cells) for name in ("batched", "lightning"))
     assert len(batched) == len(lightning) == len(cells)
-    same = []
+    same, strengths = [], np.array([0.01, 0.1, 1.0])  # of SMALL
     for cell in cells:
         first, second = batched[cell].fitted, lightning[cell].fitted
-        np.testing.assert_allclose(first.objectives, second.objectives, atol=2e-4)
-        np.testing.assert_allclose(first.validation_losses, second.validation_losses, atol=2e-2)
+        gaps = np.abs(first.objectives - second.objectives)
+        assert gaps.max() < 2e-5, cell
+        # an objective with l2 as its curvature holds the head, and so the validation loss, to the square root of 2 gap / l2
+        room = 2e-2 + 5 * np.sqrt(2 * gaps / strengths)
+        assert (np.abs(first.validation_losses - second.validation_losses) <= room).all(), cell
         same.append(
             np.mean(np.concatenate([(first.logits >= 0) == (second.logits >= 0), (first.twin_logits >= 0) == (second.twin_logits >= 0)]))
         )
