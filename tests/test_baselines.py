@@ -303,7 +303,7 @@ def payloads(sentinel):
     command, code = f"touch {sentinel}", f"open({str(sentinel)!r}, 'w').close()"
     calls = {
         "system": Calls(os.system, command),
-        "eval": Calls(builtins.eval, code.replace("open", "__import__('builtins').open")),
+        "eval": Calls(builtins.eval, code.replace("open", "__import__('builtins').open", 1)),
         "exec": Calls(builtins.exec, code),
         "open": Calls(io.open, str(sentinel), "w"),
         "popen": Calls(subprocess.check_call, ["touch", str(sentinel)]),
