@@ -5,8 +5,11 @@ What only the images can tell (too few, or none that the editor can edit) is in 
 
 from __future__ import annotations
 
+import netrc
 import os
 from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -108,13 +111,21 @@ def _check_trainer(cfg: DictConfig) -> None:
 
 def _check_logger(cfg: DictConfig) -> None:
     is_online = str(cfg._target_).endswith("WandbLogger") and not cfg.get("offline", False)
-    if not is_online or os.environ.get("WANDB_MODE", "online") != "online":
-        return
-    import inspect
-
-    import wandb
-
-    if "prompt" not in inspect.signature(wandb.login).parameters:
-        return  # an older one can only ask at the terminal
-    if not wandb.login(prompt=False, verify=False):
+    if is_online and os.environ.get("WANDB_MODE", "online") == "online" and not _is_logged_in():
         raise InputError("logger=wandb with logger.offline=false needs a login: run `wandb login`, set WANDB_API_KEY, or leave it offline")
+
+
+def _is_logged_in() -> bool:
+    """Whether W&B will find a key. Asking the library itself would change how later runs of this process log in."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    for path in map(Path, [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]):
+        try:
+            if netrc.netrc(path.expanduser()).authenticators(host):
+                return True
+        except (OSError, RuntimeError):
+            continue  # there is none
+        except netrc.NetrcParseError:
+            return True  # the library will say what is wrong with it
+    return False
