@@ -54,6 +54,16 @@ def as_hub(place, _, folder):
     return ["source=hub", f"source.dataset={folder}"]
 
 
+def as_parquet(place, _, folder):
+    import pyarrow as pa
+
+    files = sorted(place.rglob("*.png"))
+    rows = {"image": [{"bytes": path.read_bytes(), "path": path.name} for path in files], "label": [path.parent.name for path in files]}
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table(rows), folder / "all.parquet", row_group_size=5)
+    return ["source=parquet", f"source.files={folder}"]
+
+
 def as_embeddings(place, compose, folder):
     from guardkit.training import embed_source
 
@@ -61,13 +71,13 @@ def as_embeddings(place, compose, folder):
     return ["source=embeddings", f"source.root={folder}"]
 
 
-FORMS = {"folder": as_folder, "hub": as_hub, "embeddings": as_embeddings}
+FORMS = {"folder": as_folder, "hub": as_hub, "parquet": as_parquet, "embeddings": as_embeddings}
 
 
 def named(form, place, ids):
     """What files of the album the ids of a form mean."""
     files = [path.relative_to(place).as_posix() for path in sorted(place.rglob("*.png"))]
-    return {files[int(one.split("/")[1])] if form == "hub" else one for one in ids}
+    return {files[int(one.split("/")[1])] if form in ("hub", "parquet") else one for one in ids}
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +106,11 @@ def trained(album, compose, tmp_path_factory):
     [
         ("folder", "folder"),
         ("hub", "hub"),
+        ("parquet", "parquet"),
         ("embeddings", "embeddings"),
         ("folder", "hub"),
+        ("hub", "parquet"),
+        ("parquet", "folder"),
         ("hub", "embeddings"),
         ("embeddings", "folder"),
     ],

@@ -45,6 +45,10 @@ class Part(Protocol):
         """The image cell of a row: encoded bytes, a path, text in base64, or a map of `bytes` and `path`. Raises ImageError."""
         ...
 
+    def path(self, name: str) -> Path:
+        """The file that an image cell without bytes names. Raises ImageError when it lies outside the data set."""
+        ...
+
 
 @dataclass(frozen=True)
 class RowContent:
@@ -59,10 +63,11 @@ class RowContent:
         if isinstance(value, str) and value.isdigit() and int(value) < len(self.part):
             value = self.part.image(int(value))
         if isinstance(value, Mapping):
-            value = value.get("bytes") or Path(str(value.get("path") or ""))
+            named = str(value.get("path") or "")
+            value = value.get("bytes") or (self.part.path(named) if named else None)
         if isinstance(value, str):
             return _from_text(value)
-        if value is None or value == Path():
+        if value is None:
             raise ImageError("no image in this row")
         if not isinstance(value, (bytes, Path)):
             raise ImageError(f"expected an image, encoded bytes or base64, got {type(value).__name__}")
@@ -128,7 +133,7 @@ def _records(
     columns = rule.find(part.names, at, needed=("image",))
     values = {role: part.values(column) for role, column in columns.items() if role != "image"}
     why = "no label"
-    if "label" not in columns:
+    if "label" not in columns and rule.columns["label"] is not None and rule.categories is None:
         why += f" (the table has no column {rule.columns['label']!r}; it has {', '.join(part.names)}; set source.label_column)"
     records = []
     for number in range(n):

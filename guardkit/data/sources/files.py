@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import posixpath
 import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+
+from guardkit.schema import ImageError
 
 
 class Files:
@@ -58,6 +61,21 @@ class Files:
                 return None
             place.append(found)
         return "/".join(place)
+
+
+def path_within(roots: Sequence[Path], name: str) -> Path:
+    """The file that a table's cell names, by its place below one of the roots or relative to the first; it need not be there.
+
+    Raises:
+        ImageError: it names none, or one elsewhere, which a table from somebody else has no business with.
+    """
+    try:
+        path = (roots[0] / name).resolve()
+        if any(path.is_relative_to(root.resolve()) for root in roots):
+            return path
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ImageError(f"not a usable path: {' '.join(str(error).split())[:100]}") from error
+    raise ImageError("no bytes, and a path that leads outside the data set's folder")
 
 
 def _by_normal_form(folder: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from guardkit.data.grouping import DISTANCE, check_grouping_settings
 from guardkit.data.sources.base import Loaded
 from guardkit.data.sources.data_card import check_card
 from guardkit.data.sources.encoded import load_parts
+from guardkit.data.sources.files import path_within
 from guardkit.data.sources.rows import RowRule
 from guardkit.images import MAX_PIXELS
 from guardkit.policy import Policy
@@ -119,7 +120,7 @@ class HubSource:
             )
         image_column = self._rule.columns["image"]
         return load_parts(
-            {role: [_SplitPart(part, self.splits[role] or role, image_column)] for role, part in parts.items()},
+            {role: [_SplitPart(part, self.splits[role] or role, image_column, self._roots())] for role, part in parts.items()},
             self._rule,
             name=self.name,
             where=self.dataset,
@@ -127,6 +128,15 @@ class HubSource:
             check_images=self.check_images,
             near_duplicate_distance=self.near_duplicate_distance,
         )
+
+    def _roots(self) -> list[Path]:
+        """Where the set's own images may lie: its folder, and where the library puts what it downloads."""
+        import datasets
+        import huggingface_hub.constants
+
+        folder = Path(self.dataset).expanduser()
+        places = [datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, huggingface_hub.constants.HF_HUB_CACHE]
+        return [folder] * folder.is_dir() + [Path(place) for place in places]
 
     def _open(self) -> Mapping[str, Any]:
         """Splits by name."""
@@ -171,11 +181,11 @@ class HubSource:
 class _SplitPart:
     """A split of a data set; see `Part`."""
 
-    def __init__(self, split: Any, name: str, image_column: str | None) -> None:
+    def __init__(self, split: Any, name: str, image_column: str | None, roots: Sequence[Path]) -> None:
         import datasets
 
         self.names: Sequence[str] = split.column_names
-        self._split, self._name, self._image_column = split, name, image_column
+        self._split, self._name, self._image_column, self._roots = split, name, image_column, roots
         if image_column in self.names:
             rows = split.select_columns([image_column])
             if isinstance(split.features[image_column], datasets.Image):
@@ -198,6 +208,10 @@ class _SplitPart:
     def image(self, row: int) -> Any:
         """The image cell of a row."""
         return self._images[row][self._image_column]
+
+    def path(self, name: str) -> Path:
+        """The file of the set that a cell without bytes names. Raises ImageError."""
+        return path_within(self._roots, name)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,152 @@
+"""Parquet files of labelled images: columns as people have them, read lazily, and nothing outside the data set's folder."""
+
+from __future__ import annotations
+
+import io
+import pickle
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, picture
+from hydra.utils import instantiate
+
+from guardkit.data.sources.hub import HubSource
+from guardkit.data.sources.parquet import ParquetSource
+from guardkit.images import FileContent, read_image
+from guardkit.policy import Policy
+from guardkit.schema import ImageError, InputError
+
+POLICY = Policy.load(ROOT / "conf/policy/handled_objects.yaml")
+TINY = ROOT.parent / "shared/data/tiny_imagenet/val.parquet"
+
+
+def encoded(seed):
+    with io.BytesIO() as file:
+        picture(seed, (32, 32)).save(file, "PNG")
+        return file.getvalue()
+
+
+def cell(seed):
+    return {"bytes": encoded(seed), "path": f"{seed}.png"}
+
+
+def table(path, n=6, first=0, image=cell, row_group_size=2, **columns):
+    rows = {"image": [image(first + i) for i in range(n)], "label": ["unsafe", "safe"] * (n // 2)} | columns
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({name: values for name, values in rows.items() if values is not None}), path, row_group_size=row_group_size)
+    return path
+
+
+@pytest.mark.parametrize("image", [cell, encoded], ids=["struct", "binary"])
+def test_columns_boxes_and_test_files(tmp_path, compose, image):
+    boxes = {"x_min": [0.1] + [None] * 5, "y_min": [0.2] + [None] * 5, "x_max": [0.5] + [None] * 5, "y_max": [0.6] + [None] * 5}
+    words = {"category": ["weapons", None] * 3, "caption": ["a knife"] * 6, "group": ["a", "a", "b", None, None, None]}
+    table(tmp_path / "set/data/train.parquet", image=image, **boxes, **words)
+    test = table(tmp_path / "set/data/test.parquet", n=4, first=50, image=image)
+    cfg = compose("train", "source=parquet", f"source.files={tmp_path / 'set'}", f"source.test={test}", "policy=handled_objects")
+    loaded = instantiate(cfg.source, _partial_=True, _convert_="all")(policy=POLICY).load()
+    assert [record.id for record in loaded.train] == [f"train.parquet/{i}" for i in range(6)]
+    assert [record.id for record in loaded.test] == [f"test.parquet/{i}" for i in range(4)]
+    assert (loaded.given, loaded.rejected) == (10, [])
+    first = loaded.train[0]
+    assert (first.label, first.category, first.region, first.caption) == (1, "weapons", (0.1, 0.2, 0.5, 0.6), "a knife")
+    assert [record.listed_group for record in loaded.train] == ["a", "a", "b", None, None, None]
+    assert loaded.train[0].group == loaded.train[1].group != loaded.train[2].group
+    assert [record.region for record in loaded.train[1:]] == [None] * 5
+    (tmp_path / "0.png").write_bytes(encoded(0))
+    assert first.content.key == FileContent(tmp_path / "0.png").key
+    copied = pickle.loads(pickle.dumps(loaded.train[5].content))
+    assert (copied.load() == read_image(encoded(5))).all()
+
+
+def test_classes_without_labels(tmp_path):
+    path = table(tmp_path / "a.parquet", label=None, name=["rifle", "cup", "dog", "beer", "rifle", "cup"])
+    settings = {"label_column": None, "category_column": "name", "categories": {"rifle": "weapons", "beer": "substances", "dog": None}}
+    loaded = ParquetSource(POLICY, [str(path)], **settings).load()
+    assert [(record.label, record.category) for record in loaded.train] == [
+        (1, "weapons"), (0, None), (1, "substances"), (1, "weapons"), (0, None),
+    ]  # fmt: skip
+    assert [(one.id, one.reason) for one in loaded.rejected] == [("a.parquet/2", "no label")]
+
+
+def test_numbers_with_names_are_read_as_the_names(tmp_path):
+    """0 would be safe by itself; the table says that it means unsafe."""
+    note = b'{"info": {"features": {"label": {"names": ["unsafe", "safe"], "_type": "ClassLabel"}}}}'
+    rows = pa.table({"image": [encoded(0), encoded(1)], "label": [0, 1]}).replace_schema_metadata({b"huggingface": note})
+    pq.write_table(rows, tmp_path / "a.parquet")
+    assert [record.label for record in ParquetSource(POLICY, str(tmp_path / "a.parquet")).load().train] == [1, 0]
+
+
+def test_rows_that_cannot_be_used_are_counted(tmp_path):
+    (tmp_path / "secret.png").write_bytes(encoded(9))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/near.png").write_bytes(encoded(1))
+    (tmp_path / "set/link.png").symlink_to(tmp_path / "secret.png")
+    paths = ["near.png", "../secret.png", str(tmp_path / "secret.png"), "link.png", "gone.png", None]
+    table(tmp_path / "set/a.parquet", image=lambda i: {"bytes": None, "path": paths[i]})
+    loaded = ParquetSource(POLICY, str(tmp_path / "set")).load()
+    assert [record.id for record in loaded.train] == ["a.parquet/0"]
+    outside = "no bytes, and a path that leads outside the data set's folder"
+    reasons = {one.id: one.reason for one in loaded.rejected}
+    assert [reasons[f"a.parquet/{i}"] for i in (1, 2, 3, 5)] == [outside] * 3 + ["no image in this row"]
+    assert loaded.given == 6 == len(loaded.train) + len(loaded.rejected)
+
+
+def test_a_downloaded_set_reads_no_other_file(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    (tmp_path / "secret.png").write_bytes(encoded(9))
+    rows = {"image": [{"bytes": None, "path": str(tmp_path / "secret.png")}, cell(1)], "label": [1, 0]}
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "set/test.parquet")
+    loaded = HubSource(POLICY, str(tmp_path / "set")).load()
+    (rejected,) = loaded.rejected
+    assert rejected.reason == "no bytes, and a path that leads outside the data set's folder"
+
+
+def test_few_row_groups_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("guardkit.data.sources.parquet._KEPT_BYTES", 10_000)
+    table(tmp_path / "a.parquet", n=12)
+    loaded = ParquetSource(POLICY, str(tmp_path), check_images=False).load()
+    groups = loaded.train[0].content.part._groups
+    for record in (*loaded.train, *loaded.train[::-1]):
+        record.content.load()
+        assert 1 <= len(groups._kept) <= 2
+    (tmp_path / "a.parquet").unlink()
+    with pytest.raises(ImageError, match=r"a\.parquet cannot be read"):
+        loaded.train[11].content.load()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"files": "nowhere"}, r"source\.files .*nowhere is not there; give a Parquet file"),
+        ({"files": "empty"}, r"source\.files .*empty names no Parquet file"),
+        ({"files": "text.parquet"}, r"text\.parquet cannot be read as a Parquet file \(.*\); copy it anew or leave it out"),
+        ({"test": "a.parquet"}, r"a\.parquet is given twice in source\.files and source\.test"),
+        ({"image_column": "picture"}, r"has no column 'picture'; it has image, label, number; set source\.image_column"),
+        ({"image_column": "number"}, r"a\.parquet column number holds int64; expected are encoded images"),
+        ({"label_column": "number"}, r"has label 7; allowed are safe, unsafe"),
+        ({"group_column": "album"}, r"has no column 'album'.* set source\.group_column"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_wrong_input_is_one_line(tmp_path, settings, message):
+    table(tmp_path / "a.parquet", number=[7] * 6)
+    (tmp_path / "text.parquet").write_text("no table")
+    (tmp_path / "empty").mkdir()
+    given = {key: str(tmp_path / value) if key in ("files", "test") else value for key, value in settings.items()}
+    with pytest.raises(InputError, match=message) as caught:
+        ParquetSource(POLICY, **({"files": str(tmp_path / "a.parquet")} | given)).load()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not TINY.is_file(), reason="the photographs are not here")
+def test_real_photographs():
+    settings = {"label_column": None, "category_column": "name", "check_images": False}
+    rows = ParquetSource(POLICY, str(TINY), categories={"rifle": "weapons", "cannon": "weapons"}, **settings).load()
+    assert (rows.given, len(rows.train), rows.rejected) == (10_000, 10_000, [])
+    assert all(record.region is not None for record in rows.train)
+    assert rows.train[-1].content.load().shape == (64, 64, 3)
