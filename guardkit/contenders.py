@@ -22,7 +22,7 @@ from guardkit.classifier import GuardClassifier
 from guardkit.encoders.base import Encoder
 from guardkit.evaluation.scoring import Contender
 from guardkit.policy import Policy
-from guardkit.schema import Guard, InputError
+from guardkit.schema import Guard, InputError, is_list
 
 _DEFAULT_POLICY = "scenes"
 T = TypeVar("T")
@@ -39,6 +39,8 @@ def build_contenders(cfg: DictConfig) -> tuple[Policy, list[Contender], list[str
         InputError: nothing is named, a folder is no guard, there is no such baseline or no such weights, or guards were
             trained under different policies and none is chosen.
     """
+    if cfg.trained_on is not None and not is_list(cfg.trained_on):
+        raise InputError(f"trained_on must be a list of sources, as in trained_on=[{cfg.trained_on}], got {cfg.trained_on!r}")
     asked = _named_baselines(cfg.baselines)
     places = _named_guards(cfg.guard)
     if not asked and not places:

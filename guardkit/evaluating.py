@@ -49,7 +49,7 @@ def run(cfg: DictConfig, folder: Path) -> Report:
         InputError: a wrong value, named with what is allowed.
     """
     started = time.perf_counter()
-    for name, least in (("seed", 0), ("n_resamples", 100)):
+    for name, least in (("seed", 0), ("split_seed", 0), ("n_resamples", 100)):
         if not isinstance(cfg[name], int) or cfg[name] < least:
             raise InputError(f"{name} must be a whole number of at least {least}, got {cfg[name]!r}")
     if not isinstance(cfg.prevalence, (int, float)) or not 0 < cfg.prevalence < 1:

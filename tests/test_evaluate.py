@@ -595,6 +595,8 @@ def test_the_page_in_a_browser(report, tmp_path, width):
         (["baselines=[vlm]"], r"baseline vlm needs vlm.model; give baselines=\[\{vlm: \{vlm: \{model: VALUE\}\}\}\]"),
         (["baselines=[3]"], r"baselines may hold names"),
         (["baselines=[always_unsafe]", "prevalence=1"], r"prevalence must lie in \(0, 1\), got 1"),
+        (["baselines=[always_unsafe]", "split_seed=x"], r"split_seed must be a whole number of at least 0, got 'x'"),
+        (["baselines=[always_unsafe]", "trained_on=folder"], r"trained_on must be a list of sources, as in trained_on=\[folder\]"),
         (["baselines=[always_unsafe]", "n_resamples=3"], r"n_resamples must be a whole number of at least 100, got 3"),
     ],
 )
