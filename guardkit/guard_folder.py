@@ -76,8 +76,11 @@ def _locate(folder: str | Path) -> Path:
     name = os.fspath(folder)
     path = Path(name).expanduser()
     if path.exists():
-        # the folder of a training run holds its guard
-        return path / "guard" if not (path / CONFIG).exists() and (path / "guard" / CONFIG).exists() else path
+        if (path / CONFIG).exists() or not path.is_dir():
+            return path
+        if not (path / "guard" / CONFIG).exists():
+            raise InputError(f"{name} holds no guard (no {CONFIG}, nor guard/{CONFIG}); give the folder `guard/` that training wrote")
+        return path / "guard"  # the folder of a training run holds its guard
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

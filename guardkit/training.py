@@ -187,14 +187,12 @@ def embed_source(cfg: DictConfig, folder: Path) -> dict[str, int]:
     refuse_others(folder, "embed", replaces=False)
     rules, encoder = policy(cfg), make(cfg.encoder)
     check_parts(encoder, None, rules)
-    loaded = load_source(make(cfg.source, policy=rules))
+    loaded = load_source(make(cfg.source, policy=rules), for_training=False)
     records = [*loaded.train, *(loaded.test or []), *loaded.set_aside]
     if any(record.content is None for record in records):
         raise InputError("source=embeddings holds embeddings already; choose a source of images")
     store = EmbeddingStore(encoder, cache_dir(cfg))
-    embedded = {record.id for record in loaded.set_aside}  # no use for training, but for this
-    rejected = [one for one in loaded.rejected if one.id not in embedded]
-    return write_embedding_folder(records[: cfg.limit], store, folder, rejected=rejected, shard_size=cfg.shard_size)
+    return write_embedding_folder(records[: cfg.limit], store, folder, rejected=loaded.rejected, shard_size=cfg.shard_size)
 
 
 def synthesize_source(cfg: DictConfig, folder: Path) -> dict[str, Any]:

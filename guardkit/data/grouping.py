@@ -26,12 +26,15 @@ _READERS = 4
 _SHOWN = 5
 
 
-def load_source(source: Source) -> Loaded:
+def load_source(source: Source, *, for_training: bool = True) -> Loaded:
     """What a source holds, checked and grouped; every command comes here.
 
     Our own sources group in their `load`, by their settings; others are grouped here, with `check_images` and
     `near_duplicate_distance` as they have them.
 
+    Args:
+        source: of images or embeddings.
+        for_training: False where images that are only of no use for training are used too: they are then not among the rejected.
     Raises:
         InputError: what the source raises.
     """
@@ -39,6 +42,9 @@ def load_source(source: Source) -> Loaded:
     if not loaded.is_grouped:
         check = getattr(source, "check_images", True)
         loaded = group(loaded, check_images=check, near_duplicate_distance=getattr(source, "near_duplicate_distance", DISTANCE))
+    if not for_training:
+        aside = {record.id for record in loaded.set_aside}
+        loaded = replace(loaded, rejected=[item for item in loaded.rejected if item.id not in aside])
     for item in loaded.rejected[:_SHOWN]:
         log.warning("%s: rejected (%s)", item.id, item.reason)
     if len(loaded.rejected) > _SHOWN:
