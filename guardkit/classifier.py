@@ -157,7 +157,7 @@ class GuardClassifier:
         if embeddings.ndim != 2 or embeddings.shape[1] != self.encoder.dim:
             raise InputError(f"embeddings must be (n, {self.encoder.dim}) for encoder {self.encoder.name}, got shape {embeddings.shape}")
         if not np.isfinite(embeddings).all() or not embeddings.any(axis=1).all():
-            raise InputError("embeddings hold NaN, infinite values or rows of zeros; embed those images again or leave them out")
+            raise InputError("embeddings hold NaN or infinite values, or rows of zeros; embed those images again or leave them out")
         with torch.inference_mode():
             logits = self.head(torch.from_numpy(embeddings)).double()
             # an infinite logit is an overflow, and its sign says nothing

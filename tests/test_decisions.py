@@ -202,7 +202,7 @@ def test_an_embedding_without_a_direction_has_no_score(guard, value):
     rows = np.eye(2, guard.encoder.dim, dtype=np.float32)
     assert guard.score_embeddings(rows).shape == (2,)
     rows[1] = value
-    with pytest.raises(InputError, match="NaN, infinite values or rows of zeros"):
+    with pytest.raises(InputError, match="NaN or infinite values, or rows of zeros"):
         guard.score_embeddings(rows)
 
 
