@@ -216,6 +216,10 @@ class Jobs(Callback):
     def __init__(self) -> None:
         self._lock: FileLock | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A launcher sends its processes the callback, and not the lock: this process alone holds the folder."""
+        return {"_lock": None}
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Takes the folder, and forgets what earlier multiruns recorded there."""
         # Hydra turns an exception of a callback into a warning, and goes on

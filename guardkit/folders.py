@@ -79,6 +79,7 @@ def claim(
     replaces: Sequence[str] | None = None,
     recognise: Callable[[], Any] | None = None,
     check: Callable[[], None] | None = None,
+    beside: Sequence[str] = (),
     differs: str = "made with other settings",
 ) -> Iterator[None]:
     """Makes a folder this run's own until the block ends: locked, marked as unfinished, and as finished at the end.
@@ -90,6 +91,7 @@ def claim(
         replaces: names or patterns of what the command writes: an earlier run is replaced as a whole, whatever its
             settings were. None: the command goes on with stored work, and only under the same settings.
         recognise: gives the settings that the files of a folder without a mark were made with; None: they are not ours.
+        beside: names of files that people may bring along into a folder without a mark.
         check: looks further into what an earlier run left, and raises InputError where this run cannot go on with it.
         differs: what results are that were made with other settings.
     Raises:
@@ -104,7 +106,7 @@ def claim(
             held = _held[folder.resolve()]
         held.is_claimed = True
         wanted = fingerprint(settings)
-        before = _checked(folder, command, wanted, goes_on=replaces is None, recognise=recognise, differs=differs)
+        before = _checked(folder, command, wanted, goes_on=replaces is None, recognise=recognise, beside=beside, differs=differs)
         if check is not None:
             check()
         mark = {"command": command, "settings": wanted, "guardkit": __version__, **held.about}
@@ -165,19 +167,27 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def _checked(
-    folder: Path, command: str, wanted: str, *, goes_on: bool, recognise: Callable[[], Any] | None, differs: str
+    folder: Path,
+    command: str,
+    wanted: str,
+    *,
+    goes_on: bool,
+    recognise: Callable[[], Any] | None,
+    beside: Sequence[str],
+    differs: str,
 ) -> dict[str, Any] | None:
-    mark = _earlier(folder, command, recognise)
+    mark = _earlier(folder, command, recognise, beside)
     if mark is not None and goes_on and mark.get("settings") != wanted:
         raise InputError(f"{folder} holds results of guardkit {command} that were {differs}; choose another output_dir")
     return mark
 
 
-def _earlier(folder: Path, command: str, recognise: Callable[[], Any] | None) -> dict[str, Any] | None:
+def _earlier(folder: Path, command: str, recognise: Callable[[], Any] | None, beside: Sequence[str] = ()) -> dict[str, Any] | None:
     """The mark of an earlier run of the command, written or recognised; None: there was none."""
     mark = read_mark(folder)
     advice = "choose another output_dir"
-    if mark is None and (strangers := [name for name in _visible(folder) if _has_files(folder / name)]):
+    strangers = [name for name in _visible(folder) if name not in beside and _has_files(folder / name)]
+    if mark is None and strangers:
         found = recognise() if recognise is not None else None
         if found is None:
             shown = ", ".join(strangers[:3]) + (f" and {len(strangers) - 3} more" if len(strangers) > 3 else "")

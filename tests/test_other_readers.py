@@ -72,6 +72,7 @@ def test_a_pair_dataset_with_the_names_of_before_is_read_and_not_mixed_with_new_
         table[column] = table[column].str.replace("X", "train_")
     table.to_parquet(folder / "metadata.parquet")
     del manifest["format"]
+    (folder / ".guardkit.json").unlink()  # that version left no mark
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert [record.id for record in PairsSource(scenes_policy, str(folder)).load().train] == [f"images/train_{i}.png" for i in range(3)]
     with pytest.raises(InputError, match="choose another output_dir"):

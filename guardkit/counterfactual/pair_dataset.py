@@ -111,9 +111,10 @@ def write_pair_dataset(
         found = _read_manifest(folder / MANIFEST)
         return {key: found.get(key) for key in settings}
 
-    with claim(folder, "synthesize", settings, recognise=recognise):
+    # a damaged file of reviews is said before the work, not after it
+    check = ReviewLog(folder).read
+    with claim(folder, "synthesize", settings, recognise=recognise, beside=[REVIEWS], check=check):
         (folder / MANIFEST).unlink(missing_ok=True)
-        ReviewLog(folder).read()  # a damaged file of reviews is said before the work, not after it
         rows: list[dict[str, Any]] = []
         unreadable = list(rejected)
         counts = EditCounts()
