@@ -22,7 +22,8 @@ from guardkit.classifier import GuardClassifier
 from guardkit.encoders.base import Encoder
 from guardkit.evaluation.scoring import Contender
 from guardkit.policy import Policy
-from guardkit.schema import Guard, InputError, is_list
+from guardkit.schema import Guard, InputError
+from guardkit.settings import is_list
 
 _DEFAULT_POLICY = "scenes"
 T = TypeVar("T")

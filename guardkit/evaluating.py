@@ -24,6 +24,7 @@ from guardkit.evaluation.robustness import RobustnessSettings, measure_robustnes
 from guardkit.evaluation.scoring import Contender, LazyImages, embedding_stores, score
 from guardkit.folders import claim, refuse_others
 from guardkit.schema import InputError
+from guardkit.settings import check_number, check_whole
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +51,8 @@ def run(cfg: DictConfig, folder: Path) -> Report:
     """
     started = time.perf_counter()
     for name, least in (("seed", 0), ("split_seed", 0), ("n_resamples", 100)):
-        if not isinstance(cfg[name], int) or cfg[name] < least:
-            raise InputError(f"{name} must be a whole number of at least {least}, got {cfg[name]!r}")
-    if not isinstance(cfg.prevalence, (int, float)) or not 0 < cfg.prevalence < 1:
-        raise InputError(f"prevalence must lie in (0, 1), got {cfg.prevalence!r}")
+        check_whole(name, cfg[name], least)
+    check_number("prevalence", cfg.prevalence, "(0, 1)")
     refuse_others(folder, "evaluate", replaces=True)
     cache = cache_dir(cfg)
     attacks: RobustnessSettings = make(cfg.robustness)

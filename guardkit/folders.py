@@ -78,7 +78,7 @@ def claim(
     *,
     replaces: Sequence[str] | None = None,
     recognise: Callable[[], Any] | None = None,
-    check: Callable[[], None] | None = None,
+    check: Callable[[], object] | None = None,
     beside: Sequence[str] = (),
     differs: str = "made with other settings",
 ) -> Iterator[None]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from guardkit.policy import Policy
-from guardkit.schema import InputError, is_number, shortened
+from guardkit.schema import InputError, shortened
+from guardkit.settings import check_number, check_whole
 
 _SAME_TEXT = 1e-6  # of the cosine, which rounding may keep below 1
 
@@ -96,8 +97,8 @@ class LinearHead(Head):
             n_images: to estimate the covariance from.
             shrinkage: how much of the mean variance is added to every direction's, above 0.
         """
-        if not isinstance(n_images, int) or n_images < 2 or not is_number(shrinkage) or shrinkage <= 0:
-            raise InputError(f"head=linear_whitened needs n_images >= 2 and shrinkage > 0, got n_images={n_images}, shrinkage={shrinkage}")
+        check_whole("head.n_images", n_images, 2)
+        check_number("head.shrinkage", shrinkage, "(0, inf)")
         head = cls(encoder.dim, len(policy.categories), whitened=True)
         head._wanted = n_images, shrinkage
         return head
@@ -117,9 +118,8 @@ class LinearHead(Head):
             scale: mean difference between the logits of unsafe and safe texts.
             shrinkage: how much of the mean variance is added to every direction's, above 0.
         """
-        for name, value in (("scale", scale), ("shrinkage", shrinkage)):
-            if not is_number(value) or value <= 0:
-                raise InputError(f"head=linear_texts needs {name} > 0, got {value}")
+        check_number("head.scale", scale, "(0, inf)")
+        check_number("head.shrinkage", shrinkage, "(0, inf)")
         head = cls.build(encoder, policy)
         safe = [*policy.safe_texts, *(text for category in policy.categories for text in category.safe_texts)]
         unsafe = [text for category in policy.categories for text in category.unsafe_texts]
@@ -169,8 +169,8 @@ class MLPHead(Head):
 
     def __init__(self, dim: int, n_categories: int, *, hidden: int = 256, dropout: float = 0.1) -> None:
         super().__init__()
-        if not isinstance(hidden, int) or hidden < 1 or not is_number(dropout) or not 0 <= dropout < 1:
-            raise InputError(f"head=mlp needs hidden >= 1 and dropout in [0, 1), got hidden={hidden}, dropout={dropout}")
+        check_whole("head.hidden", hidden, 1)
+        check_number("head.dropout", dropout, "[0, 1)")
         self.settings = {"dim": dim, "n_categories": n_categories, "hidden": hidden, "dropout": dropout}
         self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 1 + n_categories))
 
@@ -203,8 +203,7 @@ class PromptHead(Head):
 
     def __init__(self, dim: int, n_categories: int, *, n_prompts: int, scale: float = 30.0) -> None:
         super().__init__()
-        if not is_number(scale) or scale <= 0:
-            raise InputError(f"head=prompt needs scale > 0, got {scale}")
+        check_number("head.scale", scale, "(0, inf)")
         self.settings = {"dim": dim, "n_categories": n_categories, "n_prompts": n_prompts, "scale": scale}
         self.prompts = nn.Parameter(torch.zeros(n_prompts, dim))
         self.log_scale = nn.Parameter(torch.tensor(float(scale)).log())

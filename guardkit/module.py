@@ -24,7 +24,8 @@ from guardkit.losses import category_loss, decision_loss, pair_loss
 from guardkit.metrics import operating_points, operating_threshold
 from guardkit.policy import Policy
 from guardkit.progress import progress
-from guardkit.schema import InputError, is_number
+from guardkit.schema import InputError
+from guardkit.settings import check_number
 
 DEFAULT_THRESHOLD = 0.5
 
@@ -47,11 +48,9 @@ def divergence(epoch: int, rate: float, l2: float) -> str:
 
 def check_loss(prevalence: object, **weights: object) -> None:
     """Raises InputError for settings of the loss that are out of range, or no finite numbers."""
-    if not is_number(prevalence) or not 0 < prevalence < 1:
-        raise InputError(f"loss.prevalence must lie in (0, 1), got {prevalence!r}")
+    check_number("loss.prevalence", prevalence, "(0, 1)")
     for name, value in weights.items():
-        if not is_number(value) or value < 0:
-            raise InputError(f"loss.{name} must be a number of at least 0, got {value!r}")
+        check_number(f"loss.{name}", value, "[0, inf)")
 
 
 class GuardModule(L.LightningModule):

@@ -24,6 +24,7 @@ from guardkit.metrics import operating_points
 from guardkit.module import check_loss, choose_threshold, quiet_lightning
 from guardkit.policy import Policy
 from guardkit.schema import InputError, shortened
+from guardkit.settings import check_choice, check_flag, check_whole
 
 
 def check_settings(cfg: DictConfig, *, optimizers: Iterable[str] = ("optimizer",)) -> None:
@@ -40,9 +41,7 @@ def check_settings(cfg: DictConfig, *, optimizers: Iterable[str] = ("optimizer",
     for name in optimizers:
         _check_optimizer(cfg[name], name)
     _check_trainer(cfg.trainer)
-    patience = cfg.early_stopping_patience
-    if not isinstance(patience, int) or isinstance(patience, bool) or patience < 0:
-        raise InputError(f"early_stopping_patience must be a whole number of at least 0, got {patience!r}")
+    check_whole("early_stopping_patience", cfg.early_stopping_patience, 0)
     _check_logger(cfg.logger)
 
 
@@ -97,10 +96,11 @@ def _check_optimizer(cfg: DictConfig, name: str) -> None:
 
 
 def _check_trainer(cfg: DictConfig) -> None:
-    for name, least in (("max_epochs", -1), ("check_val_every_n_epoch", 1)):
-        value = cfg.get(name, least)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"trainer.{name} must be a whole number of at least {least}, got {value!r}")
+    for name, least in (("max_epochs", -1), ("check_val_every_n_epoch", 1), ("num_sanity_val_steps", -1), ("log_every_n_steps", 0)):
+        check_whole(f"trainer.{name}", cfg.get(name, least), least)
+    for name in ("enable_progress_bar", "enable_model_summary"):
+        check_flag(f"trainer.{name}", cfg.get(name, False))
+    check_choice("trainer.deterministic", cfg.get("deterministic", False), (True, False, "warn"))
     try:
         with quiet_lightning():
             make(cfg, logger=False, callbacks=[], enable_checkpointing=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -25,16 +25,6 @@ class InputError(ValueError):
 
 class ImageError(InputError):
     """An image cannot be read; the message is the reason."""
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a setting is a finite number; true, NaN and texts are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_list(value: object) -> TypeGuard[Sequence[Any]]:
-    """Whether a setting is a list; a text, or one number without brackets, is none."""
-    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def shortened(text: str, n: int = 60) -> str:

@@ -28,7 +28,8 @@ from guardkit.heads import Head, LinearHead
 from guardkit.loggers import logger_of
 from guardkit.module import Diverged, check_loss, quiet_lightning
 from guardkit.preflight import check_parts, check_settings
-from guardkit.schema import InputError, is_list, is_number
+from guardkit.schema import InputError
+from guardkit.settings import check_choice, check_whole, is_list, is_number
 from guardkit.training import Parts, build, build_head, fit_guard, rebuild_data
 
 log = logging.getLogger(__name__)
@@ -107,14 +108,11 @@ def _plan(cfg: DictConfig) -> tuple[Plan, list[Arm], dict[str, DictConfig]]:
             )
     if not wanted or len(set(wanted)) < len(wanted):
         raise InputError(f"sweep.arms must name at least one arm, each once, got {wanted}")
-    if sweep.metric not in METRICS:
-        raise InputError(f"sweep.metric must be one of {', '.join(METRICS)}, got {sweep.metric!r}")
-    if sweep.engine not in ENGINES:
-        raise InputError(f"sweep.engine must be one of {', '.join(ENGINES)}, got {sweep.engine!r}")
+    check_choice("sweep.metric", sweep.metric, METRICS)
+    check_choice("sweep.engine", sweep.engine, ENGINES)
     if sweep.baseline not in wanted:
         log.warning("sweep.baseline=%s is not among sweep.arms, so arms are not compared", sweep.baseline)
-    if not isinstance(sweep.n_resamples, int) or sweep.n_resamples < 100:
-        raise InputError(f"sweep.n_resamples must be a whole number of at least 100, got {sweep.n_resamples!r}")
+    check_whole("sweep.n_resamples", sweep.n_resamples, 100)
     sizes = chosen_sizes(list(sweep.sizes))
     seeds = list(range(sweep.seeds)) if isinstance(sweep.seeds, int) else list(sweep.seeds) if is_list(sweep.seeds) else []
     if not seeds or any(not isinstance(seed, int) or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):

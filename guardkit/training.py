@@ -34,6 +34,7 @@ from guardkit.module import DEFAULT_THRESHOLD, EpochProgress, Fitted, GuardModul
 from guardkit.policy import Policy
 from guardkit.preflight import check_parts, check_settings
 from guardkit.schema import InputError
+from guardkit.settings import check_choice, check_whole
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +86,7 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> Report:
         folder: exists; results are written under their name only when complete.
     """
     started = time.perf_counter()
-    if not isinstance(cfg.seed, int) or cfg.seed < 0:
-        raise InputError(f"seed must be a whole number of at least 0, got {cfg.seed!r}")
+    check_whole("seed", cfg.seed, 0)
     folder.mkdir(parents=True, exist_ok=True)
     refuse_others(folder, "train", replaces=True)
     check_settings(cfg)
@@ -182,8 +182,8 @@ def embed_source(cfg: DictConfig, folder: Path) -> dict[str, int]:
     Returns:
         given, written and rejected; given is the sum of the others.
     """
-    _check_whole(cfg, "limit", may_be_null=True)
-    _check_whole(cfg, "shard_size")
+    check_whole("limit", cfg.limit, 1, optional=True)
+    check_whole("shard_size", cfg.shard_size, 1)
     refuse_others(folder, "embed", replaces=False)
     rules, encoder = policy(cfg), make(cfg.encoder)
     check_parts(encoder, None, rules)
@@ -204,12 +204,11 @@ def synthesize_source(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     Returns:
         The dataset's manifest.
     """
-    _check_whole(cfg, "limit", may_be_null=True)
-    _check_whole(cfg, "variants_per_image")
+    check_whole("limit", cfg.limit, 1, optional=True)
+    check_whole("variants_per_image", cfg.variants_per_image, 1)
     refuse_others(folder, "synthesize", replaces=False)
     labels = {"to_safe": (1,), "to_unsafe": (0,), "both": (1, 0)}
-    if cfg.direction not in labels:
-        raise InputError(f"direction must be one of {', '.join(labels)}, got {cfg.direction!r}")
+    check_choice("direction", cfg.direction, labels)
     rules, cache = policy(cfg), cache_dir(cfg) or folder / ".cache"
     store = EmbeddingStore(make(cfg.encoder), cache)
     pipeline = _pipeline(cfg, rules, store, cache)
@@ -248,12 +247,6 @@ def _pipeline(cfg: DictConfig, rules: Policy, store: EmbeddingStore, cache: Path
         batch_size=cfg.edit_batch_size,
         max_tries=cfg.edit_max_tries,
     )
-
-
-def _check_whole(cfg: DictConfig, name: str, *, may_be_null: bool = False) -> None:
-    value = cfg[name]
-    if not (isinstance(value, int) and value >= 1) and not (may_be_null and value is None):
-        raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def _plain(cfg: DictConfig) -> Any:

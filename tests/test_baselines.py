@@ -621,7 +621,7 @@ def test_incomplete_or_pickled_checkers_are_refused(policy, checker, tmp_path):
         sd_filter(policy, str(other), covers=None)
     with pytest.raises(InputError, match="sd_filter.weights nowhere does not exist"):
         sd_filter(policy, "nowhere", covers=None)
-    with pytest.raises(InputError, match="baseline.sd_filter.scale must be above 0, got 0"):
+    with pytest.raises(InputError, match="baseline.sd_filter.scale must be a number above 0, got 0"):
         sd_filter(policy, str(checker.folder), covers=None, scale=0)
 
 

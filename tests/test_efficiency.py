@@ -152,5 +152,5 @@ def test_a_head_that_starts_from_the_policys_texts():
         gap = unsafe.mean() - head(torch.from_numpy(Words().encode_texts(safe)))[:, 0].mean()
     assert (new["bad"] > new["good"]).all()
     assert float(gap) == pytest.approx(20.0, rel=1e-4)
-    with pytest.raises(InputError, match="head=linear_texts needs shrinkage > 0, got 0"):
+    with pytest.raises(InputError, match="head.shrinkage must be a number above 0, got 0"):
         LinearHead.from_texts(Words(), policy, shrinkage=0)

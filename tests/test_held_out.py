@@ -155,6 +155,22 @@ def test_the_split_of_the_training_loses_nothing(trained, album, compose, tmp_pa
     assert set(pq.read_table(tmp_path / "predictions.parquet").column("id").to_pylist()) == held_out
 
 
+def test_training_images_saved_anew_as_jpeg_are_found(trained, album, compose, tmp_path):
+    """No byte and few pixels are the same: the hash of what is seen finds them."""
+    from guardkit.evaluating import run
+
+    guard, held_out = trained("folder")
+    for path in (album / "before").rglob("*.png"):
+        copy = tmp_path / "data" / path.relative_to(album / "before").with_suffix(".jpg")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).convert("RGB").resize((48, 48), Image.Resampling.BICUBIC).save(copy, quality=85)
+    source = as_folder(tmp_path / "data", compose, None)
+    report = run(compose("evaluate", f"guard={guard}", "split=all", "n_resamples=100", *source), tmp_path / "out")
+    assert report.summary["classifiers"]["unpaired"]["seen_left_out_by"] == {"near-duplicate": 20}
+    measured = pq.read_table(tmp_path / "out/predictions.parquet").column("id").to_pylist()
+    assert set(measured) == {name.replace(".png", ".jpg") for name in held_out}
+
+
 def test_nothing_left_is_one_line(trained, album, compose, tmp_path):
     from guardkit.evaluating import run
 

@@ -15,6 +15,7 @@ from guardkit.artifacts import fingerprint
 from guardkit.encoders.base import Encoder
 from guardkit.policy import Policy
 from guardkit.schema import InputError, Judgment
+from guardkit.settings import check_number
 
 
 class EmbeddingGuard:
@@ -102,6 +103,5 @@ def covered(baseline: str, covers: Sequence[str] | None, policy: Policy) -> froz
 
 def checked_share(name: str, argument: str, value: float) -> float:
     """Raises InputError unless it is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise InputError(f"baseline.{name}.{argument} must lie in [0, 1], got {value!r}")
+    check_number(f"baseline.{name}.{argument}", value, "[0, 1]")
     return float(value)

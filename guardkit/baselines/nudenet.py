@@ -22,6 +22,7 @@ from guardkit.baselines.base import checked_share, covered
 from guardkit.limits import shrink
 from guardkit.policy import Policy
 from guardkit.schema import InputError, Judgment
+from guardkit.settings import is_whole
 
 # what version 3 detects
 CLASSES = (
@@ -68,7 +69,7 @@ class NudeNetGuard:
         unknown = [one for one in classes if one not in CLASSES]
         if isinstance(classes, str) or unknown or not classes:
             raise InputError(f"baseline.nudenet.classes must be some of {', '.join(CLASSES)}, got {classes!r}")
-        if isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 32 or resolution % 32:
+        if not is_whole(resolution) or resolution < 32 or resolution % 32:
             raise InputError(
                 f"baseline.nudenet.resolution must be a multiple of 32 pixels, as the weights were made for, got {resolution!r}"
             )

@@ -26,6 +26,7 @@ from guardkit.baselines.weights import hub_folder
 from guardkit.encoders.base import encode_in_batches, prepare_pixels
 from guardkit.policy import Policy
 from guardkit.schema import InputError
+from guardkit.settings import check_number
 
 _CARE = 0.01  # what an image close to a concept of special care is pushed towards all others
 # diffusers rounds a margin to three digits and flags it above 0; this is the smallest float32 of which that holds
@@ -173,8 +174,7 @@ def sd_filter(
     Raises:
         InputError: weights that are not there or incomplete, or an argument out of range.
     """
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not scale > 0:
-        raise InputError(f"baseline.sd_filter.scale must be above 0, got {scale!r}")
+    check_number("baseline.sd_filter.scale", scale, "(0, inf)")
     encoder = SafetyCheckerEncoder(weights, device=device, batch_size=batch_size)
     head = ConceptHead(encoder.checker, scale)
     return EmbeddingGuard("sd_filter", head, encoder, dim=encoder.dim, covers=covered("sd_filter", covers, policy), threshold=threshold)

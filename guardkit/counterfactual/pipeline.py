@@ -24,7 +24,8 @@ from guardkit.counterfactual.verifier import Candidate, Verdict, Verifier, sanit
 from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult, Kind, refusal
 from guardkit.images import decode_png, encode_png
 from guardkit.policy import Policy
-from guardkit.schema import ImageError, InputError, Record
+from guardkit.schema import ImageError, Record
+from guardkit.settings import check_whole
 
 _NO_IMAGE = "no image: the source holds embeddings only"
 
@@ -75,11 +76,9 @@ class CounterfactualPipeline:
         batch_size: int = 16,
         max_tries: int = 1,
     ) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"edit_batch_size must be a whole number of at least 1, got {batch_size!r}")
+        check_whole("edit_batch_size", batch_size, 1)
         self.policy, self.instructor, self.editor, self.verifier = policy, instructor, editor, verifier
-        if not isinstance(max_tries, int) or max_tries < 1:
-            raise InputError(f"edit_max_tries must be a whole number of at least 1, got {max_tries!r}")
+        check_whole("edit_max_tries", max_tries, 1)
         self.batch_size, self.max_tries = batch_size, max_tries
         self._lock = threading.Lock()
         self._store = TryStore(cache_dir)

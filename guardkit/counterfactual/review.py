@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from guardkit.artifacts import fingerprint, parse_json
 from guardkit.images import FileContent
 from guardkit.schema import ImageError, InputError
+from guardkit.settings import check_choice
 
 REVIEWS = "reviews.jsonl"
 ACCEPT, REJECT, UNSURE = "accept", "reject", "unsure"
@@ -250,8 +251,7 @@ class ReviewQueue:
     """
 
     def __init__(self, folder: Path, rows: Sequence[Mapping[str, Any]], *, show: str = "accepted") -> None:
-        if show not in SHOW:
-            raise InputError(f"show must be one of {', '.join(SHOW)}, got {show!r}")
+        check_choice("show", show, SHOW)
         self.folder, self.log, self._rows = Path(folder), ReviewLog(folder), rows
         self.pairs = [row for row in rows if row["edited_file_name"] and show in (row["status"], "all")]
         if not self.pairs:

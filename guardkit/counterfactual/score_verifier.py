@@ -18,7 +18,8 @@ from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.heads import PromptHead
 from guardkit.policy import Policy
-from guardkit.schema import InputError, is_number
+from guardkit.schema import InputError
+from guardkit.settings import check_number
 
 _DECIMALS = 6
 _LEAST_WAY = 1e-3
@@ -80,15 +81,11 @@ class ScoreVerifier:
         min_arrival: float = 0.0,
         prepare: Callable[[], object] | None = None,
     ) -> None:
-        limits = (max_score, min_drop, min_preservation, min_cosine, min_arrival)
-        if not all(map(is_number, limits)) or not (
-            0 < max_score < 1 and 0 <= min_drop < 1 and 0 <= min_preservation <= 1 and -1 <= min_cosine <= 1 and 0 <= min_arrival <= 1
-        ):
-            raise InputError(
-                f"verifier={name} needs max_score in (0, 1), min_drop in [0, 1), min_preservation in [0, 1], min_cosine in [-1, 1] and "
-                f"min_arrival in [0, 1], got max_score={max_score}, min_drop={min_drop}, min_preservation={min_preservation}, "
-                f"min_cosine={min_cosine}, min_arrival={min_arrival}"
-            )
+        check_number("verifier.max_score", max_score, "(0, 1)")
+        check_number("verifier.min_drop", min_drop, "[0, 1)")
+        check_number("verifier.min_preservation", min_preservation, "[0, 1]")
+        check_number("verifier.min_cosine", min_cosine, "[-1, 1]")
+        check_number("verifier.min_arrival", min_arrival, "[0, 1]")
         self.name = name
         self._policy, self._embed, self._probabilities, self._made_by = policy, embed, probabilities, made_by
         self._arrival, self.min_arrival = arrival, min_arrival

@@ -29,6 +29,7 @@ from guardkit.data.views import Pool, ViewMaker, Views
 from guardkit.embeddings import EmbeddingStore
 from guardkit.policy import Policy
 from guardkit.schema import Content, InputError, Record
+from guardkit.settings import check_choice, check_flag, check_number, check_whole, is_list
 
 log = logging.getLogger(__name__)
 
@@ -82,16 +83,13 @@ class GuardDataModule(L.LightningDataModule):
             ("batch_size", batch_size, 1),
             ("split_seed", split_seed, 0),
         ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InputError(f"data.{name} must be a whole number of at least {least}, got {value!r}")
-        if not isinstance(seed, int) or seed < 0:
-            raise InputError(f"seed must be a whole number of at least 0, got {seed!r}")
-        if not negatives or isinstance(negatives, str) or set(negatives) - set(NEGATIVES):
+            check_whole(f"data.{name}", value, least)
+        check_whole("seed", seed, 0)
+        if not is_list(negatives) or not negatives or not all(one in NEGATIVES for one in negatives):
             raise InputError(f"data.negatives must be a list of some of {', '.join(NEGATIVES)}, got {negatives!r}")
-        if transform not in TRANSFORMS:
-            raise InputError(f"data.transform must be one of {', '.join(TRANSFORMS)}, got {transform!r}")
-        if not isinstance(test_share, (int, float)) or not 0 < test_share < 1:
-            raise InputError(f"data.test_share must lie in (0, 1), got {test_share!r}")
+        check_choice("data.transform", transform, TRANSFORMS)
+        check_flag("data.all_views", all_views)
+        check_number("data.test_share", test_share, "(0, 1)")
         self.source, self.policy, self.store, self.pipeline = source, policy, store, pipeline
         self.n_unsafe, self.negatives, self.transform = n_unsafe, tuple(negatives), transform
         self.batch_size, self.test_share, self.split_seed, self.seed = batch_size, test_share, split_seed, seed

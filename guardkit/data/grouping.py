@@ -17,7 +17,8 @@ import numpy as np
 from guardkit.data.duplicates import near_duplicate_groups, near_equal_groups, perceptual_hash
 from guardkit.data.sources.base import Loaded, Source
 from guardkit.progress import progress
-from guardkit.schema import Content, ImageError, InputError, Record, Rejected
+from guardkit.schema import Content, ImageError, Record, Rejected
+from guardkit.settings import check_flag, check_whole
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +63,8 @@ def why_rejected(loaded: Loaded) -> str:
 
 def check_grouping_settings(check_images: bool, near_duplicate_distance: int) -> None:
     """Raises InputError unless the two settings of a source are usable."""
-    if not isinstance(check_images, bool):
-        raise InputError(f"source.check_images must be true or false, got {check_images!r}")
-    if not isinstance(near_duplicate_distance, int) or isinstance(near_duplicate_distance, bool) or not 0 <= near_duplicate_distance <= 15:
-        raise InputError(f"source.near_duplicate_distance must be a whole number in [0, 15], got {near_duplicate_distance!r}")
+    check_flag("source.check_images", check_images)
+    check_whole("source.near_duplicate_distance", near_duplicate_distance, 0, 15)
 
 
 def content_key(record: Record) -> str:

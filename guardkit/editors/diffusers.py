@@ -26,6 +26,7 @@ from guardkit.editors.diffusers_pipelines import KINDS, PipelineWeights, is_out_
 from guardkit.editors.inpaint import elsewhere
 from guardkit.editors.registration import global_shift, largest_change, moved, pasted
 from guardkit.schema import ImageError, InputError
+from guardkit.settings import check_choice, check_number, check_whole
 
 if TYPE_CHECKING:
     import torch
@@ -118,20 +119,20 @@ class DiffusersEditor:
         min_change: float = 3.0,
         batch_size: int = 1,
     ) -> None:
-        _check_one_of("pipeline", pipeline, ("auto", *KINDS))
-        _check_one_of("dtype", dtype, _DTYPES)
-        _check_one_of("offload", offload, _OFFLOADS)
-        _check_one_of("paste_outside", paste_outside, (None, True, False))
-        _check_number("steps", steps, 1, whole=True, optional=True)
-        _check_number("guidance", guidance, 0, optional=True)
-        _check_number("image_guidance", image_guidance, 1, optional=True)
-        _check_number("strength", strength, 0.001, 1, optional=True)
-        _check_number("size", size, 16, whole=True, optional=True)
-        _check_number("crop_px", crop_px, 16, whole=True, optional=True)
-        _check_number("dilate", dilate, 0, 0.499)
-        _check_number("max_shift", max_shift, 0, 0.499)
-        _check_number("min_change", min_change, 0, 255)
-        _check_number("batch_size", batch_size, 1, whole=True)
+        check_choice("editor.pipeline", pipeline, ("auto", *KINDS))
+        check_choice("editor.dtype", dtype, _DTYPES)
+        check_choice("editor.offload", offload, _OFFLOADS)
+        check_choice("editor.paste_outside", paste_outside, (None, True, False))
+        check_whole("editor.steps", steps, 1, optional=True)
+        check_number("editor.guidance", guidance, "[0, inf)", optional=True)
+        check_number("editor.image_guidance", image_guidance, "[1, inf)", optional=True)
+        check_number("editor.strength", strength, "[0.001, 1]", optional=True)
+        check_whole("editor.size", size, 16, optional=True)
+        check_whole("editor.crop_px", crop_px, 16, optional=True)
+        check_number("editor.dilate", dilate, "[0, 0.5)")
+        check_number("editor.max_shift", max_shift, "[0, 0.5)")
+        check_number("editor.min_change", min_change, "[0, 255]")
+        check_whole("editor.batch_size", batch_size, 1)
         if offload != "none" and find_spec("accelerate") is None:
             raise InputError(f"editor.offload={offload} needs accelerate; install it with: pip install accelerate")
         if paste_outside is False and crop_px is not None:
@@ -391,16 +392,3 @@ def _middle(low: float, high: float, length: int, side: int) -> slice:
 
 def _scaled(image: Image.Image, size: tuple[int, int], how: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
     return image if image.size == size else image.resize(size, how)
-
-
-def _check_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"editor.{name} must be one of {', '.join('null' if one is None else str(one) for one in allowed)}, got {value!r}")
-
-
-def _check_number(name: str, value: Any, low: float, high: float = math.inf, *, whole: bool = False, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high or value == math.inf:
-        limits = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-        raise InputError(f"editor.{name} must be a {'whole ' * whole}number {limits}{', or null' * optional}, got {value!r}")

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from guardkit.artifacts import fingerprint
 from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult, refusal
-from guardkit.schema import InputError
+from guardkit.settings import check_number
 
 
 class ImperfectEditor:
@@ -26,8 +26,7 @@ class ImperfectEditor:
     name = "imperfect"
 
     def __init__(self, editor: Editor, success_rate: float) -> None:
-        if not isinstance(success_rate, (int, float)) or not 0 <= success_rate <= 1:
-            raise InputError(f"editor.success_rate must lie in [0, 1], got {success_rate!r}")
+        check_number("editor.success_rate", success_rate, "[0, 1]")
         self.editor, self.success_rate = editor, float(success_rate)
 
     @property

@@ -15,7 +15,8 @@ import numpy as np
 
 from guardkit.editors.base import NEEDS_REGION, NO_ROUND_TRIP, EditRequest, EditResult, lacks_region
 from guardkit.editors.registration import pasted
-from guardkit.schema import ImageError, InputError, Region, is_number
+from guardkit.schema import ImageError, Region
+from guardkit.settings import check_choice, check_number, check_whole
 
 _METHODS = {"telea": cv2.INPAINT_TELEA, "navier_stokes": cv2.INPAINT_NS}
 
@@ -39,14 +40,11 @@ class InpaintEditor:
     def __init__(
         self, *, method: str = "telea", radius: int = 5, dilate: float = 0.01, max_side: int = 384, max_area: float = 0.85
     ) -> None:
-        if method not in _METHODS:
-            raise InputError(f"editor.method must be one of {', '.join(_METHODS)}, got {method!r}")
-        sizes = (radius, max_side, dilate, max_area)
-        if not all(map(is_number, sizes)) or radius < 1 or max_side < 16 or not 0 <= dilate < 0.5 or not 0 < max_area <= 1:
-            raise InputError(
-                "editor=inpaint needs radius >= 1, max_side >= 16, dilate in [0, 0.5) and max_area in (0, 1], "
-                f"got radius={radius}, max_side={max_side}, dilate={dilate}, max_area={max_area}"
-            )
+        check_choice("editor.method", method, _METHODS)
+        check_number("editor.radius", radius, "[1, inf)")
+        check_whole("editor.max_side", max_side, 16)
+        check_number("editor.dilate", dilate, "[0, 0.5)")
+        check_number("editor.max_area", max_area, "(0, 1]")
         self.method, self.radius, self.dilate, self.max_side, self.max_area = method, radius, dilate, max_side, max_area
         self.config = {
             "editor": self.name,

@@ -20,6 +20,7 @@ from guardkit.data.datamodule import GuardDataModule
 from guardkit.data.views import ViewMaker, Views
 from guardkit.progress import progress
 from guardkit.schema import InputError, Record
+from guardkit.settings import is_whole
 
 _RECORDS_AT_ONCE = 256
 
@@ -253,7 +254,7 @@ def chosen_sizes(sizes: Sequence[int]) -> list[int]:
         InputError: none, or one that is no whole number of at least 2.
     """
     for size in sizes:
-        if not isinstance(size, int) or isinstance(size, bool) or size < 2:
+        if not is_whole(size) or size < 2:
             raise InputError(f"sweep.sizes must be whole numbers of at least 2 (one labelled image validates), got {size!r}")
     if not sizes:
         raise InputError("sweep.sizes is empty; give label budgets such as [4,16,64]")

@@ -195,6 +195,8 @@ def checked_preprocess(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: a field is missing, unknown or out of range.
     """
+    if not isinstance(given, Mapping):
+        raise InputError(f"encoder.preprocess must be {{{', '.join(_PREPROCESS_FIELDS)}}}, each with its value, got {given!r}")
     unknown, missing = set(given) - set(_PREPROCESS_FIELDS), set(_PREPROCESS_FIELDS) - set(given)
     if unknown or missing:
         raise InputError(

@@ -19,6 +19,7 @@ import numpy as np
 from guardkit.artifacts import fingerprint, shipped
 from guardkit.encoders.base import checked_preprocess, cut_texts, encode_in_batches, prepare_pixels
 from guardkit.schema import InputError, shortened
+from guardkit.settings import check_whole
 
 if TYPE_CHECKING:
     import torch
@@ -58,8 +59,7 @@ class OpenClipEncoder:
             raise InputError(
                 f"encoder.weights must be a pretrained tag, {_HUB}ORG/NAME, {_LOCAL}FOLDER, guardkit:NAME or a file, got {weights!r}"
             )
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"encoder.batch_size must be a whole number of at least 1, got {batch_size!r}")
+        check_whole("encoder.batch_size", batch_size, 1)
         self.architecture, self.weights, self.device, self.batch_size = architecture, weights, device, batch_size
         self._preprocess = None if preprocess is None else checked_preprocess(preprocess)
         self._folder = self._find_folder()

@@ -9,6 +9,7 @@ from guardkit.data.grouping import load_source, why_rejected
 from guardkit.data.sources.base import Loaded, Source
 from guardkit.data.splits import split_test
 from guardkit.schema import SAFE, UNSAFE, InputError, Record, Rejected
+from guardkit.settings import check_choice, check_number
 
 SPLITS = ("test", "all")
 
@@ -69,10 +70,8 @@ def read_benchmark(source: Source, *, split: str = "test", test_share: float = 0
     Raises:
         InputError: a setting out of range, or nothing to test on.
     """
-    if split not in SPLITS:
-        raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if not isinstance(test_share, (int, float)) or not 0 < test_share < 1:
-        raise InputError(f"test_share must lie in (0, 1), got {test_share!r}")
+    check_choice("split", split, SPLITS)
+    check_number("test_share", test_share, "(0, 1)")
     loaded = load_source(source)
     records, chosen = _choose(loaded, source.name, split, test_share, split_seed)
     if not records:

@@ -23,7 +23,8 @@ from torch import Tensor
 from guardkit.evaluation import attacks
 from guardkit.evaluation.perturbations import EDITS, STRENGTHS, PerturbedContent, PixelContent, check_edit
 from guardkit.evaluation.victim import Victim, to_images, to_pixels
-from guardkit.schema import InputError, is_list, is_number
+from guardkit.schema import InputError
+from guardkit.settings import check_flag, check_whole, is_list, is_number
 
 Attack = Callable[[attacks.Value, Tensor, Tensor, np.random.Generator], Tensor]
 """(value, pixels, labels, generator) -> changed pixels."""
@@ -99,9 +100,8 @@ class RobustnessSettings:
                 raise InputError(f"robustness.protocols may hold {' and '.join(PROTOCOLS)}, got {name!r}")
         least = {"n_unsafebench": 1, "n_pixels": 1, "pgd_steps": 1, "pgd_restarts": 1, "square_queries": 0, "n_square": 1}
         for name, low in (least | {"max_side_px": 1, "batch_size": 1, "seed": 0}).items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise InputError(f"robustness.{name} must be a whole number of at least {low}, got {value!r}")
+            check_whole(f"robustness.{name}", getattr(self, name), low)
+        check_flag("robustness.square_on_gradients", self.square_on_gradients)
         for name in ("epsilons", "noise_stds"):
             if not all(is_number(value) and 0 < value <= 255 for value in getattr(self, name)):
                 raise InputError(f"robustness.{name} are 8-bit levels, above 0 and at most 255, got {list(getattr(self, name))}")

@@ -27,6 +27,7 @@ from guardkit.counterfactual.review import MAX_NAME, MAX_REASON, VERDICTS, Revie
 from guardkit.images import encode_png, read_image
 from guardkit.moderation.gate import Gate, page_address
 from guardkit.schema import ImageError, InputError
+from guardkit.settings import check_whole
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +52,7 @@ def review_pairs(folder: Path, *, show: str, reviewer: str | None, host: str, po
         raise InputError(f"pairs={folder} is not a folder; give one that python -m guardkit.synthesize wrote")
     if reviewer is not None:
         reviewer = reviewer_name(reviewer)
-    if not isinstance(port, int) or not 0 <= port <= 65535:
-        raise InputError(f"port must be a whole number from 0 to 65535, got {port!r}")
+    check_whole("port", port, 0, 65535)
     if not os.access(folder, os.W_OK):
         raise InputError(f"pairs={folder} cannot be written, and verdicts are kept there; change its permissions")
     queue = ReviewQueue(folder, read_pair_dataset(folder)[0], show=show)

@@ -9,7 +9,6 @@ whatever it asks for.
 from __future__ import annotations
 
 import json
-import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -181,9 +180,3 @@ def one_line(text: str) -> str:
 def check_model(model: object) -> None:
     if not isinstance(model, str) or not model.strip():
         raise InputError(f"vlm.model must be the name of a model, got {model!r}")
-
-
-def check_number(name: str, value: Any, least: float, *, whole: bool = True, optional: bool = False) -> None:
-    if (optional and value is None) or (isinstance(value, int if whole else (int, float)) and least <= value < math.inf):
-        return
-    raise InputError(f"vlm.{name} must be a {'whole ' * whole}number of at least {least}{', or null' * optional}, got {value!r}")

@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 from guardkit.images import encode_png
 from guardkit.limits import shrink
 from guardkit.schema import InputError
-from guardkit.vlm.base import CUT_OFF, REFUSED, VERSION, Answer, Question, check_model, check_number, one_line, reply
+from guardkit.settings import check_number, check_whole
+from guardkit.vlm.base import CUT_OFF, REFUSED, VERSION, Answer, Question, check_model, one_line, reply
 from guardkit.vlm.turns import Turns, calls_of_this_question
 
 if TYPE_CHECKING:
@@ -77,14 +78,14 @@ class OpenAIVLM:
                 "vlm.base_url must be http(s)://HOST/PATH without user, password or query, for instance http://localhost:8000/v1; "
                 "keys go into the environment variable that vlm.api_key_env names"
             )
-        check_number("temperature", temperature, 0, whole=False, optional=True)
-        check_number("max_tokens", max_tokens, 1, optional=True)
-        check_number("max_image_px", max_image_px, 1)
-        check_number("timeout_s", timeout_s, 0.01, whole=False)
-        check_number("max_retries", max_retries, 0)
-        check_number("requests_per_minute", requests_per_minute, 0.01, whole=False, optional=True)
-        check_number("max_calls", max_calls, 0, optional=True)
-        check_number("concurrency", concurrency, 1)
+        check_number("vlm.temperature", temperature, "[0, inf)", optional=True)
+        check_whole("vlm.max_tokens", max_tokens, 1, optional=True)
+        check_whole("vlm.max_image_px", max_image_px, 1)
+        check_number("vlm.timeout_s", timeout_s, "[0.01, inf)")
+        check_whole("vlm.max_retries", max_retries, 0)
+        check_number("vlm.requests_per_minute", requests_per_minute, "[0.01, inf)", optional=True)
+        check_whole("vlm.max_calls", max_calls, 0, optional=True)
+        check_whole("vlm.concurrency", concurrency, 1)
         self.name, self.base_url, self.api_key_env = model, base_url, api_key_env
         self.temperature, self.max_tokens, self.max_image_px = temperature, max_tokens, max_image_px
         self.structured, self.options = structured, dict(options or {})

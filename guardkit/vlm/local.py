@@ -15,7 +15,8 @@ from guardkit.artifacts import fingerprint, hash_file, weights_variant
 from guardkit.limits import shrink
 from guardkit.progress import bars_on_terminals_only
 from guardkit.schema import InputError
-from guardkit.vlm.base import CUT_OFF, VERSION, Answer, Question, check_model, check_number, one_line, reply
+from guardkit.settings import check_choice, check_whole
+from guardkit.vlm.base import CUT_OFF, VERSION, Answer, Question, check_model, one_line, reply
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +54,9 @@ class TransformersVLM:
         max_image_px: int = 1024,
     ) -> None:
         check_model(model)
-        check_number("max_new_tokens", max_new_tokens, 1)
-        check_number("max_image_px", max_image_px, 1)
-        if dtype not in _DTYPES:
-            raise InputError(f"vlm.dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        check_whole("vlm.max_new_tokens", max_new_tokens, 1)
+        check_whole("vlm.max_image_px", max_image_px, 1)
+        check_choice("vlm.dtype", dtype, _DTYPES)
         self.model, self.revision, self.device, self.dtype = model, revision, device, dtype
         self.max_new_tokens, self.max_image_px = max_new_tokens, max_image_px
         self.name = Path(model).expanduser().name if Path(model).expanduser().is_dir() else model

@@ -20,6 +20,7 @@ from guardkit.data.sources.rows import Row, RowRule, text, word_label
 from guardkit.images import MAX_PIXELS, SUFFIXES, FileContent
 from guardkit.policy import Policy
 from guardkit.schema import UNLABELLED, InputError, Record, Rejected
+from guardkit.settings import check_whole
 
 METADATA = ("metadata.csv", "metadata.parquet", "metadata.jsonl")
 # what people put beside class folders without meaning it as data, by the first part of its name
@@ -78,8 +79,7 @@ class FolderSource:
             raise InputError(
                 f"source.root {root} is {'not a folder' if self.root.exists() else 'not there'}; give the folder that holds the images"
             )
-        if not isinstance(max_pixels, int) or max_pixels < 1:
-            raise InputError(f"source.max_pixels must be a whole number of at least 1, got {max_pixels!r}")
+        check_whole("source.max_pixels", max_pixels, 1)
         check_grouping_settings(check_images, near_duplicate_distance)
         columns = {"label": label_column, "category": category_column, "caption": caption_column, "group": group_column}
         self._rule = RowRule(

@@ -22,6 +22,7 @@ from guardkit.folders import is_unfinished
 from guardkit.images import MAX_PIXELS, SUFFIXES, FileContent
 from guardkit.policy import Policy
 from guardkit.schema import ImageError, InputError, Record, Region, Rejected
+from guardkit.settings import check_flag
 
 EDITED = "_edited"
 
@@ -60,8 +61,7 @@ class PairsSource:
         if category is not None:
             policy.check_category(category, "source.category")
         for name, value in (("keep_unsure", keep_unsure), ("reviewed_only", reviewed_only)):
-            if not isinstance(value, bool):
-                raise InputError(f"source.{name} must be true or false, got {value!r}")
+            check_flag(f"source.{name}", value)
         check_grouping_settings(True, near_duplicate_distance)
         self.category, self.max_pixels, self.near_duplicate_distance = category, max_pixels, near_duplicate_distance
         self.keep_unsure, self.reviewed_only = keep_unsure, reviewed_only

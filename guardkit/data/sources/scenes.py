@@ -7,6 +7,7 @@ from guardkit.policy import Policy
 from guardkit.scenes.content import SceneContent
 from guardkit.scenes.world import CATEGORIES, RENDERINGS, Scene, ScenePool, find_region
 from guardkit.schema import InputError, Record
+from guardkit.settings import check_whole
 
 
 class ScenesSource:
@@ -40,8 +41,7 @@ class ScenesSource:
         size: int = 128,
     ) -> None:
         for label, value, least in (("n_train", n_train, 1), ("n_test", n_test, 1), ("size", size, 32)):
-            if not isinstance(value, int) or value < least:
-                raise InputError(f"source.{label} must be a whole number of at least {least}, got {value!r}")
+            check_whole(f"source.{label}", value, least)
         for category in CATEGORIES:
             policy.check_category(category, "source=scenes")
         self.n_train, self.n_test, self.size = n_train, n_test, size

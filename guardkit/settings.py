@@ -1,0 +1,69 @@
+"""Checks of settings, the same for all: each raises InputError with the setting's name, what came and what may come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any, TypeGuard
+
+from guardkit.schema import InputError
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a setting is a finite number; true, NaN and texts are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a setting is a whole number; true and 3.0 are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    """Whether a setting is a list; a text, or one number without brackets, is none."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def check_whole(name: str, value: object, least: int, most: int | None = None, *, optional: bool = False) -> None:
+    """A whole number from `least` to `most`, or null where it is optional."""
+    if value is None and optional:
+        return
+    if not is_whole(value) or value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise InputError(f"{name} must be a whole number {limits}{', or null' * optional}, got {value!r}")
+
+
+def check_number(name: str, value: object, within: str, *, optional: bool = False) -> None:
+    """A finite number.
+
+    Args:
+        name: of the setting.
+        value: of the setting.
+        within: the interval it must lie in, as mathematics writes it: "[0, 1)", "(0, inf)".
+        optional: may be null.
+    """
+    if value is None and optional:
+        return
+    low, high = (float(end) for end in within[1:-1].split(","))
+    includes_low, includes_high = within[0] == "[", within[-1] == "]"
+    is_inside = is_number(value) and (
+        (low <= value if includes_low else low < value) and (value <= high if includes_high else value < high)
+    )
+    if not is_inside:
+        open_ended = f"be a number {'of at least' if includes_low else 'above'} {low:g}"
+        limits = open_ended if high == math.inf else f"lie in {within}"
+        raise InputError(f"{name} must {limits}{', or null' * optional}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be true or false, got {value!r}")
+
+
+def check_choice(name: str, value: object, allowed: Collection[str | bool | None]) -> None:
+    """One of a few."""
+    if value not in list(allowed):
+        words = {None: "null", True: "true", False: "false"}  # as a command line writes them
+        shown = ", ".join(one if isinstance(one, str) else words[one] for one in allowed)
+        raise InputError(f"{name} must be one of {shown}, got {value!r}")
