@@ -18,12 +18,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from guardkit._hydra import compose_group, make, policy
 from guardkit.artifacts import fingerprint, read_json
+from guardkit.checks import is_list
 from guardkit.classifier import GuardClassifier
 from guardkit.encoders.base import Encoder
 from guardkit.evaluation.scoring import Contender
 from guardkit.policy import Policy
 from guardkit.schema import Guard, InputError
-from guardkit.settings import is_list
 
 _DEFAULT_POLICY = "scenes"
 T = TypeVar("T")

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from guardkit._hydra import cache_dir, make, settings_of
+from guardkit.checks import check_number, check_whole
 from guardkit.contenders import build_contenders
 from guardkit.evaluation.benchmark import read_benchmark
 from guardkit.evaluation.effectiveness import Sheet, covered_rows, make_sheet, measure
@@ -24,7 +25,6 @@ from guardkit.evaluation.robustness import RobustnessSettings, measure_robustnes
 from guardkit.evaluation.scoring import Contender, LazyImages, embedding_stores, score
 from guardkit.folders import claim, refuse_others
 from guardkit.schema import InputError
-from guardkit.settings import check_number, check_whole
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from guardkit.checks import check_number, check_whole
 from guardkit.policy import Policy
 from guardkit.schema import InputError, shortened
-from guardkit.settings import check_number, check_whole
 
 _SAME_TEXT = 1e-6  # of the cosine, which rounding may keep below 1
 

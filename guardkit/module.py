@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guardkit.checks import check_number
 from guardkit.classifier import GuardClassifier
 from guardkit.data.datamodule import Batch, GuardDataModule
 from guardkit.encoders.base import Encoder
@@ -25,7 +26,6 @@ from guardkit.metrics import operating_points, operating_threshold
 from guardkit.policy import Policy
 from guardkit.progress import progress
 from guardkit.schema import InputError
-from guardkit.settings import check_number
 
 DEFAULT_THRESHOLD = 0.5
 

@@ -18,13 +18,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from guardkit._hydra import make
+from guardkit.checks import check_choice, check_flag, check_whole
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
 from guardkit.encoders.base import Encoder
 from guardkit.metrics import operating_points
 from guardkit.module import check_loss, choose_threshold, quiet_lightning
 from guardkit.policy import Policy
 from guardkit.schema import InputError, shortened
-from guardkit.settings import check_choice, check_flag, check_whole
 
 
 def check_settings(cfg: DictConfig, *, optimizers: Iterable[str] = ("optimizer",)) -> None:

@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from guardkit import __version__
+from guardkit.checks import check_choice, check_whole, is_list, is_number
 from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import Arm, Cell, CellData, CellError, Stock, chosen_sizes
 from guardkit.efficiency.curves import METRICS
@@ -29,7 +30,6 @@ from guardkit.loggers import logger_of
 from guardkit.module import Diverged, check_loss, quiet_lightning
 from guardkit.preflight import check_parts, check_settings
 from guardkit.schema import InputError
-from guardkit.settings import check_choice, check_whole, is_list, is_number
 from guardkit.training import Parts, build, build_head, fit_guard, rebuild_data
 
 log = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from guardkit._hydra import cache_dir, make, policy, settings_of
 from guardkit.artifacts import write_json
+from guardkit.checks import check_choice, check_whole
 from guardkit.counterfactual.pair_dataset import write_pair_dataset
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
 from guardkit.data.budget import check_edits
@@ -34,7 +35,6 @@ from guardkit.module import DEFAULT_THRESHOLD, EpochProgress, Fitted, GuardModul
 from guardkit.policy import Policy
 from guardkit.preflight import check_parts, check_settings
 from guardkit.schema import InputError
-from guardkit.settings import check_choice, check_whole
 
 log = logging.getLogger(__name__)
 

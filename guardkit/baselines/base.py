@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from guardkit.artifacts import fingerprint
+from guardkit.checks import check_number
 from guardkit.encoders.base import Encoder
 from guardkit.policy import Policy
 from guardkit.schema import InputError, Judgment
-from guardkit.settings import check_number
 
 
 class EmbeddingGuard:

@@ -19,10 +19,10 @@ import torch
 
 from guardkit.artifacts import fingerprint, hash_file
 from guardkit.baselines.base import checked_share, covered
+from guardkit.checks import is_whole
 from guardkit.limits import shrink
 from guardkit.policy import Policy
 from guardkit.schema import InputError, Judgment
-from guardkit.settings import is_whole
 
 # what version 3 detects
 CLASSES = (

@@ -23,10 +23,10 @@ from torch.nn import functional
 from guardkit.artifacts import fingerprint, weights_variant
 from guardkit.baselines.base import EmbeddingGuard, covered, hash_weights
 from guardkit.baselines.weights import hub_folder
+from guardkit.checks import check_number
 from guardkit.encoders.base import encode_in_batches, prepare_pixels
 from guardkit.policy import Policy
 from guardkit.schema import InputError
-from guardkit.settings import check_number
 
 _CARE = 0.01  # what an image close to a concept of special care is pushed towards all others
 # diffusers rounds a margin to three digits and flags it above 0; this is the smallest float32 of which that holds

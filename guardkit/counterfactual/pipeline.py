@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from guardkit.artifacts import fingerprint
+from guardkit.checks import check_whole
 from guardkit.counterfactual.instructor import Instruction, Instructor
 from guardkit.counterfactual.store import Edit, Try, TryStore
 from guardkit.counterfactual.verifier import Candidate, Verdict, Verifier, sanity
@@ -25,7 +26,6 @@ from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditRes
 from guardkit.images import decode_png, encode_png
 from guardkit.policy import Policy
 from guardkit.schema import ImageError, Record
-from guardkit.settings import check_whole
 
 _NO_IMAGE = "no image: the source holds embeddings only"
 

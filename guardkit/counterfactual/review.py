@@ -27,9 +27,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from guardkit.artifacts import fingerprint, parse_json
+from guardkit.checks import check_choice
 from guardkit.images import FileContent
 from guardkit.schema import ImageError, InputError
-from guardkit.settings import check_choice
 
 REVIEWS = "reviews.jsonl"
 ACCEPT, REJECT, UNSURE = "accept", "reject", "unsure"

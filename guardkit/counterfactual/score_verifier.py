@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from guardkit.checks import check_number
 from guardkit.counterfactual.preservation import preservation
 from guardkit.counterfactual.verifier import Candidate, Verdict
 from guardkit.embeddings import EmbeddingStore
@@ -19,7 +20,6 @@ from guardkit.encoders.base import Encoder
 from guardkit.heads import PromptHead
 from guardkit.policy import Policy
 from guardkit.schema import InputError
-from guardkit.settings import check_number
 
 _DECIMALS = 6
 _LEAST_WAY = 1e-3

@@ -18,6 +18,7 @@ from typing import Literal
 import lightning as L
 import numpy as np
 
+from guardkit.checks import check_choice, check_flag, check_number, check_whole, is_list
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.data.arms import NEGATIVES, TRANSFORMS, Batch, Orders, assemble, category_numbers, every_turn
 from guardkit.data.budget import check_edits, chosen_in_budget, edited
@@ -29,7 +30,6 @@ from guardkit.data.views import Pool, ViewMaker, Views
 from guardkit.embeddings import EmbeddingStore
 from guardkit.policy import Policy
 from guardkit.schema import Content, InputError, Record
-from guardkit.settings import check_choice, check_flag, check_number, check_whole, is_list
 
 log = logging.getLogger(__name__)
 

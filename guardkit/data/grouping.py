@@ -14,11 +14,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from guardkit.checks import check_flag, check_whole
 from guardkit.data.duplicates import near_duplicate_groups, near_equal_groups, perceptual_hash
 from guardkit.data.sources.base import Loaded, Source
 from guardkit.progress import progress
 from guardkit.schema import Content, ImageError, Record, Rejected
-from guardkit.settings import check_flag, check_whole
 
 log = logging.getLogger(__name__)
 

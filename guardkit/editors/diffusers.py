@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from guardkit.checks import check_choice, check_number, check_whole
 from guardkit.editors.base import NEEDS_REGION, EditRequest, EditResult, lacks_region
 from guardkit.editors.diffusers_pipelines import KINDS, PipelineWeights, is_out_of_memory, load_pipeline, one_line
 from guardkit.editors.inpaint import elsewhere
 from guardkit.editors.registration import global_shift, largest_change, moved, pasted
 from guardkit.schema import ImageError, InputError
-from guardkit.settings import check_choice, check_number, check_whole
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from guardkit.artifacts import fingerprint
+from guardkit.checks import check_number
 from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult, refusal
-from guardkit.settings import check_number
 
 
 class ImperfectEditor:

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from guardkit.checks import check_choice, check_number, check_whole
 from guardkit.editors.base import NEEDS_REGION, NO_ROUND_TRIP, EditRequest, EditResult, lacks_region
 from guardkit.editors.registration import pasted
 from guardkit.schema import ImageError, Region
-from guardkit.settings import check_choice, check_number, check_whole
 
 _METHODS = {"telea": cv2.INPAINT_TELEA, "navier_stokes": cv2.INPAINT_NS}
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from guardkit.checks import is_whole
 from guardkit.counterfactual.pipeline import EditCounts
 from guardkit.data.arms import Batch, Choice, Orders, Split, assemble, category_numbers, choose, every_turn
 from guardkit.data.budget import check_edits, edited
@@ -20,7 +21,6 @@ from guardkit.data.datamodule import GuardDataModule
 from guardkit.data.views import ViewMaker, Views
 from guardkit.progress import progress
 from guardkit.schema import InputError, Record
-from guardkit.settings import is_whole
 
 _RECORDS_AT_ONCE = 256
 

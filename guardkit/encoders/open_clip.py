@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from guardkit.artifacts import fingerprint, shipped
+from guardkit.checks import check_whole
 from guardkit.encoders.base import checked_preprocess, cut_texts, encode_in_batches, prepare_pixels
 from guardkit.schema import InputError, shortened
-from guardkit.settings import check_whole
 
 if TYPE_CHECKING:
     import torch

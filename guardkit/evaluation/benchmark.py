@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
+from guardkit.checks import check_choice, check_number
 from guardkit.data.grouping import load_source, why_rejected
 from guardkit.data.sources.base import Loaded, Source
 from guardkit.data.splits import split_test
 from guardkit.schema import SAFE, UNSAFE, InputError, Record, Rejected
-from guardkit.settings import check_choice, check_number
 
 SPLITS = ("test", "all")
 

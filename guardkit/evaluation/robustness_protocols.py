@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guardkit.checks import check_flag, check_whole, is_list, is_number
 from guardkit.evaluation import attacks
 from guardkit.evaluation.perturbations import EDITS, STRENGTHS, PerturbedContent, PixelContent, check_edit
 from guardkit.evaluation.victim import Victim, to_images, to_pixels
 from guardkit.schema import InputError
-from guardkit.settings import check_flag, check_whole, is_list, is_number
 
 Attack = Callable[[attacks.Value, Tensor, Tensor, np.random.Generator], Tensor]
 """(value, pixels, labels, generator) -> changed pixels."""

@@ -22,12 +22,12 @@ from typing import Any
 import cv2
 from jinja2 import Environment, PackageLoader
 
+from guardkit.checks import check_whole
 from guardkit.counterfactual.pair_dataset import read_pair_dataset, write_reviews
 from guardkit.counterfactual.review import MAX_NAME, MAX_REASON, VERDICTS, ReviewQueue, agreement, image_file, reviewer_name
 from guardkit.images import encode_png, read_image
 from guardkit.moderation.gate import Gate, page_address
 from guardkit.schema import ImageError, InputError
-from guardkit.settings import check_whole
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
+from guardkit.checks import check_number, check_whole
 from guardkit.images import encode_png
 from guardkit.limits import shrink
 from guardkit.schema import InputError
-from guardkit.settings import check_number, check_whole
 from guardkit.vlm.base import CUT_OFF, REFUSED, VERSION, Answer, Question, check_model, one_line, reply
 from guardkit.vlm.turns import Turns, calls_of_this_question
 

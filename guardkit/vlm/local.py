@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from guardkit.artifacts import fingerprint, hash_file, weights_variant
+from guardkit.checks import check_choice, check_whole
 from guardkit.limits import shrink
 from guardkit.progress import bars_on_terminals_only
 from guardkit.schema import InputError
-from guardkit.settings import check_choice, check_whole
 from guardkit.vlm.base import CUT_OFF, VERSION, Answer, Question, check_model, one_line, reply
 
 log = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from guardkit.checks import check_whole
 from guardkit.data.grouping import DISTANCE, check_grouping_settings, group, why_rejected
 from guardkit.data.sources import tables
 from guardkit.data.sources.base import Loaded
@@ -20,7 +21,6 @@ from guardkit.data.sources.rows import Row, RowRule, text, word_label
 from guardkit.images import MAX_PIXELS, SUFFIXES, FileContent
 from guardkit.policy import Policy
 from guardkit.schema import UNLABELLED, InputError, Record, Rejected
-from guardkit.settings import check_whole
 
 METADATA = ("metadata.csv", "metadata.parquet", "metadata.jsonl")
 # what people put beside class folders without meaning it as data, by the first part of its name

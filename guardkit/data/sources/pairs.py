@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from guardkit.checks import check_flag
 from guardkit.counterfactual.pair_dataset import MANIFEST, read_pair_dataset
 from guardkit.counterfactual.review import ACCEPT, REJECT, UNSURE, Review, current_reviews, image_file
 from guardkit.data.grouping import DISTANCE, check_grouping_settings, group, look
@@ -22,7 +23,6 @@ from guardkit.folders import is_unfinished
 from guardkit.images import MAX_PIXELS, SUFFIXES, FileContent
 from guardkit.policy import Policy
 from guardkit.schema import ImageError, InputError, Record, Region, Rejected
-from guardkit.settings import check_flag
 
 EDITED = "_edited"
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from guardkit.checks import check_whole
 from guardkit.data.sources.base import Loaded
 from guardkit.policy import Policy
 from guardkit.scenes.content import SceneContent
 from guardkit.scenes.world import CATEGORIES, RENDERINGS, Scene, ScenePool, find_region
 from guardkit.schema import InputError, Record
-from guardkit.settings import check_whole
 
 
 class ScenesSource:
