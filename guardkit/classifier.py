@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from guardkit.artifacts import fingerprint
 from guardkit.encoders.base import Encoder
-from guardkit.encoders.lookup import find_encoder
+from guardkit.encoders.lookup import ENCODERS, find_encoder
 from guardkit.guard_folder import read_guard, write_guard
 from guardkit.heads import Head
 from guardkit.images import read_image
@@ -134,7 +135,7 @@ class GuardClassifier:
     def fingerprint(self) -> str:
         """A hash over everything its probabilities depend on: head, encoder and policy; 64 hex digits."""
         weights = {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in self.head.state_dict().items()}
-        head = {"kind": self.head.kind, "settings": self.head.settings, "weights": weights}
+        head = {"kind": self.head.kind, "settings": self.head.config, "weights": weights}
         return fingerprint({"head": head, "encoder": self.encoder.fingerprint, "policy": self.policy.digest})
 
     def score_embeddings(self, embeddings: np.ndarray) -> np.ndarray:
@@ -208,6 +209,7 @@ class GuardClassifier:
             "operating_points": self.operating_points,
             "training": self.training,
             "encoder": {
+                "kind": ENCODERS.name(type(self.encoder)),
                 "name": self.encoder.name,
                 "config": self.encoder.config,
                 "fingerprint": self.encoder.fingerprint,
@@ -224,6 +226,8 @@ class GuardClassifier:
         folder: str | Path,
         *,
         encoder: Encoder | str | Path | None = None,
+        head: Head | type[Head] | None = None,
+        trust: Sequence[str] = (),
         device: str | None = None,
         batch_size: int | None = None,
     ) -> GuardClassifier:
@@ -233,15 +237,21 @@ class GuardClassifier:
             folder: a guard's folder, that of the training run, or "organisation/name" on the Hub.
             encoder: where the guard's encoder is, when it is not where it was trained: an encoder, or a text that
                 `find_encoder` understands, such as a folder that is searched for it. It must be the same one.
+            head: the class of its head, or a head of that class, where it is not guardkit's and not to be imported.
+            trust: top-level packages of other people, such as ["mypackage"], that head and encoder may be imported from.
+                What is imported runs: name only packages that you have installed yourself.
             device: to build the encoder on, like "cpu" or "cuda"; by default a GPU if there is one.
             batch_size: images that the encoder takes at once.
         Raises:
-            InputError: not a guard folder, a damaged file, an encoder that is not found, or one with other weights or
-                preprocessing.
+            InputError: not a guard folder, a damaged file, code of a package that is not trusted, an encoder that is not
+                found, or one with other weights or preprocessing.
         """
-        stored = read_guard(folder)
+        is_built = encoder is not None and not isinstance(encoder, (str, os.PathLike))
+        stored = read_guard(folder, trust=trust, head=head, needs_encoder=not is_built)
         config = stored.config
-        found = find_encoder(config["encoder"], encoder, needed_by=f"guard {stored.folder}", device=device, batch_size=batch_size)
+        found = find_encoder(
+            config["encoder"], encoder, needed_by=f"guard {stored.folder}", trust=trust, device=device, batch_size=batch_size
+        )
         return cls(
             stored.head,
             found,

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, get_type_hints
+from typing import Any
 
-from guardkit.heads import HEADS, Head
+from guardkit.encoders.lookup import ENCODERS
+from guardkit.heads import HEADS
+from guardkit.kinds import MAX_WIDTH, is_width
 
-_MAX_WIDTH = 1 << 20
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
 def check_config(config: Mapping[str, Any]) -> None:
     """Checks every value that is used: there, of its type, in its range, and fitting the others.
+
+    What only the classes of head and encoder know, their arguments, is checked before they are built.
 
     Args:
         config: an object of JSON.
@@ -31,18 +33,17 @@ def check_config(config: Mapping[str, Any]) -> None:
     names = _expect(config, "categories", _is_texts, "a list of at least one name")
     _expect(encoder, "name", _is_text, "a text", "encoder.")
     _expect(encoder, "fingerprint", _is_hash, "64 hex digits", "encoder.")
-    dim = _expect(encoder, "dim", _is_width, f"a whole number from 1 to {_MAX_WIDTH}", "encoder.")
-    _object(encoder, "preprocessing", "encoder.")
-    built = _object(encoder, "config", "encoder.")
-    _expect(built, "weights", _is_text, "a text", "encoder.config.")
-    _expect(built, "architecture", lambda one: one is None or _is_text(one), "a text or null", "encoder.config.")
-    _expect(built, "preprocess", lambda one: one is None or isinstance(one, dict), "an object or null", "encoder.config.")
-    if set(built) != {"weights", "architecture", "preprocess"}:
-        raise ValueError(f"encoder.config must have architecture, weights and preprocess, got {', '.join(sorted(built))}")
+    dim = _expect(encoder, "dim", is_width, f"a whole number from 1 to {MAX_WIDTH}", "encoder.")
+    for key in ("preprocessing", "config"):
+        _object(encoder, key, "encoder.")
     _expect(policy, "name", _is_text, "a text", "policy.")
     _expect(policy, "digest", _is_hash, "64 hex digits", "policy.")
-    _expect(head, "kind", lambda one: isinstance(one, str) and one in HEADS, f"one of {', '.join(HEADS)}", "head.")
-    _check_settings(_object(head, "settings", "head."), HEADS[head["kind"]], dim=dim, n_categories=len(names))
+    for part, kinds in ((head, HEADS), (encoder, ENCODERS)):
+        _expect(part, "kind", kinds.is_name, f"one of {', '.join(kinds.ours)}, or package.module:Class", f"{kinds.part}.")
+    settings = _object(head, "settings", "head.")
+    for name, wanted in (("dim", dim), ("n_categories", len(names))):
+        if settings.get(name, wanted) != wanted:
+            raise ValueError(f"head.settings.{name} must be {wanted}, as encoder and categories say, got {settings[name]!r}")
     for name, point in _object(config, "operating_points", "").items():
         where = f"operating_points.{name}."
         point = _object(config["operating_points"], name, "operating_points.")
@@ -63,19 +64,6 @@ def check_config(config: Mapping[str, Any]) -> None:
     for key in ("test", "pairs"):
         if metrics.get(key) is not None:
             _object(metrics, key, "metrics.")
-
-
-def _check_settings(settings: Mapping[str, Any], kind: type[Head], *, dim: int, n_categories: int) -> None:
-    hints, parameters = get_type_hints(kind.__init__), inspect.signature(kind).parameters
-    if set(settings) - set(parameters):
-        raise ValueError(f"head.settings must be among {', '.join(parameters)}, got {', '.join(sorted(settings))}")
-    for name, parameter in parameters.items():
-        if name in settings or parameter.default is parameter.empty:
-            rule, text = _KINDS[hints[name]]
-            _expect(settings, name, rule, text, "head.settings.")
-    for name, wanted in (("dim", dim), ("n_categories", n_categories)):
-        if settings[name] != wanted:
-            raise ValueError(f"head.settings.{name} must be {wanted}, as encoder and categories say, got {settings[name]!r}")
 
 
 def _expect(values: Mapping[str, Any], key: str, rule: Callable[[Any], bool], text: str, where: str = "") -> Any:
@@ -102,10 +90,6 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
-def _is_width(value: Any) -> bool:
-    return _is_count(value) and 1 <= value <= _MAX_WIDTH
-
-
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -116,10 +100,3 @@ def _is_texts(value: Any) -> bool:
 
 def _is_hash(value: Any) -> bool:
     return isinstance(value, str) and _HASH.fullmatch(value) is not None
-
-
-_KINDS: dict[type, tuple[Callable[[Any], bool], str]] = {
-    int: (_is_width, f"a whole number from 1 to {_MAX_WIDTH}"),
-    float: (_is_number, "a finite number"),
-    bool: (lambda value: isinstance(value, bool), "true or false"),
-}

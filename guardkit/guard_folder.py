@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,10 @@ from safetensors.torch import load, save_file
 
 from guardkit import __version__
 from guardkit.artifacts import fingerprint, hash_file, read_json, written
+from guardkit.encoders.lookup import ENCODERS
 from guardkit.guard_config import check_config
 from guardkit.heads import HEADS, Head
+from guardkit.kinds import check_arguments, require_trust
 from guardkit.policy import Policy
 from guardkit.schema import InputError
 from guardkit.seen import FILE as SEEN
@@ -52,13 +54,19 @@ class Stored:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_guard(folder: str | Path) -> Stored:
+def read_guard(
+    folder: str | Path, *, trust: Sequence[str] = (), head: Head | type[Head] | None = None, needs_encoder: bool = True
+) -> Stored:
     """Reads a guard from its folder, from a training run's folder, or from the Hugging Face Hub.
 
     Args:
         folder: a path, or "organisation/name" on the Hub.
+        trust: packages of other people that its head and encoder may be imported from.
+        head: the class of its head, or a head of that class, instead of an import.
+        needs_encoder: whether the encoder that it names will be built.
     Raises:
-        InputError: there is none, or a file is damaged, was changed, or holds what no guard can have.
+        InputError: there is none, a file is damaged, was changed, or holds what no guard can have; or it needs code from
+            a package that is not trusted.
     """
     path = _locate(folder)
     config = _read_config(path / CONFIG)
@@ -69,7 +77,11 @@ def read_guard(folder: str | Path) -> Stored:
         )
     if tuple(config["categories"]) != policy.category_names:
         raise InputError(f"{path / CONFIG}: categories must be those of {POLICY}, {', '.join(policy.category_names)}; {_MEND}")
-    return Stored(path, config, policy, _read_head(path, config), _read_seen(path, config.get("training_images_sha256")))
+    named = [(HEADS, config["head"]["kind"])] if head is None else []
+    named += [(ENCODERS, config["encoder"]["kind"])] if needs_encoder else []
+    require_trust(named, trust, needed_by=f"guard {path}")
+    kind = _head_class(config["head"]["kind"], head, trust)
+    return Stored(path, config, policy, _read_head(path, config, kind), _read_seen(path, config.get("training_images_sha256")))
 
 
 def _locate(folder: str | Path) -> Path:
@@ -103,6 +115,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         if fingerprint(config) != digest:
             raise InputError(f"{path} was changed after it was written (its digest does not match); copy the folder anew")
+        if isinstance(config.get("encoder"), dict):
+            config["encoder"].setdefault("kind", "open_clip")  # the only one there was when guards did not say it
         check_config(config)
     except InputError:
         raise
@@ -115,13 +129,23 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _read_head(folder: Path, config: Mapping[str, Any]) -> Head:
-    path, kind, settings = folder / WEIGHTS, config["head"]["kind"], config["head"]["settings"]
+def _head_class(name: str, given: Head | type[Head] | None, trust: Sequence[str]) -> type[Head]:
+    """The class that is given, else the one that is named."""
+    kind: type = HEADS.load(name, trust) if given is None else given if isinstance(given, type) else type(given)
+    if not issubclass(kind, Head):
+        raise InputError(f"head must be a subclass of guardkit.heads.Head, or an object of one, got {HEADS.name(kind)}")
+    # its module may have another name by now, as one that was a script or a notebook has
+    if HEADS.name(kind).rpartition(":")[2] != name.rpartition(":")[2]:
+        raise InputError(f"the guard has a head of kind {name}, got head={HEADS.name(kind)}; give the class that it was trained with")
+    return kind
+
+
+def _read_head(folder: Path, config: Mapping[str, Any], kind: type[Head]) -> Head:
+    path, settings = folder / WEIGHTS, config["head"]["settings"]
     try:
-        with torch.device("meta"):  # names, shapes and types without memory: sizes are not believed yet
-            expected = HEADS[kind](**settings).state_dict()
-    except (InputError, RuntimeError, TypeError) as error:
-        raise InputError(f"{folder / CONFIG}: head.settings do not make a head of kind {kind!r} ({_line(error)}); {_MEND}") from error
+        expected = _outlines(kind, settings)
+    except ValueError as error:
+        raise InputError(f"{folder / CONFIG}: {_line(error)}; {_MEND}") from error
     limit = _HEADER_BYTES + sum(value.numel() * value.element_size() for value in expected.values())
     try:
         data = path.read_bytes() if path.stat().st_size <= limit else b""
@@ -130,16 +154,39 @@ def _read_head(folder: Path, config: Mapping[str, Any]) -> Head:
     if hashlib.sha256(data).hexdigest() != config["weights_sha256"]:
         raise InputError(f"{path} is missing or damaged (its SHA-256 does not match); copy the folder anew")
     try:
-        found = load(data)
-    except SafetensorError as error:
+        return _filled(kind, settings, expected, data)
+    except (ValueError, SafetensorError) as error:
         raise InputError(f"{path} does not fit its configuration: {_line(error)}; {_MEND}") from error
+
+
+def _outlines(kind: type[Head], settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Names, shapes and types of a head's weights, without memory: sizes in a file are not believed yet.
+
+    Raises:
+        ValueError: it cannot be built of these settings.
+    """
+    check_arguments(kind, settings, "head.settings")
+    try:
+        with torch.device("meta"):
+            return kind(**settings).state_dict()
+    except (InputError, RuntimeError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"head.settings do not make a head of kind {HEADS.name(kind)!r} ({_line(error)})") from error
+
+
+def _filled(kind: type[Head], settings: Mapping[str, Any], expected: Mapping[str, torch.Tensor], data: bytes) -> Head:
+    """A head with the weights of a file's bytes.
+
+    Raises:
+        ValueError, SafetensorError: they are not what is expected.
+    """
+    found = load(data)
     for name in sorted(expected.keys() | found.keys()):
         said, got = (_outline(values.get(name)) for values in (expected, found))
         if said != got:
-            raise InputError(f"{path} does not fit its configuration: {name} is {got}, expected {said}; {_MEND}")
+            raise ValueError(f"{name} is {got}, expected {said}")
         if not bool(found[name].isfinite().all()):
-            raise InputError(f"{path}: {name} holds NaN or infinite values, which decide nothing; {_MEND}")
-    head = HEADS[kind](**settings)
+            raise ValueError(f"{name} holds NaN or infinite values, which decide nothing")
+    head = kind(**settings)
     head.load_state_dict(found)
     return head
 
@@ -185,7 +232,7 @@ def write_guard(folder: str | Path, head: Head, policy: Policy, config: Mapping[
         whole: dict[str, Any] = {
             "format": FORMAT,
             "guardkit_version": __version__,
-            "head": {"kind": head.kind, "settings": head.settings},
+            "head": {"kind": head.kind, "settings": head.config},
             "categories": list(policy.category_names),
             **config,
             "policy": {"name": policy.name, "digest": policy.digest},
@@ -235,6 +282,9 @@ def _model_card(config: Mapping[str, Any], policy: Policy) -> str:
     rows = [(name, test.get(name)) for name in ("auroc", "average_precision", "f1", "recall", "fpr", "n")]
     rows += [(name, pairs.get(name)) for name in ("pair_accuracy", "ranking_accuracy")] + [("test pairs", pairs.get("n"))]
     table = "\n".join(f"| {name} | {figure(value)} |" for name, value in rows)
+    packages = dict.fromkeys(kinds.package(config[kinds.part]["kind"]) for kinds in (HEADS, ENCODERS))
+    foreign = [package for package in packages if package is not None]
+    trusted = f", trust={json.dumps(foreign)}" if foreign else ""
     points = "\n".join(
         f"| {name} | {shown(point['threshold'], 4)} | {shown(point['recall'])} | {shown(point['fpr'])} (95 % upper bound "
         f"{shown(point['fpr_ci_high'])}, {point['n_safe']} safe images) | {point.get('reason', '')} |"
@@ -253,7 +303,7 @@ A `{config["head"]["kind"]}` head on frozen embeddings of {config["encoder"]["na
 ```python
 from guardkit import GuardClassifier
 
-decisions = GuardClassifier.from_pretrained("THIS_FOLDER").predict(["image.jpg"])
+decisions = GuardClassifier.from_pretrained("THIS_FOLDER"{trusted}).predict(["image.jpg"])
 ```
 
 ## What it was trained to flag

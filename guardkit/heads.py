@@ -1,7 +1,7 @@
 """Heads: from (n, d) embeddings to (n, 1 + k) logits: the decision first, then one per category of the policy.
 
-A head knows no encoder and no image. `build` makes a new one for an encoder and a policy; `HEADS` names them for
-saved guards.
+A head knows no encoder and no image. `build` makes a new one for an encoder and a policy; a saved guard keeps `config` and
+the weights, and names the class as `HEADS` says.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from guardkit.checks import check_number, check_whole
+from guardkit.kinds import Kinds
 from guardkit.policy import Policy
 from guardkit.schema import InputError, shortened
 
 _SAME_TEXT = 1e-6  # of the cosine, which rounding may keep below 1
+
+HEADS = Kinds("head", {"linear": "guardkit.heads:LinearHead", "mlp": "guardkit.heads:MLPHead", "prompt": "guardkit.heads:PromptHead"})
 
 
 class EncodesTexts(Protocol):
@@ -42,15 +45,21 @@ class KnowsImages(Protocol):
 
 
 class Head(nn.Module):
-    """Interface of all heads.
+    """Interface of all heads: a `forward` from (n, d) float32 to (n, 1 + k) float32 logits.
+
+    A saved one is built again by `type(head)(**head.config)`, and gets its weights by `load_state_dict`: tensors only, finite,
+    of the shapes that `config` implies. So the class stands at the top level of its module.
 
     Attributes:
-        kind: its name in `HEADS`.
-        settings: keyword arguments that rebuild it, in plain JSON types; weights are loaded into it afterwards.
+        config: the constructor's keyword arguments, in plain JSON types. Those called `dim` and `n_categories` are d and k.
     """
 
-    kind: str
-    settings: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """What a saved guard calls its class: a name in `HEADS`, or "package.module:Class"."""
+        return HEADS.name(type(self))
 
     def prepare(self, images: KnowsImages) -> None:
         """Called once before training. Most heads need nothing but labelled images."""
@@ -65,11 +74,9 @@ class LinearHead(Head):
         whitened: embeddings pass through a fixed (d, d) map first.
     """
 
-    kind = "linear"
-
     def __init__(self, dim: int, n_categories: int, *, whitened: bool = False) -> None:
         super().__init__()
-        self.settings = {"dim": dim, "n_categories": n_categories, "whitened": whitened}
+        self.config = {"dim": dim, "n_categories": n_categories, "whitened": whitened}
         self._wanted: tuple[int, float] | None = None
         self.map: Tensor | None
         self.register_buffer("map", torch.eye(dim) if whitened else None)
@@ -165,13 +172,11 @@ class MLPHead(Head):
         dropout: share of hidden units dropped in training, in [0, 1).
     """
 
-    kind = "mlp"
-
     def __init__(self, dim: int, n_categories: int, *, hidden: int = 256, dropout: float = 0.1) -> None:
         super().__init__()
         check_whole("head.hidden", hidden, 1)
         check_number("head.dropout", dropout, "[0, 1)")
-        self.settings = {"dim": dim, "n_categories": n_categories, "hidden": hidden, "dropout": dropout}
+        self.config = {"dim": dim, "n_categories": n_categories, "hidden": hidden, "dropout": dropout}
         self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 1 + n_categories))
 
     @classmethod
@@ -199,12 +204,10 @@ class PromptHead(Head):
         scale: of the cosine before the softmax, at the start (CLIP's own is 100).
     """
 
-    kind = "prompt"
-
     def __init__(self, dim: int, n_categories: int, *, n_prompts: int, scale: float = 30.0) -> None:
         super().__init__()
         check_number("head.scale", scale, "(0, inf)")
-        self.settings = {"dim": dim, "n_categories": n_categories, "n_prompts": n_prompts, "scale": scale}
+        self.config = {"dim": dim, "n_categories": n_categories, "n_prompts": n_prompts, "scale": scale}
         self.prompts = nn.Parameter(torch.zeros(n_prompts, dim))
         self.log_scale = nn.Parameter(torch.tensor(float(scale)).log())
         self.bias = nn.Parameter(torch.zeros(1 + n_categories))
@@ -251,6 +254,3 @@ def _check_sides(safe: Sequence[str], safe_vectors: np.ndarray, unsafe: Sequence
             f"the policy's unsafe text {shortened(first)!r} and its safe text {shortened(second)!r} are the same to the encoder "
             f"({len(same)} such pair(s)): they differ in nothing that it reads, or only beyond its context length; shorten or reword them"
         )
-
-
-HEADS: dict[str, type[LinearHead] | type[MLPHead] | type[PromptHead]] = {head.kind: head for head in (LinearHead, MLPHead, PromptHead)}

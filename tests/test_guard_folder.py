@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import json
 import os
 import pickle
 import shutil
 import stat
+import sys
 
 import numpy as np
 import pytest
@@ -253,7 +255,7 @@ TAMPERED = {
     "no digest of the policy": (drop("policy", "digest"), "policy.digest is missing"),
     "head of another kind": (put("head", "kind", "forest"), "head.kind must be one of linear"),
     "head kind a list": (put("head", "kind", []), "head.kind must be one of linear"),
-    "width": (put("head", "settings", "dim", 10**15), "head.settings.dim must be a whole number from 1"),
+    "width": (put("head", "settings", "dim", 10**15), "head.settings.dim must be 256, as encoder"),
     "another width": (put("head", "settings", "dim", 255), "head.settings.dim must be 256, as encoder"),
     "unknown setting": (put("head", "settings", "hooks", 1), "head.settings must be among dim, n_categories, whitened"),
     "setting of another type": (put("head", "settings", "whitened", "yes"), "head.settings.whitened must be true or false"),
@@ -268,8 +270,6 @@ TAMPERED = {
     "metrics a list": (put("metrics", [1]), "metrics must be an object"),
     "test metrics a text": (put("metrics", "test", "good"), "metrics.test must be an object"),
     "training": (put("training", "experiment", ["x"]), "training.experiment must be a text"),
-    "constructor arguments": (put("encoder", "config", "hook", "x"), "encoder.config must have architecture, weights and preprocess"),
-    "weights of the encoder": (put("encoder", "config", "weights", 3), "encoder.config.weights must be a text"),
     "fingerprint": (put("encoder", "fingerprint", "abc"), "encoder.fingerprint must be 64 hex digits"),
     "format": (put("format", 99), "has guard format 99, this guardkit reads 1"),
 }
@@ -283,6 +283,127 @@ def test_a_configuration_signed_anew_is_refused_in_one_line(folder, scenes_encod
         GuardClassifier.from_pretrained(folder, encoder=scenes_encoder)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("encoder", "config", "hook", "x"), "encoder.config must be among architecture, weights, preprocess, got architecture, hook"),
+        (put("encoder", "config", "device", "cuda"), "encoder.config must be among architecture, weights, preprocess, got"),
+        (put("encoder", "config", "weights", 3), "encoder.config.weights must be a text, got 3"),
+        (put("encoder", "config", "preprocess", [1]), r"encoder.config.preprocess must be an object or null, got \[1\]"),
+        (drop("encoder", "config", "weights"), "encoder.config.weights is missing"),
+        (put("encoder", "kind", "flux"), "encoder.kind must be one of open_clip, or package.module:Class, got"),
+    ],
+)
+def test_an_encoder_is_built_of_nothing_but_its_arguments(folder, change, message):
+    sign(folder, change)
+    with pytest.raises(InputError, match=message) as caught:
+        GuardClassifier.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_guard_that_names_no_kind_of_encoder_has_one_of_open_clip(guard, folder, scenes_encoder):
+    sign(folder, drop("encoder", "kind"))
+    loaded = GuardClassifier.from_pretrained(folder)
+    assert type(loaded.encoder) is OpenClipEncoder
+    assert [one.score for one in loaded.predict(IMAGES)] == [one.score for one in guard.predict(IMAGES)]
+
+
+# --- parts of other packages --------------------------------------------------------------------------------------------
+
+MINE = """
+from guardkit.encoders.open_clip import OpenClipEncoder
+from guardkit.heads import Head, LinearHead
+
+class MyHead(LinearHead):
+    pass
+
+class MyEncoder(OpenClipEncoder):
+    pass
+"""
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch, scenes_policy):
+    """A guard whose head and encoder are of a package of somebody else, and the package's name; it is not imported."""
+    (tmp_path / "site" / "minepackage").mkdir(parents=True)
+    (tmp_path / "site" / "minepackage" / "__init__.py").touch()
+    (tmp_path / "site" / "minepackage" / "parts.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    parts = importlib.import_module("minepackage.parts")
+    guard = make(parts.MyEncoder(None, "guardkit:scenes_clip"), scenes_policy, parts.MyHead)
+    folder = guard.save_pretrained(tmp_path / "guard")
+    for name in ("minepackage", "minepackage.parts"):
+        monkeypatch.delitem(sys.modules, name)
+    yield folder, guard
+    for name in ("minepackage", "minepackage.parts"):
+        sys.modules.pop(name, None)
+
+
+def test_code_of_another_package_is_not_imported_unasked(foreign):
+    folder, _ = foreign
+    for trust in ((), ["otherpackage"], ["os"]):
+        with pytest.raises(InputError) as caught:
+            GuardClassifier.from_pretrained(folder, trust=trust)
+        assert "minepackage" not in sys.modules
+        said = str(caught.value)
+        assert "\n" not in said
+        for part in ("head minepackage.parts:MyHead", "encoder minepackage.parts:MyEncoder", 'trust=["minepackage"]', "head= and encoder="):
+            assert part in said
+
+
+def test_a_trusted_package_is_imported(foreign):
+    folder, guard = foreign
+    loaded = GuardClassifier.from_pretrained(folder, trust=["minepackage"])
+    assert (loaded.head.kind, type(loaded.encoder).__name__) == ("minepackage.parts:MyHead", "MyEncoder")
+    assert [one.score for one in loaded.predict(IMAGES)] == [one.score for one in guard.predict(IMAGES)]
+    assert 'from_pretrained("THIS_FOLDER", trust=["minepackage"])' in (folder / "README.md").read_text()
+
+
+def test_parts_that_are_given_need_no_import(foreign):
+    folder, guard = foreign
+    for head in (type(guard.head), guard.head):
+        loaded = GuardClassifier.from_pretrained(folder, encoder=guard.encoder, head=head)
+        assert loaded.head is not guard.head
+        assert [one.score for one in loaded.predict(IMAGES)] == [one.score for one in guard.predict(IMAGES)]
+    assert "minepackage" not in sys.modules
+    with pytest.raises(InputError, match=r"needs code that is not guardkit's \(encoder minepackage.*or the part itself as encoder="):
+        GuardClassifier.from_pretrained(folder, head=type(guard.head))
+    with pytest.raises(InputError, match="a head of kind minepackage.parts:MyHead, got head=mlp; give the class that it was trained with"):
+        GuardClassifier.from_pretrained(folder, encoder=guard.encoder, head=MLPHead)
+    with pytest.raises(InputError, match="head must be a subclass of guardkit.heads.Head.*got torch.nn.modules.linear:Linear"):
+        GuardClassifier.from_pretrained(folder, encoder=guard.encoder, head=torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "message"),
+    [
+        ("head", "subprocess:Popen", "head must be a subclass of guardkit.heads.Head"),
+        ("head", "minepackage.parts:LinearHead", "is no class that is defined there"),
+        ("head", "minepackage.parts:none", "cannot be imported"),
+        ("head", "minepackage.elsewhere:MyHead", "cannot be imported"),
+        ("head", "minepackage.parts:MyHead.forward", "head.kind must be one of linear, mlp, prompt, or package.module:Class"),
+        ("head", "minepackage:parts:MyHead", "head.kind must be one of linear"),
+        ("encoder", "minepackage.parts:OpenClipEncoder", "is no class that is defined there"),
+        ("encoder", "subprocess:Popen", "encoder must have"),
+    ],
+)
+def test_trust_goes_no_further_than_what_a_package_defines(foreign, part, kind, message):
+    folder, _ = foreign
+    sign(folder, put(part, "kind", kind))
+    with pytest.raises(InputError, match=message) as caught:
+        GuardClassifier.from_pretrained(folder, trust=["minepackage", "subprocess"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("trust", ["minepackage", ["minepackage.parts"], [3], None])
+def test_trust_is_a_list_of_packages(folder, scenes_encoder, trust):
+    with pytest.raises(InputError, match=r'trust must be a list of top-level packages, such as trust=\["mypackage"\], got'):
+        GuardClassifier.from_pretrained(folder, encoder=scenes_encoder, trust=trust)
+
+
+# --- damage -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from guardkit.data.unlabelled import Unlabelled
-from guardkit.heads import HEADS, LinearHead, MLPHead, PromptHead
+from guardkit.heads import LinearHead, MLPHead, PromptHead
 from guardkit.losses import category_loss, decision_loss, pair_loss
 from guardkit.schema import InputError, Record, Rejected
 
@@ -54,7 +54,7 @@ def test_heads_give_decision_and_categories_and_are_rebuilt_from_settings(head, 
     embeddings = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
     logits = built(embeddings)
     assert logits.shape == (5, 1 + 9)
-    again = HEADS[built.kind](**built.settings).eval()
+    again = type(built)(**built.config).eval()
     again.load_state_dict(built.state_dict())
     assert torch.equal(again(embeddings), logits)
 
@@ -153,13 +153,13 @@ def test_images_are_embedded_once_for_heads_that_want_the_same(scenes_policy):
 def test_a_whitened_head_is_rebuilt_from_its_settings(scenes_policy):
     head = whitened(Images(), scenes_policy)
     torch.nn.init.normal_(head.linear.weight)
-    again = HEADS[head.kind](**head.settings)
+    again = type(head)(**head.config)
     again.load_state_dict(head.state_dict())
     embeddings = torch.randn(5, 8)
     assert torch.equal(again(embeddings), head(embeddings))
     assert not torch.allclose(LinearHead(8, 9).features(embeddings), head.features(embeddings))
     # guards that were saved before heads could be whitened
-    assert HEADS["linear"](dim=8, n_categories=9).map is None
+    assert LinearHead(dim=8, n_categories=9).map is None
 
 
 @pytest.mark.parametrize("wrong", [{"n_images": 1}, {"n_images": 2.5}, {"shrinkage": 0.0}])

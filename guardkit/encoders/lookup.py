@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from guardkit.encoders.base import Encoder
 from guardkit.encoders.open_clip import OpenClipEncoder, is_architecture
+from guardkit.kinds import Kinds, check_arguments
 from guardkit.schema import InputError
 
+ENCODERS = Kinds("encoder", {"open_clip": "guardkit.encoders.open_clip:OpenClipEncoder"})
+
+_NEEDED = ("preprocess", "encode_preprocessed", "encode_images")
 _MODEL, _SUFFIXES = "open_clip_config.json", (".safetensors", ".bin", ".pt", ".pth")
 _PREFIXES = ("local-dir:", "hf-hub:", "guardkit:")
 _DEPTH, _MOST = 5, 200
@@ -26,17 +31,19 @@ def find_encoder(
     given: Encoder | str | Path | None,
     *,
     needed_by: str,
+    trust: Sequence[str] = (),
     device: str | None = None,
     batch_size: int | None = None,
 ) -> Encoder:
     """The encoder that was recorded, recognised by its fingerprint over weights and preprocessing.
 
     Args:
-        recorded: what a guard says of it: name, config, fingerprint, preprocessing and dim.
+        recorded: what a guard says of it: kind, name, config, fingerprint, preprocessing and dim.
         given: None: built from `recorded["config"]`. An encoder: used as it is. Else a text: a model's folder, or one that
             is searched for the model; "local-dir:FOLDER"; a weights file; "hf-hub:ORG/NAME" or "ORG/NAME"; a tag of
             open_clip, "openai" or "ViT-B-32/openai".
         needed_by: for messages.
+        trust: packages of other people that it may be imported from.
         device: to build it on; None: as the encoder decides.
         batch_size: images encoded at once; None: as the encoder decides.
     Raises:
@@ -50,9 +57,12 @@ def find_encoder(
         if options:
             raise InputError(f"{' and '.join(options)} belong to an encoder that is built here; set them where this one was made")
         return _checked(recorded, given, needed_by)
+    kind = ENCODERS.load(recorded["kind"], trust)
     try:
         if given is None:
-            found: Encoder = OpenClipEncoder(**recorded["config"], **options)
+            found: Encoder = build_encoder(kind, recorded["config"], **options)
+        elif kind is not OpenClipEncoder:
+            raise InputError(f"an encoder of kind {recorded['kind']} is looked for nowhere else; build it and give the object")
         elif (folder := Path(given).expanduser()).is_dir() and not (folder / _MODEL).is_file():
             return _search(recorded, folder, options, needs)
         else:
@@ -62,6 +72,24 @@ def find_encoder(
         where = "where it was recorded" if given is None else f"as encoder={given}"
         raise InputError(f"{needs}, which could not be had {where} ({error}); give from_pretrained(..., encoder=...) {_HOW}") from error
     return _checked(recorded, found, needed_by)
+
+
+def build_encoder(kind: type, config: Mapping[str, Any], **options: Any) -> Encoder:
+    """An encoder of arguments that a file holds, and of some that the caller sets.
+
+    Raises:
+        InputError: they are none of its constructor's.
+    """
+    if lacking := [name for name in _NEEDED if not callable(getattr(kind, name, None))]:
+        raise InputError(f"an encoder must have {', '.join(_NEEDED)}, and {ENCODERS.name(kind)} has no {', '.join(lacking)}")
+    if unknown := set(options) - set(inspect.signature(kind).parameters):
+        raise InputError(f"an encoder of kind {ENCODERS.name(kind)} has no {' and no '.join(sorted(unknown))} to set")
+    try:
+        check_arguments(kind, config, "encoder.config")
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    encoder: Encoder = kind(**config, **options)
+    return encoder
 
 
 def _checked(recorded: Mapping[str, Any], encoder: Encoder, needed_by: str) -> Encoder:
