@@ -20,8 +20,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from scipy.stats import t
 
-from guardkit._hydra import CONF_DIR, default_cache_dir
-from guardkit.training import run
+from guardkit.runs.hydra import CONF_DIR, default_cache_dir
+from guardkit.runs.train import run
 
 ARMS = ("unpaired", "classic_aug", "null_edits", "shuffled_pairs", "pairs_aug", "pairs_plus", "zero_shot")
 FIGURES = {

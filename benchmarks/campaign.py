@@ -31,14 +31,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from guardkit import GuardClassifier, Policy
-from guardkit._hydra import CONF_DIR, default_cache_dir, user_error
 from guardkit.counterfactual.pair_dataset import read_pair_dataset
 from guardkit.data.sources.embeddings import EmbeddingsSource
 from guardkit.embedding_folder import read_embedding_folder
 from guardkit.images import read_image
+from guardkit.runs.hydra import CONF_DIR, default_cache_dir, user_error
+from guardkit.runs.sweep import run_sweep
+from guardkit.runs.train import embed_source, run, synthesize_source
 from guardkit.schema import ImageError
-from guardkit.sweeping import run_sweep
-from guardkit.training import embed_source, run, synthesize_source
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from tampering import survives, tampered

@@ -24,7 +24,6 @@ import torch
 from PIL import Image
 
 from guardkit import Policy
-from guardkit._hydra import CONF_DIR
 from guardkit.baselines.base import EmbeddingGuard
 from guardkit.data.sources.folder import FolderSource
 from guardkit.encoders.open_clip import OpenClipEncoder
@@ -33,6 +32,7 @@ from guardkit.evaluation.effectiveness import make_sheet, measure
 from guardkit.evaluation.report import Evaluation, write_report
 from guardkit.evaluation.scoring import Contender, embedding_stores, score
 from guardkit.images import read_image
+from guardkit.runs.hydra import CONF_DIR
 
 warnings.simplefilter("ignore")
 

@@ -22,9 +22,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from scipy.stats import t
 
-from guardkit._hydra import CONF_DIR, default_cache_dir
 from guardkit.artifacts import written
-from guardkit.training import run
+from guardkit.runs.hydra import CONF_DIR, default_cache_dir
+from guardkit.runs.train import run
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

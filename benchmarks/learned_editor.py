@@ -26,14 +26,14 @@ from PIL import Image, ImageDraw
 from scene_judge import FEATURES, N_UNSAFE, NOTHING, crop, index_of, load
 from verifier_quality import wilson
 
-from guardkit._hydra import CONF_DIR, default_cache_dir
 from guardkit.artifacts import written
 from guardkit.counterfactual.store import Try
 from guardkit.images import decode_png
+from guardkit.runs.hydra import CONF_DIR, default_cache_dir
+from guardkit.runs.train import build, run
 from guardkit.scenes.content import SceneContent
 from guardkit.scenes.world import Scene, ScenePool, find_region
 from guardkit.schema import Record
-from guardkit.training import build, run
 
 EXPERIMENTS = {
     "unpaired": ["experiment=unpaired"],

@@ -22,11 +22,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from guardkit._hydra import CONF_DIR, default_cache_dir
 from guardkit.heads import LinearHead
 from guardkit.losses import category_loss, decision_loss, pair_loss
+from guardkit.runs.hydra import CONF_DIR, default_cache_dir
+from guardkit.runs.train import build, run
 from guardkit.scenes.content import SceneContent
-from guardkit.training import build, run
 
 warnings.simplefilter("ignore")
 

@@ -17,12 +17,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from guardkit._hydra import CONF_DIR, default_cache_dir
 from guardkit.editors.base import EditRequest
+from guardkit.runs.hydra import CONF_DIR, default_cache_dir
+from guardkit.runs.train import Parts, build
 from guardkit.scenes.content import SceneContent
 from guardkit.scenes.world import ScenePool, find_region
 from guardkit.schema import Record
-from guardkit.training import Parts, build
 
 BATCHES = (1, 4, 16, 32)
 

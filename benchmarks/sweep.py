@@ -32,13 +32,13 @@ from joblib import Parallel, delayed
 from omegaconf import OmegaConf
 from sklearn.linear_model import LogisticRegression
 
-from guardkit._hydra import CONF_DIR, default_cache_dir
 from guardkit.efficiency.cells import Cell, Stock
 from guardkit.efficiency.engine import BatchedEngine, Objective
 from guardkit.efficiency.solver import Rows, fit_linear
 from guardkit.heads import LinearHead
-from guardkit.sweeping import LightningEngine, arms_of
-from guardkit.training import build
+from guardkit.runs.hydra import CONF_DIR, default_cache_dir
+from guardkit.runs.sweep import LightningEngine, arms_of
+from guardkit.runs.train import build
 
 CORES = 2
 TOLERANCE = 1e-6  # of the batched engine, as the sweep has it

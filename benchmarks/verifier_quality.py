@@ -16,15 +16,15 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from guardkit._hydra import CONF_DIR, default_cache_dir
 from guardkit.counterfactual.verifier import Candidate
 from guardkit.editors.base import EditRequest
 from guardkit.editors.inpaint import InpaintEditor
+from guardkit.runs.hydra import CONF_DIR, default_cache_dir
+from guardkit.runs.train import build
 from guardkit.scenes.content import SceneContent
 from guardkit.scenes.features import KINDS
 from guardkit.scenes.world import Scene, ScenePool, find_region
 from guardkit.schema import Record
-from guardkit.training import build
 
 
 def wilson(k: int, n: int) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from guardkit._hydra import main, output_dir, settings_of
+from guardkit.runs.hydra import main, output_dir, settings_of
 from guardkit.terminal import say
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from guardkit._hydra import main, output_dir
+from guardkit.runs.hydra import main, output_dir
 from guardkit.terminal import say
 
 
 @main("embed")
 def embed(cfg: DictConfig) -> None:
     """Writes an embedding folder and prints its counts."""
-    from guardkit.training import embed_source
+    from guardkit.runs.train import embed_source
 
     counts = embed_source(cfg, output_dir())
     say("\n".join(f"  {name:<9} {count}" for name, count in counts.items()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from guardkit._hydra import main, output_dir
+from guardkit.runs.hydra import main, output_dir
 from guardkit.terminal import say
 
 
@@ -12,7 +12,7 @@ from guardkit.terminal import say
 def evaluate(cfg: DictConfig) -> None:
     """Scores the source's test images, measures, and prints where the report is."""
     # heavy libraries are imported here, so that --help answers at once
-    from guardkit.evaluating import run
+    from guardkit.runs.evaluate import run
 
     report = run(cfg, output_dir())
     say(report.table)

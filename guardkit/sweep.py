@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
 
-from guardkit._hydra import main, output_dir
+from guardkit.runs.hydra import main, output_dir
 from guardkit.terminal import say
 
 
@@ -12,7 +12,7 @@ from guardkit.terminal import say
 def sweep(cfg: DictConfig) -> None:
     """Fits every arm at every label budget, and prints how many labels each needs."""
     # heavy libraries are imported here, so that --help answers at once
-    from guardkit.sweeping import run_sweep
+    from guardkit.runs.sweep import run_sweep
 
     report = run_sweep(cfg, OmegaConf.to_container(cfg, resolve=True), output_dir())
     say(report.table)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from omegaconf import DictConfig
 
-from guardkit._hydra import main, output_dir
+from guardkit.runs.hydra import main, output_dir
 from guardkit.schema import InputError
 from guardkit.terminal import say
 
@@ -14,7 +14,7 @@ from guardkit.terminal import say
 @main("synthesize")
 def synthesize(cfg: DictConfig) -> None:
     """Writes a pair dataset and prints its counts."""
-    from guardkit.training import synthesize_source
+    from guardkit.runs.train import synthesize_source
 
     manifest = synthesize_source(cfg, output_dir())
     names = ("given", "unreadable", "edited", "tries", "accepted", "yield_per_try", "yield_per_image")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
 
-from guardkit._hydra import main, output_dir
+from guardkit.runs.hydra import main, output_dir
 from guardkit.terminal import say
 
 
@@ -12,7 +12,7 @@ from guardkit.terminal import say
 def train(cfg: DictConfig) -> None:
     """Builds what the configuration names, trains, measures, and prints where the result is."""
     # heavy libraries are imported here, so that --help answers at once
-    from guardkit.training import run
+    from guardkit.runs.train import run
 
     settings = OmegaConf.to_container(cfg, resolve=True)
     report = run(cfg, settings, output_dir())

@@ -38,7 +38,7 @@ def compose():
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
 
-    from guardkit._hydra import CONF_DIR, default_cache_dir
+    from guardkit.runs.hydra import CONF_DIR, default_cache_dir
 
     OmegaConf.register_new_resolver("default_cache_dir", default_cache_dir, replace=True)
 
@@ -52,7 +52,7 @@ def compose():
 @pytest.fixture(scope="session")
 def train(compose, tmp_path_factory):
     """train("experiment=...", ...) -> Report of a small real run."""
-    from guardkit.training import run
+    from guardkit.runs.train import run
 
     def start(*overrides: str, folder: Path | None = None):
         cfg = compose("train", "source.n_train=120", "source.n_test=27", "data.n_unsafe=24", "trainer.max_epochs=60", *overrides)

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from guardkit import GuardClassifier
-from guardkit.contenders import build_contenders
 from guardkit.heads import LinearHead
 from guardkit.policy import Policy
+from guardkit.runs.contenders import build_contenders
 from guardkit.schema import InputError
 from guardkit.seen import SeenImages
 
@@ -94,7 +94,7 @@ def test_guards_of_several_policies_need_a_word(compose, guard, other_policy, sc
 
 
 def test_another_policy_is_said_in_the_report(compose, guard, other_policy, tmp_path):
-    from guardkit.evaluating import run
+    from guardkit.runs.evaluate import run
 
     folder = guard("own", other_policy)
     cfg = compose("evaluate", f"guard={folder}", "policy=scenes", "source.n_test=9", "n_resamples=100")

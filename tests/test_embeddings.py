@@ -274,7 +274,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path, scenes_policy, vectors, l
 
 
 def test_embeddings_of_another_encoder_are_not_trained_on(compose, tmp_path):
-    from guardkit.training import run
+    from guardkit.runs.train import run
 
     write_embedding_folder(records(), EmbeddingStore(CountingEncoder(), None), tmp_path / "emb")
     manifest = json.loads((tmp_path / "emb/manifest.json").read_text())

@@ -443,7 +443,7 @@ def test_a_source_without_test_images_gives_those_that_training_holds_out(scenes
 @pytest.fixture(scope="module")
 def report(train, compose, tmp_path_factory):
     """A small real evaluation: a guard twice, two baselines, attacks of a few steps."""
-    from guardkit.evaluating import run
+    from guardkit.runs.evaluate import run
 
     guard = train("experiment=pairs_aug").folder / "guard"
     folder = tmp_path_factory.mktemp("evaluate")
@@ -601,14 +601,14 @@ def test_the_page_in_a_browser(report, tmp_path, width):
     ],
 )
 def test_wrong_values_are_named(compose, tmp_path, overrides, message):
-    from guardkit.evaluating import run
+    from guardkit.runs.evaluate import run
 
     with pytest.raises(InputError, match=message):
         run(compose("evaluate", "source.n_test=2", *overrides), tmp_path)
 
 
 def test_a_damaged_guard_is_refused(report, train, compose, tmp_path):
-    from guardkit.evaluating import run
+    from guardkit.runs.evaluate import run
 
     folder = tmp_path / "guard"
     shutil.copytree(train("experiment=unpaired").folder / "guard", folder)
@@ -618,7 +618,7 @@ def test_a_damaged_guard_is_refused(report, train, compose, tmp_path):
 
 
 def test_no_image_of_the_benchmark_can_be_read(compose, tmp_path):
-    from guardkit.evaluating import run
+    from guardkit.runs.evaluate import run
 
     for name in ("safe/a.png", "unsafe/b.png"):
         (tmp_path / "images" / name).parent.mkdir(parents=True)

@@ -110,9 +110,9 @@ def test_one_process_and_one_thread_at_a_time(tmp_path):
 @pytest.mark.parametrize("command", ["train", "embed", "synthesize", "sweep", "evaluate", "app"])
 def test_a_folder_of_another_command_is_refused_before_the_long_part(compose, tmp_path, monkeypatch, command):
     from guardkit.app import app
-    from guardkit.evaluating import run as evaluate
-    from guardkit.sweeping import run_sweep
-    from guardkit.training import embed_source, run, synthesize_source
+    from guardkit.runs.evaluate import run as evaluate
+    from guardkit.runs.sweep import run_sweep
+    from guardkit.runs.train import embed_source, run, synthesize_source
 
     def long(*args, **kwargs):
         raise AssertionError("the long part has begun")
@@ -159,7 +159,7 @@ def test_a_training_that_fails_late_leaves_no_older_figures(train, tmp_path, mon
     def full(path, measured):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("guardkit.training.write_predictions", full)
+    monkeypatch.setattr("guardkit.runs.train.write_predictions", full)
     with pytest.raises(OSError, match="No space left"):
         train("experiment=unpaired", "trainer.max_epochs=5", "seed=5", folder=tmp_path)
     assert (tmp_path / "guard").exists()

@@ -65,7 +65,7 @@ def as_parquet(place, _, folder):
 
 
 def as_embeddings(place, compose, folder):
-    from guardkit.training import embed_source
+    from guardkit.runs.train import embed_source
 
     embed_source(compose("embed", "source=folder", f"source.root={place}"), folder)
     return ["source=embeddings", f"source.root={folder}"]
@@ -83,7 +83,7 @@ def named(form, place, ids):
 @pytest.fixture(scope="module")
 def trained(album, compose, tmp_path_factory):
     """trained(form) -> the guard's folder and the files it was tested on, from the smaller album."""
-    from guardkit.training import run
+    from guardkit.runs.train import run
 
     known = {}
 
@@ -117,7 +117,7 @@ def trained(album, compose, tmp_path_factory):
 )
 def test_no_training_image_is_tested(trained, album, compose, tmp_path, learned, tested, split):
     """The album grew by twelve pictures, which changes who is held out, and so does another seed."""
-    from guardkit.evaluating import run
+    from guardkit.runs.evaluate import run
 
     guard, held_out = trained(learned)
     before = {path.relative_to(album / "before").as_posix() for path in (album / "before").rglob("*.png")}
@@ -145,7 +145,7 @@ def test_no_training_image_is_tested(trained, album, compose, tmp_path, learned,
 
 
 def test_the_split_of_the_training_loses_nothing(trained, album, compose, tmp_path):
-    from guardkit.evaluating import run
+    from guardkit.runs.evaluate import run
 
     guard, held_out = trained("folder")
     source = as_folder(album / "before", compose, None)
@@ -157,7 +157,7 @@ def test_the_split_of_the_training_loses_nothing(trained, album, compose, tmp_pa
 
 def test_training_images_saved_anew_as_jpeg_are_found(trained, album, compose, tmp_path):
     """No byte and few pixels are the same: the hash of what is seen finds them."""
-    from guardkit.evaluating import run
+    from guardkit.runs.evaluate import run
 
     guard, held_out = trained("folder")
     for path in (album / "before").rglob("*.png"):
@@ -172,7 +172,7 @@ def test_training_images_saved_anew_as_jpeg_are_found(trained, album, compose, t
 
 
 def test_nothing_left_is_one_line(trained, album, compose, tmp_path):
-    from guardkit.evaluating import run
+    from guardkit.runs.evaluate import run
 
     guard, held_out = trained("folder")
     shutil.copytree(album / "before", tmp_path / "data")
@@ -187,7 +187,7 @@ def test_nothing_left_is_one_line(trained, album, compose, tmp_path):
 
 def test_a_guard_without_a_list_says_that_nobody_knows(trained, album, compose, tmp_path):
     from guardkit import GuardClassifier
-    from guardkit.evaluating import run
+    from guardkit.runs.evaluate import run
 
     guard = GuardClassifier.from_pretrained(trained("folder")[0])
     guard.training_images = None
@@ -214,8 +214,8 @@ def test_the_list_names_every_labelled_image_once(trained, album):
 
 
 def test_images_seen_without_labels_are_counted_and_tested_on(album, compose, tmp_path):
-    from guardkit.evaluating import run
-    from guardkit.training import run as train
+    from guardkit.runs.evaluate import run
+    from guardkit.runs.train import run as train
 
     source = as_folder(album / "before", compose, None)
     settings = ["experiment=unpaired", "head=linear_whitened", "data.n_unsafe=5", "trainer.max_epochs=2", "data.split_seed=3"]

@@ -23,7 +23,7 @@ categories:
 
 
 def test_class_folders_and_policy_file(compose, tmp_path):
-    from guardkit.training import run
+    from guardkit.runs.train import run
 
     for number, (folder, dark) in enumerate([("automobile", True), ("truck", True), ("bird", False), ("ship", False)]):
         (tmp_path / "data" / folder).mkdir(parents=True)
@@ -46,7 +46,7 @@ def test_class_folders_and_policy_file(compose, tmp_path):
 
 
 def test_a_broken_policy_file_is_named(compose, tmp_path):
-    from guardkit.training import run
+    from guardkit.runs.train import run
 
     (tmp_path / "policy.yaml").write_text(POLICY.replace("definition", "defintion"))
     with pytest.raises(InputError, match=r"policy.yaml: .*categories\[0\].*defintion"):

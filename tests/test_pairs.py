@@ -214,7 +214,7 @@ def test_a_plain_folder_of_edited_images(scenes_policy, tmp_path):
 
 def test_training_from_a_dataset(compose, scenes_policy, tmp_path):
     from guardkit.editors.scenes import ScenesEditor
-    from guardkit.training import run
+    from guardkit.runs.train import run
 
     write_pair_dataset([unsafe_scene(i) for i in range(40)], pipeline(scenes_policy, ScenesEditor()), tmp_path / "d", made_from={})
     settings = ["source=pairs", f"source.root={tmp_path / 'd'}", "editor=none", "data.n_unsafe=24", "trainer.max_epochs=20"]
@@ -226,7 +226,7 @@ def test_training_from_a_dataset(compose, scenes_policy, tmp_path):
 
 
 def test_synthesize_refuses_to_make_real_images_unsafe(compose, tmp_path):
-    from guardkit.training import synthesize_source
+    from guardkit.runs.train import synthesize_source
 
     for label in ("safe", "hate"):
         (tmp_path / "photos" / label).mkdir(parents=True)

@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 from conftest import picture
 
-from guardkit._hydra import user_error
 from guardkit.encoders.base import cut_texts
 from guardkit.heads import LinearHead, PromptHead
 from guardkit.module import Diverged
 from guardkit.policy import Policy
+from guardkit.runs.hydra import user_error
 from guardkit.schema import InputError, Record
 
 # --- training that diverges -------------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def sweep_of(compose, *settings):
 
 @pytest.mark.parametrize("engine", ["batched", "lightning"])
 def test_cells_that_diverge_are_left_out_with_the_reason(compose, tmp_path, engine):
-    from guardkit.sweeping import run_sweep
+    from guardkit.runs.sweep import run_sweep
 
     cfg = sweep_of(compose, f"sweep.engine={engine}", "sweep.heads=[linear,mlp]", "optimizer.lr=1e30")
     summary = run_sweep(cfg, {}, tmp_path).summary
@@ -182,7 +182,7 @@ def test_whitening_on_few_images_is_marked(train):
     ],
 )
 def test_an_arm_whose_every_edit_will_be_refused_says_so_first(compose, classes, tmp_path, monkeypatch, settings, reason):
-    from guardkit.training import run
+    from guardkit.runs.train import run
 
     # weights that nobody has here are found
     monkeypatch.setattr("guardkit.editors.diffusers.DiffusersEditor.config", {}, raising=False)
@@ -195,7 +195,7 @@ def test_an_arm_whose_every_edit_will_be_refused_says_so_first(compose, classes,
 
 @pytest.mark.usefixtures("nothing_long")
 def test_synthesize_whose_every_edit_will_be_refused_says_so_first(compose, classes, tmp_path):
-    from guardkit.training import synthesize_source
+    from guardkit.runs.train import synthesize_source
 
     with pytest.raises(InputError, match=r"none of the 16 images of source=folder can be edited \(16 x no region: editor=inpaint"):
         synthesize_source(
@@ -274,8 +274,8 @@ def test_a_dataset_without_a_pair_is_no_success(compose, tmp_path, monkeypatch, 
 )
 @pytest.mark.parametrize("command", ["train", "sweep"])
 def test_settings_that_cannot_work_are_said_before_any_image_is_read(compose, tmp_path, monkeypatch, command, settings, message):
-    from guardkit.sweeping import run_sweep
-    from guardkit.training import run
+    from guardkit.runs.sweep import run_sweep
+    from guardkit.runs.train import run
 
     monkeypatch.setattr("guardkit.data.sources.scenes.ScenesSource.load", forbidden)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -300,7 +300,7 @@ def test_settings_that_cannot_work_are_said_before_any_image_is_read(compose, tm
     ],
 )
 def test_a_sweep_says_which_settings_are_lists(compose, tmp_path, setting, message):
-    from guardkit.sweeping import run_sweep
+    from guardkit.runs.sweep import run_sweep
 
     with pytest.raises(InputError, match=message):
         run_sweep(compose("sweep", setting), {}, tmp_path)
@@ -308,7 +308,7 @@ def test_a_sweep_says_which_settings_are_lists(compose, tmp_path, setting, messa
 
 @pytest.mark.parametrize("settings", [["head=prompt"], ["head=linear_texts"], ["verifier=encoder"], ["experiment=zero_shot"]])
 def test_an_encoder_without_texts_is_said_before_any_image_is_read(compose, tmp_path, monkeypatch, settings):
-    from guardkit.training import run
+    from guardkit.runs.train import run
 
     def no_texts(self, texts):
         raise InputError(f"this encoder encodes no texts ({len(texts)} given)")
@@ -322,7 +322,7 @@ def test_an_encoder_without_texts_is_said_before_any_image_is_read(compose, tmp_
 def test_a_head_that_was_tried_changes_no_figure(compose, scenes_encoder, scenes_policy):
     import torch
 
-    from guardkit.preflight import check_parts
+    from guardkit.runs.preflight import check_parts
 
     torch.manual_seed(3)
     check_parts(scenes_encoder, None, scenes_policy, [compose("train", "head=mlp").head])
@@ -335,7 +335,7 @@ def test_a_head_that_was_tried_changes_no_figure(compose, scenes_encoder, scenes
 
 
 def test_a_sweep_on_few_images_says_it_in_sentences(compose, tmp_path, caplog):
-    from guardkit.sweeping import run_sweep
+    from guardkit.runs.sweep import run_sweep
 
     arms = "sweep.arms=[unpaired,pairs_aug,shuffled_pairs]"
     cfg = compose(
@@ -354,7 +354,7 @@ def test_a_sweep_on_few_images_says_it_in_sentences(compose, tmp_path, caplog):
 
 
 def test_a_sweep_of_which_nothing_is_left_is_an_error(compose, tmp_path):
-    from guardkit.sweeping import run_sweep
+    from guardkit.runs.sweep import run_sweep
 
     with pytest.raises(InputError, match="no cell of the sweep can be fitted: more unsafe images are needed than the 60"):
         run_sweep(sweep_of(compose, "sweep.sizes=[64]"), {}, tmp_path / "a")

@@ -315,7 +315,7 @@ def test_paths_that_repeat_across_parts_are_different_images_unless_their_vector
 
 @pytest.mark.parametrize("layout", ["flat", "some", "hub"])
 def test_images_without_labels_are_embedded_and_not_trained_on(compose, policy, tmp_path, caplog, root, layout):
-    from guardkit.training import embed_source
+    from guardkit.runs.train import embed_source
 
     settings = ["source=folder", f"source.root={root}", "policy=handled_objects"]
     if layout == "some":
@@ -343,7 +343,7 @@ def test_images_without_labels_are_embedded_and_not_trained_on(compose, policy, 
 
 
 def test_training_counts_what_it_could_not_use(compose, tmp_path, root):
-    from guardkit.training import run
+    from guardkit.runs.train import run
 
     for i in range(6, 30):
         picture(i).save(root / f"g{i}.png")
@@ -365,7 +365,7 @@ def test_training_counts_what_it_could_not_use(compose, tmp_path, root):
 
 
 def test_a_source_without_labels_says_why_it_cannot_be_trained_on(compose, tmp_path, root):
-    from guardkit.training import run
+    from guardkit.runs.train import run
 
     settings = ["source=folder", f"source.root={root}", "policy=handled_objects", "editor=none"]
     with pytest.raises(InputError, match=r"leaves 0 unsafe image.*6 of 6 inputs were rejected, the first is g0.png: no label"):

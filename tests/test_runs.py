@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from guardkit._errors import user_error
-from guardkit._overrides import job_name, mended, quoted
+from guardkit.runs.errors import user_error
+from guardkit.runs.overrides import job_name, mended, quoted
 from guardkit.schema import ImageError, InputError
 from guardkit.terminal import LineFormatter, one_line
 
@@ -187,9 +187,9 @@ def test_a_terminal_that_lacks_characters_ends_nothing(tmp_path):
 
 BUSY = """
 import signal, sys, threading, time
-from guardkit._hydra import main
-from guardkit._signals import GRACE_S
-import guardkit._signals as signals
+from guardkit.runs.hydra import main
+from guardkit.runs.signals import GRACE_S
+import guardkit.runs.signals as signals
 signals.GRACE_S = 1.0
 
 @main("app")
@@ -227,9 +227,7 @@ def test_a_signal_ends_a_command_whatever_its_threads_do(tmp_path, number, final
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path):
-    code = (
-        "import signal\nfrom guardkit._signals import stoppable\nwith stoppable(): print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
-    )
+    code = "import signal\nfrom guardkit.runs.signals import stoppable\nwith stoppable(): print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a child inherits
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -239,7 +237,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
 
 
 def test_without_a_home_directory(tmp_path, monkeypatch):
-    from guardkit._hydra import default_cache_dir
+    from guardkit.runs.hydra import default_cache_dir
 
     for name in ("HOME", "GUARDKIT_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)

@@ -10,8 +10,8 @@ from conftest import ROOT
 from test_editors_pipeline import unsafe_scene
 
 from guardkit.artifacts import shipped
+from guardkit.runs.train import build
 from guardkit.scenes.world import find_region
-from guardkit.training import build
 
 # diffusers' schedulers hand torch tensors to NumPy, which torch does not yet support as NumPy 2 wants it
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
@@ -53,7 +53,7 @@ def test_most_edits_of_unseen_scenes_pass_the_verifier(compose, tmp_path):
 
 @pytest.mark.slow
 def test_a_guard_trains_on_its_edits(compose, tmp_path):
-    from guardkit.training import run
+    from guardkit.runs.train import run
 
     overrides = ["experiment=pairs_aug", "editor=scenes_edit", "verifier=encoder", "edit_max_tries=2", f"cache_dir={tmp_path}"]
     small = ["data.n_unsafe=16", "source.n_train=60", "source.n_test=30", "trainer.max_epochs=30"]

@@ -15,13 +15,13 @@ import pytest
 from conftest import ROOT, strict_json
 
 from guardkit import stats
-from guardkit._hydra import user_error
 from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import Arm, Cell, CellError, Stock
 from guardkit.efficiency.curves import Curve, Scores, Yardstick, compare, samples_to_target
 from guardkit.efficiency.engine import BatchedEngine, FittedCell, Objective, chosen
 from guardkit.efficiency.results import CellStore, CellTable, FinishedCell, opened, run_cells
 from guardkit.heads import LinearHead
+from guardkit.runs.hydra import user_error
 from guardkit.schema import InputError, Record
 
 ARMS = (
@@ -395,7 +395,7 @@ LISTED = ("unpaired", "pairs_aug", "pairs_plus", "shuffled_pairs", "null_edits",
 
 @pytest.fixture
 def sweep(compose, tmp_path):
-    from guardkit.sweeping import run_sweep
+    from guardkit.runs.sweep import run_sweep
 
     def start(*overrides, folder=None):
         return run_sweep(compose("sweep", *SMALL, *overrides), {"some": "settings"}, folder or tmp_path / "sweep")
@@ -523,11 +523,11 @@ def test_wrong_values_get_one_readable_line(sweep, overrides, message):
 
 
 def test_a_metric_that_the_test_set_does_not_have(sweep, compose, tmp_path):
-    from guardkit.training import embed_source
+    from guardkit.runs.train import embed_source
 
     embed_source(compose("embed", "source.n_train=40", "source.n_test=18"), tmp_path / "emb")
     stored = ["source=embeddings", f"source.root={tmp_path / 'emb'}", "~source.n_train", "~source.n_test"]
-    from guardkit.sweeping import run_sweep
+    from guardkit.runs.sweep import run_sweep
 
     def start(*more):
         settings = [one for one in SMALL if not one.startswith("source.")]

@@ -17,13 +17,13 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from guardkit._hydra import make
 from guardkit.checks import check_choice, check_flag, check_whole
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
 from guardkit.encoders.base import Encoder
 from guardkit.metrics import operating_points
 from guardkit.module import check_loss, choose_threshold, quiet_lightning
 from guardkit.policy import Policy
+from guardkit.runs.hydra import make
 from guardkit.schema import InputError, shortened
 
 

@@ -16,13 +16,13 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from guardkit._hydra import compose_group, make, policy
 from guardkit.artifacts import fingerprint, read_json
 from guardkit.checks import is_list
 from guardkit.classifier import GuardClassifier
 from guardkit.encoders.base import Encoder
 from guardkit.evaluation.scoring import Contender
 from guardkit.policy import Policy
+from guardkit.runs.hydra import compose_group, make, policy
 from guardkit.schema import Guard, InputError
 
 _DEFAULT_POLICY = "scenes"

@@ -26,11 +26,11 @@ from guardkit.efficiency.results import opened, run_cells
 from guardkit.efficiency.stacked import Schedule
 from guardkit.folders import refuse_others
 from guardkit.heads import Head, LinearHead
-from guardkit.loggers import logger_of
 from guardkit.module import Diverged, check_loss, quiet_lightning
-from guardkit.preflight import check_parts, check_settings
+from guardkit.runs.loggers import logger_of
+from guardkit.runs.preflight import check_parts, check_settings
+from guardkit.runs.train import Parts, build, build_head, fit_guard, rebuild_data
 from guardkit.schema import InputError
-from guardkit.training import Parts, build, build_head, fit_guard, rebuild_data
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from guardkit._hydra import cache_dir, make, settings_of
 from guardkit.checks import check_number, check_whole
-from guardkit.contenders import build_contenders
 from guardkit.evaluation.benchmark import read_benchmark
 from guardkit.evaluation.effectiveness import Sheet, covered_rows, make_sheet, measure
 from guardkit.evaluation.held_out import leave_out_seen, sentences
@@ -24,6 +22,8 @@ from guardkit.evaluation.report import Evaluation, short_table, write_report
 from guardkit.evaluation.robustness import RobustnessSettings, measure_robustness, write_robustness
 from guardkit.evaluation.scoring import Contender, LazyImages, embedding_stores, score
 from guardkit.folders import claim, refuse_others
+from guardkit.runs.contenders import build_contenders
+from guardkit.runs.hydra import cache_dir, make, settings_of
 from guardkit.schema import InputError
 
 log = logging.getLogger(__name__)

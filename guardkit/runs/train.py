@@ -14,7 +14,6 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from guardkit._hydra import cache_dir, make, policy, settings_of
 from guardkit.artifacts import write_json
 from guardkit.checks import check_choice, check_whole
 from guardkit.counterfactual.pair_dataset import write_pair_dataset
@@ -30,10 +29,11 @@ from guardkit.encoders.base import Encoder
 from guardkit.evaluation.training_report import measure, summary_table, write_pictures, write_predictions
 from guardkit.folders import claim, refuse_others
 from guardkit.heads import Head
-from guardkit.loggers import logger_of
 from guardkit.module import DEFAULT_THRESHOLD, EpochProgress, Fitted, GuardModule, fit, quiet_lightning
 from guardkit.policy import Policy
-from guardkit.preflight import check_parts, check_settings
+from guardkit.runs.hydra import cache_dir, make, policy, settings_of
+from guardkit.runs.loggers import logger_of
+from guardkit.runs.preflight import check_parts, check_settings
 from guardkit.schema import InputError
 
 log = logging.getLogger(__name__)

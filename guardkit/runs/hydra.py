@@ -24,18 +24,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from guardkit import __version__
-from guardkit._errors import user_error
-from guardkit._overrides import job_name, mended
-from guardkit._signals import end_stopped, stoppable, was_stopped
 from guardkit.artifacts import fingerprint, write_json, written
 from guardkit.folders import FINISHED, LOCK, UNFINISHED, locked, read_mark
+from guardkit.runs.errors import user_error
+from guardkit.runs.overrides import job_name, mended
+from guardkit.runs.signals import end_stopped, stoppable, was_stopped
 from guardkit.schema import InputError
 from guardkit.terminal import complain, forgiving_streams, one_line, say
 
 if TYPE_CHECKING:
     from guardkit.policy import Policy
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 # a wheel carries the configuration inside the package, a checkout beside it
 CONF_DIR = next(path for path in (_PACKAGE / "_conf", _PACKAGE.parent / "conf") if path.is_dir())
 

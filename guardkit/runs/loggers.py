@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from guardkit._hydra import make
+from guardkit.runs.hydra import make
 
 
 @contextmanager
