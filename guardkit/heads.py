@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from guardkit.checks import check_number, check_whole
+from guardkit.encoders.base import Encoder, require_texts
 from guardkit.kinds import Kinds
 from guardkit.policy import Policy
 from guardkit.schema import InputError, shortened
@@ -23,17 +24,6 @@ from guardkit.schema import InputError, shortened
 _SAME_TEXT = 1e-6  # of the cosine, which rounding may keep below 1
 
 HEADS = Kinds("head", {"linear": "guardkit.heads:LinearHead", "mlp": "guardkit.heads:MLPHead", "prompt": "guardkit.heads:PromptHead"})
-
-
-class EncodesTexts(Protocol):
-    """What a head needs to know of an encoder."""
-
-    @property
-    def dim(self) -> int: ...
-
-    def encode_texts(self, texts: list[str]) -> np.ndarray:
-        """(n, d) float32 unit vectors."""
-        ...
 
 
 class KnowsImages(Protocol):
@@ -86,12 +76,12 @@ class LinearHead(Head):
         nn.init.zeros_(self.linear.bias)
 
     @classmethod
-    def build(cls, encoder: EncodesTexts, policy: Policy) -> LinearHead:
+    def build(cls, encoder: Encoder, policy: Policy) -> LinearHead:
         """A new head for this encoder and policy."""
         return cls(encoder.dim, len(policy.categories))
 
     @classmethod
-    def whitened(cls, encoder: EncodesTexts, policy: Policy, *, n_images: int = 2048, shrinkage: float = 0.003) -> LinearHead:
+    def whitened(cls, encoder: Encoder, policy: Policy, *, n_images: int = 2048, shrinkage: float = 0.003) -> LinearHead:
         """A head that sees embeddings in which images without labels vary alike in all directions.
 
         What scenes have in common with each other, and not with safety, takes up most of the variance of embeddings, and
@@ -111,7 +101,7 @@ class LinearHead(Head):
         return head
 
     @classmethod
-    def from_texts(cls, encoder: EncodesTexts, policy: Policy, *, scale: float = 30.0, shrinkage: float = 1e-3) -> LinearHead:
+    def from_texts(cls, encoder: Encoder, policy: Policy, *, scale: float = 30.0, shrinkage: float = 1e-3) -> LinearHead:
         """A head that starts as the linear classifier of the policy's own texts, unsafe against safe ones.
 
         The start is Fisher's linear discriminant of the encoded texts: the difference of the means of both sides, whitened
@@ -124,13 +114,16 @@ class LinearHead(Head):
             policy: has them.
             scale: mean difference between the logits of unsafe and safe texts.
             shrinkage: how much of the mean variance is added to every direction's, above 0.
+        Raises:
+            InputError: the encoder has no texts, or the same vector for a safe and an unsafe one.
         """
         check_number("head.scale", scale, "(0, inf)")
         check_number("head.shrinkage", shrinkage, "(0, inf)")
+        reader = require_texts(encoder, needed_by="head=linear_texts", instead="head=linear")
         head = cls.build(encoder, policy)
         safe = [*policy.safe_texts, *(text for category in policy.categories for text in category.safe_texts)]
         unsafe = [text for category in policy.categories for text in category.unsafe_texts]
-        encoded = encoder.encode_texts([*safe, *unsafe])
+        encoded = reader.encode_texts([*safe, *unsafe])
         _check_sides(safe, encoded[: len(safe)], unsafe, encoded[len(safe) :])
         vectors = head.features(torch.from_numpy(encoded.astype(np.float64))).numpy()
         there, elsewhere = vectors[len(safe) :], vectors[: len(safe)]
@@ -180,7 +173,7 @@ class MLPHead(Head):
         self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 1 + n_categories))
 
     @classmethod
-    def build(cls, encoder: EncodesTexts, policy: Policy, *, hidden: int = 256, dropout: float = 0.1) -> MLPHead:
+    def build(cls, encoder: Encoder, policy: Policy, *, hidden: int = 256, dropout: float = 0.1) -> MLPHead:
         """A new head for this encoder and policy."""
         return cls(encoder.dim, len(policy.categories), hidden=hidden, dropout=dropout)
 
@@ -215,8 +208,9 @@ class PromptHead(Head):
         self.register_buffer("members", torch.zeros(2 + n_categories, n_prompts, dtype=torch.bool))
 
     @classmethod
-    def build(cls, encoder: EncodesTexts, policy: Policy, *, scale: float = 30.0) -> PromptHead:
-        """A head whose vectors are the policy's texts, encoded."""
+    def build(cls, encoder: Encoder, policy: Policy, *, scale: float = 30.0) -> PromptHead:
+        """A head whose vectors are the policy's texts, encoded. Raises InputError for an encoder without texts."""
+        reader = require_texts(encoder, needed_by="head=prompt", instead="head=linear")
         k = len(policy.categories)
         texts: list[str] = list(policy.safe_texts)
         rows: list[int] = [1] * len(texts)  # row 0: all unsafe texts; row 1: all safe ones; row 2 + i: category i's unsafe ones
@@ -224,7 +218,7 @@ class PromptHead(Head):
             texts += [*category.unsafe_texts, *category.safe_texts]
             rows += [2 + i] * len(category.unsafe_texts) + [1] * len(category.safe_texts)
         head = cls(encoder.dim, k, n_prompts=len(texts), scale=scale)
-        encoded = encoder.encode_texts(texts)
+        encoded = reader.encode_texts(texts)
         sides = [[i for i, row in enumerate(rows) if (row >= 2) == is_unsafe] for is_unsafe in (False, True)]
         safe, unsafe = ([texts[i] for i in side] for side in sides)
         _check_sides(safe, encoded[sides[0]], unsafe, encoded[sides[1]])

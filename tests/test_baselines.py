@@ -592,8 +592,8 @@ def test_the_checkers_encoder_keeps_the_promises_of_encoders(policy, checker, tm
         assert (differentiable.detach().numpy()[0] @ vector) > 0.995
         guard.logits(differentiable).sum().backward()
         assert pixels.grad.abs().max() > 0
-    with pytest.raises(InputError, match="encodes no texts"):
-        encoder.encode_texts(["a cat"])
+    with pytest.raises(InputError, match="head=prompt needs an encoder that reads texts, and .* does not"):
+        PromptHead.build(encoder, policy)
 
 
 def test_incomplete_or_pickled_checkers_are_refused(policy, checker, tmp_path):

@@ -28,6 +28,7 @@ ALLOWED = {
     ("vlm", "images"),  # images travel as PNG
     ("inputs", "images"),  # whatever it is, the reader reads it
     ("classifier", "guard_folder"), ("guard_folder", "guard_config"),  # a guard on disk
+    ("heads", "encoders"),  # a head may start from texts, which not every encoder reads
     ("editors", "scenes"),  # the exact editor belongs to the world it edits
     ("counterfactual", "embeddings"),  # a verifier shares the embeddings of the training
     ("embedding_folder", "embeddings"),  # a folder is filled through the store

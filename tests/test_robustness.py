@@ -65,8 +65,8 @@ class TinyEncoder:
     def encode_images(self, images, *, fixed_batch=False, normalize=True):
         return self.encode_preprocessed([self.preprocess(image) for image in images], fixed_batch=fixed_batch, normalize=normalize)
 
-    def encode_pixels(self, pixels, *, normalize=True):
-        return self._encode(prepare_pixels(pixels, self.preprocessing), normalize)
+    def encode_pixels(self, pixels, *, normalize=True, prepared=False):
+        return self._encode(prepare_pixels(pixels, self.preprocessing, prepared=prepared), normalize)
 
 
 @dataclasses.dataclass

@@ -133,17 +133,9 @@ class SafetyCheckerEncoder:
             lambda batch: self._encode(batch, normalize), images, batch_size=self.batch_size, dim=self.dim, fixed_batch=fixed_batch
         )
 
-    def encode_pixels(self, pixels: Tensor, *, normalize: bool = True) -> Tensor:
-        """(n, 3, h, w) float in [0, 1] -> (n, d), differentiable with respect to the pixels."""
-        return self._encode(prepare_pixels(pixels.float(), self.preprocessing, crop_rounds_down=True), normalize)
-
-    def encode_texts(self, texts: list[str]) -> np.ndarray:
-        """There is no text encoder.
-
-        Raises:
-            InputError: always.
-        """
-        raise InputError(f"{self.name} encodes no texts ({len(texts)} given); choose another encoder for them")
+    def encode_pixels(self, pixels: Tensor, *, normalize: bool = True, prepared: bool = False) -> Tensor:
+        """(n, 3, h, w) float in [0, 1] -> (n, d), differentiable with respect to the pixels; see `Differentiable`."""
+        return self._encode(prepare_pixels(pixels.float(), self.preprocessing, prepared=prepared, crop_rounds_down=True), normalize)
 
     def _encode(self, standardised: Tensor, normalize: bool) -> Tensor:
         pooled = self.checker.vision_model(standardised.to(self.checker.device))[1]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from guardkit.baselines.base import EmbeddingGuard, covered
-from guardkit.encoders.base import Encoder
+from guardkit.encoders.base import Encoder, require_texts
 from guardkit.heads import Head, PromptHead
 from guardkit.policy import Policy
 
@@ -38,5 +38,6 @@ def zero_shot(
         scale: of the cosine before the softmax; CLIP's own is 100.
         threshold: flag when score >= threshold.
     """
+    require_texts(encoder, needed_by="baseline zero_shot", instead="another baseline")
     head = _Decision(PromptHead.build(encoder, policy, scale=scale))
     return EmbeddingGuard("zero_shot", head, encoder, dim=encoder.dim, covers=covered("zero_shot", covers, policy), threshold=threshold)

@@ -16,7 +16,7 @@ from guardkit.checks import check_number
 from guardkit.counterfactual.preservation import preservation
 from guardkit.counterfactual.verifier import Candidate, Verdict
 from guardkit.embeddings import EmbeddingStore
-from guardkit.encoders.base import Encoder
+from guardkit.encoders.base import Encoder, EncodesTexts, require_texts
 from guardkit.heads import PromptHead
 from guardkit.policy import Policy
 from guardkit.schema import InputError
@@ -119,8 +119,12 @@ class ScoreVerifier:
         """
         head: list[PromptHead] = []
 
+        def reader() -> EncodesTexts:
+            return require_texts(store.encoder, needed_by="verifier=encoder", instead="verifier=vlm, verifier=guard")
+
         def text_head() -> PromptHead:
             if not head:  # the encoder is built when it is first needed
+                reader()
                 head.append(PromptHead.build(store.encoder, policy, scale=scale))
             return head[0]
 
@@ -135,7 +139,7 @@ class ScoreVerifier:
 
         def described(texts: Sequence[str]) -> np.ndarray:
             new = [text for text in dict.fromkeys(texts) if text not in words]
-            words.update(zip(new, store.encoder.encode_texts(new), strict=True) if new else ())
+            words.update(zip(new, reader().encode_texts(new), strict=True) if new else ())
             return np.array([words[text] for text in texts])
 
         def arrival(candidates: Sequence[Candidate], before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -1,24 +1,27 @@
-"""What an encoder is: frozen, images and texts to vectors of one space; and what all encoders do alike."""
+"""What an encoder is: frozen, images to unit vectors; what some can do beside that; and what all do alike."""
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from guardkit.schema import InputError
+from guardkit.schema import InputError, shortened
 
 if TYPE_CHECKING:
     import torch
+log = logging.getLogger(__name__)
 
 # At other batch sizes (5, 6, 7, 9, ...; which ones depends on the number of threads) the CPU's matrix product rounds the
 # last rows differently, so that a vector depends on its place in the batch; multiples of 4 were never seen to.
 _FIXED_MULTIPLE = 8
 _PREPROCESS_FIELDS = ("size", "mean", "std", "interpolation", "resize_mode")
+_N_SHOWN = 3  # texts in a warning
 _INTERPOLATIONS, _RESIZE_MODES = ("bicubic", "bilinear"), ("shortest", "longest", "squash")
 
 
@@ -33,7 +36,7 @@ os.register_at_fork(after_in_child=_one_thread)
 
 
 class Encoder(Protocol):
-    """A frozen image and text encoder.
+    """A frozen encoder of images. Some also encode texts (`EncodesTexts`) or have gradients (`Differentiable`).
 
     Images become unit vectors, or with `normalize=False` vectors as the model gives them: some published heads were
     trained on these. A unit vector is such a vector divided by its length.
@@ -43,7 +46,8 @@ class Encoder(Protocol):
         dim: d, width of the embeddings.
         fingerprint: a hash over weights, architecture and preprocessing, 64 hex digits.
         config: constructor arguments that build it again, in plain JSON types.
-        preprocessing: size, mean, std, interpolation and resize mode.
+        preprocessing: what `preprocess` does, in plain JSON types: size (height and width that the model sees), mean and std
+            (of red, green and blue in [0, 1]), interpolation, resize_mode, and whatever else changes a bit.
         batch_size: images encoded at once.
     """
 
@@ -81,13 +85,46 @@ class Encoder(Protocol):
         """
         ...
 
-    def encode_pixels(self, pixels: torch.Tensor, *, normalize: bool = True) -> torch.Tensor:
-        """(n, 3, h, w) float in [0, 1] -> (n, d), differentiable with respect to the pixels."""
-        ...
+
+class EncodesTexts(Protocol):
+    """An encoder whose texts and images are vectors of one space. One without texts has no such method; see `require_texts`."""
 
     def encode_texts(self, texts: list[str]) -> np.ndarray:
         """(n, d) float32 unit vectors. Texts that are longer than the model reads are named in a warning."""
         ...
+
+
+@runtime_checkable
+class Differentiable(Protocol):
+    """An encoder with gradients."""
+
+    def encode_pixels(self, pixels: torch.Tensor, *, normalize: bool = True, prepared: bool = False) -> torch.Tensor:
+        """(n, 3, h, w) float in [0, 1] -> (n, d), differentiable with respect to the pixels.
+
+        Args:
+            pixels: of any size.
+            normalize: to unit length.
+            prepared: they are of the model's own size: neither resized nor cropped, only standardised. Any number is a
+                pixel then.
+        """
+        ...
+
+
+def require_texts(encoder: object, *, needed_by: str, instead: str) -> EncodesTexts:
+    """The encoder, as one that encodes texts.
+
+    Args:
+        encoder: any.
+        needed_by: what needs texts, such as "head=prompt".
+        instead: what to choose without them, such as "head=linear".
+    Raises:
+        InputError: it does not.
+    """
+    # not isinstance: where the weights decide, a class has a property that is there or not
+    if callable(getattr(encoder, "encode_texts", None)):
+        return cast(EncodesTexts, encoder)
+    name = getattr(encoder, "name", type(encoder).__name__)
+    raise InputError(f"{needed_by} needs an encoder that reads texts, and {name} does not; choose {instead} or another encoder")
 
 
 def cut_texts(texts: Sequence[str], tokenize: Callable[[list[str], int], torch.Tensor], context_length: int) -> list[str]:
@@ -109,6 +146,32 @@ def cut_texts(texts: Sequence[str], tokenize: Callable[[list[str], int], torch.T
         if fits[0]:
             return [text for text, one in zip(wanted, fits.tolist(), strict=True) if not one]
     return []
+
+
+class CutTexts:
+    """Says, once each, which texts a model reads only the beginning of.
+
+    Args:
+        name: of the encoder, for the message.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._before: set[str] = set()
+
+    def warn(self, texts: Sequence[str], tokenize: Callable[[list[str], int], torch.Tensor], context_length: int) -> None:
+        """See `cut_texts`."""
+        cut = [text for text in cut_texts(texts, tokenize, context_length) if text not in self._before]
+        self._before.update(cut)
+        if cut:
+            more = f"; and {len(cut) - _N_SHOWN} more" if cut[_N_SHOWN:] else ""
+            log.warning(
+                "encoder %s reads the first %d tokens of a text (its context length); of %d text(s) what is beyond is cut off: %s; shorten them",
+                self._name,
+                context_length,
+                len(cut),
+                "; ".join(repr(shortened(text)) for text in cut[:_N_SHOWN]) + more,
+            )
 
 
 def encode_in_batches(
@@ -140,24 +203,38 @@ def encode_in_batches(
     return np.concatenate(parts) if parts else np.zeros((0, dim), np.float32)
 
 
-def prepare_pixels(pixels: torch.Tensor, preprocessing: Mapping[str, Any], *, crop_rounds_down: bool = False) -> torch.Tensor:
+def prepare_pixels(
+    pixels: torch.Tensor, preprocessing: Mapping[str, Any], *, prepared: bool = False, crop_rounds_down: bool = False
+) -> torch.Tensor:
     """An encoder's preprocessing, differentiable: resizes, crops or pads to the model's size, and standardises.
 
     Resizing is torch's with antialiasing; it differs from Pillow's on 8-bit values by rounding.
 
     Args:
         pixels: (n, 3, h, w) float in [0, 1].
-        preprocessing: size (height, width), mean, std, interpolation, resize_mode.
+        preprocessing: size (height, width), mean, std, interpolation, resize_mode; also resize (height, width), where what is
+            resized to is larger than what is then cropped from it.
+        prepared: see `Differentiable`.
         crop_rounds_down: where an odd number of rows or columns is cropped: transformers leaves out the smaller half at
             the top and left, torchvision and open_clip round to the nearest even number.
     Returns:
         (n, 3, height, width).
     """
     import torch
+
+    if not prepared:
+        pixels = _fitted(pixels, preprocessing, crop_rounds_down)
+    mean = torch.tensor(preprocessing["mean"], device=pixels.device).view(1, 3, 1, 1)
+    std = torch.tensor(preprocessing["std"], device=pixels.device).view(1, 3, 1, 1)
+    return (pixels - mean) / std
+
+
+def _fitted(pixels: torch.Tensor, preprocessing: Mapping[str, Any], crop_rounds_down: bool) -> torch.Tensor:
     from torch.nn import functional
 
     rows, columns = pixels.shape[2:]
-    (height, width), new = preprocessing["size"], _resized(rows, columns, preprocessing["size"], preprocessing["resize_mode"])
+    height, width = preprocessing["size"]
+    new = resized(rows, columns, preprocessing.get("resize", preprocessing["size"]), preprocessing["resize_mode"])
     if new != (rows, columns):
         pixels = functional.interpolate(pixels, new, mode=preprocessing["interpolation"], antialias=True).clamp(0, 1)
     spare_y, spare_x = new[0] - height, new[1] - width
@@ -166,13 +243,10 @@ def prepare_pixels(pixels: torch.Tensor, preprocessing: Mapping[str, Any], *, cr
         pixels = functional.pad(pixels, (left, max(0, -spare_x) - left, top, max(0, -spare_y) - top))
     half = math.floor if crop_rounds_down else round
     top, left = half(max(0, spare_y) / 2), half(max(0, spare_x) / 2)
-    pixels = pixels[:, :, top : top + height, left : left + width]
-    mean = torch.tensor(preprocessing["mean"], device=pixels.device).view(1, 3, 1, 1)
-    std = torch.tensor(preprocessing["std"], device=pixels.device).view(1, 3, 1, 1)
-    return (pixels - mean) / std
+    return pixels[:, :, top : top + height, left : left + width]
 
 
-def _resized(rows: int, columns: int, size: Sequence[int], resize_mode: str) -> tuple[int, int]:
+def resized(rows: int, columns: int, size: Sequence[int], resize_mode: str) -> tuple[int, int]:
     """Height and width after open_clip's resizing, before its crop.
 
     Source: open_clip.transform.image_transform. For a square crop of the shortest side it uses torchvision's Resize,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import logging
-import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -16,23 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from guardkit.artifacts import fingerprint, shipped
-from guardkit.checks import check_whole
-from guardkit.encoders.base import checked_preprocess, cut_texts, encode_in_batches, prepare_pixels
-from guardkit.schema import InputError, shortened
+from guardkit.artifacts import shipped
+from guardkit.encoders.base import CutTexts, checked_preprocess
+from guardkit.encoders.frozen import Built, FrozenEncoder, checked_device, hash_state, trial
+from guardkit.schema import InputError
 
 if TYPE_CHECKING:
     import torch
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")  # what open_clip looks for in a folder
 _HUB, _LOCAL = "hf-hub:", "local-dir:"
-_N_SHOWN = 3  # texts in a warning
-
-log = logging.getLogger(__name__)
 
 
-class OpenClipEncoder:
-    """A frozen open_clip model. It is built when it is first needed, once, whichever thread asks.
+class OpenClipEncoder(FrozenEncoder):
+    """A frozen open_clip model: images, texts and gradients.
 
     Args:
         architecture: open_clip's name, such as "ViT-B-32"; null with a folder or a Hub id, which name their own.
@@ -59,8 +54,7 @@ class OpenClipEncoder:
             raise InputError(
                 f"encoder.weights must be a pretrained tag, {_HUB}ORG/NAME, {_LOCAL}FOLDER, guardkit:NAME or a file, got {weights!r}"
             )
-        check_whole("encoder.batch_size", batch_size, 1)
-        self.architecture, self.weights, self.device, self.batch_size = architecture, weights, device, batch_size
+        self.architecture, self.weights = architecture, weights
         self._preprocess = None if preprocess is None else checked_preprocess(preprocess)
         self._folder = self._find_folder()
         self._is_file = (
@@ -79,28 +73,9 @@ class OpenClipEncoder:
             raise InputError(f"encoder.preprocess belongs to a bare weights file only; weights={weights} bring their own")
         if self._is_file:
             self._check_file()
-        self.name = weights if architecture is None else f"{architecture} ({Path(weights).name if self._is_file else weights})"
-        self._lock = threading.Lock()
-        self._cut_before: set[str] = set()
-        self._pickled: str | None = None
-
-    # --- copies -------------------------------------------------------------------------------------------------------
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What builds it again. The weights stay where they are; the copy reads them, and they must still be the same."""
-        left_out = ("_lock", "_loaded", "_built", "_tokenizer", "fingerprint")
-        state = {key: value for key, value in self.__dict__.items() if key not in left_out}
-        return state | {"_pickled": self.fingerprint if "_built" in self.__dict__ else self._pickled}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OpenClipEncoder:
-        """The model is frozen, so that copies within a process share it."""
-        new = object.__new__(type(self))
-        new.__setstate__(self.__dict__)
-        return new
+        name = weights if architecture is None else f"{architecture} ({Path(weights).name if self._is_file else weights})"
+        super().__init__(name, device=device, batch_size=batch_size)
+        self._cut = CutTexts(name)
 
     def _find_folder(self) -> Path | None:
         if (folder := shipped(self.weights)) is not None:
@@ -126,26 +101,11 @@ class OpenClipEncoder:
                 "a file does not say, and a wrong guess goes unnoticed"
             )
 
-    # --- the model, built once ----------------------------------------------------------------------------------------
-
-    @cached_property
-    def _loaded(self) -> tuple[Any, Any, int, dict[str, Any]]:
-        """The model, its preprocessing of PIL images, the width of its embeddings, and its settings."""
-        with self._lock:
-            if "_built" not in self.__dict__:
-                built = self._build()
-                if self._pickled is not None and _hashed(*built) != self._pickled:
-                    raise InputError(
-                        f"the weights of encoder {self.name} changed after it was pickled; pickle it anew, or put the old ones back"
-                    )
-                self._built, self._builder = built, os.getpid()
-            return self._built
-
-    def _build(self) -> tuple[Any, Any, int, dict[str, Any]]:
+    def _build(self) -> Built:
         import open_clip
-        import torch
+        from PIL import Image
 
-        device = self._checked_device()
+        device = checked_device(self.device)
         options: dict[str, Any] = {"device": device}
         if self._folder is not None:
             name = f"{_LOCAL}{self._folder}"
@@ -165,11 +125,9 @@ class OpenClipEncoder:
                 transform = open_clip.transform.image_transform_v2(preprocess, is_train=False)
                 settings = _settings(open_clip.get_model_config(name), asdict(open_clip.model.CLIPVisionCfg()))
             model.eval().requires_grad_(False)
-            height, width = _height_width(model.visual.preprocess_cfg["size"])
-            with torch.inference_mode():
-                vector = model.encode_image(torch.zeros(1, 3, height, width, device=device))
-                if not bool(vector.isfinite().all()):
-                    raise ValueError("its weights give vectors that are not finite")
+
+            said = _preprocessing(model)
+            dim = trial(lambda batch: model.encode_image(batch.to(device)), said["size"])
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             if self._folder or self._is_file:
@@ -177,20 +135,15 @@ class OpenClipEncoder:
             else:
                 remedy = f"without a network, save the model's files in a folder and give weights={_LOCAL}FOLDER"
             raise InputError(f"encoder {self.name} could not be loaded ({type(error).__name__}: {reason}); {remedy}") from error
-        return model, transform, int(vector.shape[1]), settings
-
-    def _checked_device(self) -> torch.device:
-        import torch
-
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
-            raise InputError(f"encoder.device {self.device!r} cannot be used ({reason}); give auto, cpu or the name of a GPU") from error
-        return device
+        return Built(
+            model,
+            preprocess=lambda image: transform(Image.fromarray(image)),
+            encode=lambda batch: model.encode_image(batch.to(self._device)),
+            dim=dim,
+            preprocessing=said,
+            architecture=settings,
+            hash_weights=lambda: hash_state(model),
+        )
 
     def _checked_architecture(self, open_clip: Any) -> str:
         known = open_clip.list_models()
@@ -208,75 +161,13 @@ class OpenClipEncoder:
         return self.weights
 
     @property
-    def model(self) -> Any:
-        """The open_clip model itself, frozen."""
-        return self._loaded[0]
-
-    @cached_property
-    def preprocessing(self) -> dict[str, Any]:
-        """size (h, w), mean, std, interpolation, resize_mode, as open_clip applies them."""
-        return _preprocessing(self.model)
-
-    @property
-    def dim(self) -> int:
-        """Width of the embeddings."""
-        return self._loaded[2]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Over the weights' names, types, shapes and values, the architecture's settings, and the preprocessing."""
-        return _hashed(*self._loaded)
-
-    @property
     def config(self) -> dict[str, Any]:
         """Arguments that build this encoder again."""
         return {"architecture": self.architecture, "weights": self.weights, "preprocess": self._preprocess}
 
-    @property
-    def _device(self) -> torch.device:
-        device = next(self.model.parameters()).device
-        if device.type == "cuda" and self._builder != os.getpid():
-            raise InputError(
-                f"encoder {self.name} is on {device}, which a forked process cannot use; start workers by spawn "
-                '(multiprocessing.get_context("spawn")), or take encoder.device=cpu'
-            )
-        return device
-
-    # --- encoding -----------------------------------------------------------------------------------------------------
-
-    def preprocess(self, image: np.ndarray) -> torch.Tensor:
-        """(h, w, 3) uint8 RGB -> (3, height, width) float32, by open_clip's own transform."""
-        from PIL import Image
-
-        return self._loaded[1](Image.fromarray(image))
-
-    def encode_images(self, images: Sequence[np.ndarray], *, fixed_batch: bool = False, normalize: bool = True) -> np.ndarray:
-        """(h, w, 3) uint8 RGB images -> (n, d) float32; see `Encoder` and `encode_in_batches`."""
-        size = self.batch_size
-        parts = [
-            self.encode_preprocessed(
-                [self.preprocess(image) for image in images[start : start + size]], fixed_batch=fixed_batch, normalize=normalize
-            )
-            for start in range(0, len(images), size)
-        ]
-        return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
-
-    def encode_preprocessed(self, images: Sequence[torch.Tensor], *, fixed_batch: bool = False, normalize: bool = True) -> np.ndarray:
-        """(3, height, width) images from `preprocess` -> (n, d) float32."""
-        model, device = self.model, self._device
-        return encode_in_batches(
-            lambda batch: model.encode_image(batch.to(device), normalize=normalize),
-            images,
-            batch_size=self.batch_size,
-            dim=self.dim,
-            fixed_batch=fixed_batch,
-        )
-
-    def encode_pixels(self, pixels: torch.Tensor, *, normalize: bool = True) -> torch.Tensor:
-        """(n, 3, h, w) float in [0, 1] -> (n, d), differentiable with respect to the pixels; see `prepare_pixels`."""
-        import torch
-
-        return self.model.encode_image(prepare_pixels(pixels.to(self._device, torch.float32), self.preprocessing), normalize=normalize)
+    def encode_pixels(self, pixels: torch.Tensor, *, normalize: bool = True, prepared: bool = False) -> torch.Tensor:
+        """(n, 3, h, w) float in [0, 1] -> (n, d), differentiable with respect to the pixels; see `Differentiable`."""
+        return self._encode_pixels(pixels, normalize=normalize, prepared=prepared)
 
     def encode_texts(self, texts: list[str]) -> np.ndarray:
         """(n, d) float32 unit vectors. A warning names, once, texts that are longer than the model reads.
@@ -288,25 +179,10 @@ class OpenClipEncoder:
 
         if not texts:
             return np.zeros((0, self.dim), np.float32)
-        self._warn_of_cut(texts)
+        self._cut.warn(texts, self._tokenizer, self._tokenizer.context_length)
         tokens = self._tokenizer(list(texts))
         with torch.inference_mode():
             return self.model.encode_text(tokens.to(self._device), normalize=True).float().cpu().numpy()
-
-    def _warn_of_cut(self, texts: Sequence[str]) -> None:
-        cut = [text for text in cut_texts(texts, self._tokenizer, self._tokenizer.context_length) if text not in self._cut_before]
-        self._cut_before.update(cut)
-        if cut:
-            shown = "; ".join(repr(shortened(text)) for text in cut[:_N_SHOWN]) + (
-                f"; and {len(cut) - _N_SHOWN} more" if cut[_N_SHOWN:] else ""
-            )
-            log.warning(
-                "encoder %s reads the first %d tokens of a text (its context length); of %d text(s) what is beyond is cut off: %s; shorten them",
-                self.name,
-                self._tokenizer.context_length,
-                len(cut),
-                shown,
-            )
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -346,14 +222,6 @@ def _preprocessing(model: Any) -> dict[str, Any]:
         "interpolation": cfg["interpolation"],
         "resize_mode": cfg["resize_mode"],
     }
-
-
-def _hashed(model: Any, transform: Any, dim: int, settings: Mapping[str, Any]) -> str:  # noqa: ARG001 - what `_loaded` holds
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return fingerprint({"weights": digest.hexdigest(), "architecture": settings, "preprocessing": _preprocessing(model)})
 
 
 def _settings(model_config: Mapping[str, Any], vision_defaults: Mapping[str, Any]) -> dict[str, Any]:

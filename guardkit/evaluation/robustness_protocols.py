@@ -162,7 +162,9 @@ class _Meter:
 def unsafebench(victim: Victim, images: Sequence[np.ndarray], labels: np.ndarray, settings: RobustnessSettings) -> Iterator[Outcome]:
     """The published protocol: one outcome for each of the four attacks; without gradients, four that say why there is none."""
     if not victim.has_gradients:
-        yield from _unmeasured("the guard has no gradients: it judges images itself")
+        encoder = victim.guard.encoder
+        why = "it judges images itself" if encoder is None else f"encoder {encoder.name} has none"
+        yield from _unmeasured(f"the guard has no gradients: {why}")
         return
     rows, pixels, clean = _rightly_decided(victim, images, labels, settings)
     if not len(rows):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from guardkit.embeddings import EmbeddingStore
+from guardkit.encoders.base import Differentiable
 from guardkit.schema import Content, Guard
 
 
@@ -38,7 +39,7 @@ class Victim:
         self.guard, self.batch_size = guard, batch_size
         self.n_passes = self.n_queries = 0
         self._store = store
-        if not self.has_gradients:
+        if guard.encoder is None:
             return
         if store is not None and store.encoder.fingerprint != guard.encoder.fingerprint:
             raise ValueError(f"guard {guard.name} needs embeddings of {guard.encoder.name}, the store holds those of {store.encoder.name}")
@@ -47,14 +48,14 @@ class Victim:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether values can be differentiated with respect to pixels: where the guard stands on an encoder."""
-        return self.guard.encoder is not None
+        """Whether values can be differentiated with respect to pixels: where the guard stands on an encoder that can."""
+        return isinstance(self.guard.encoder, Differentiable)
 
     # --- the way every image takes ------------------------------------------------------------------------------------
 
     def decide(self, contents: Sequence[Content]) -> np.ndarray:
         """(n,) float64 values of images that are kept in the store, such as edited ones."""
-        if self._store is None or not self.has_gradients:
+        if self._store is None or self.guard.encoder is None:
             parts = range(0, len(contents), self.batch_size)
             return np.concatenate(
                 [np.zeros(0), *(self._judge([content.load() for content in contents[i : i + self.batch_size]]) for i in parts)]
@@ -67,7 +68,7 @@ class Victim:
 
     def decide_images(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """(h, w, 3) uint8 RGB images, seen once and not kept -> (n,) float64 values."""
-        if not self.has_gradients:
+        if self.guard.encoder is None:
             return self._judge(images)
         self.n_queries += len(images)
         return self._values_of_vectors(self.guard.encoder.encode_images(images, normalize=self.guard.is_normalized))
@@ -77,12 +78,15 @@ class Victim:
     def on_pixels(self, pixels: Tensor) -> Tensor:
         """(n, 3, h, w) float in [0, 1] -> (n,) values, through a preprocessing that is differentiable.
 
-        Without an encoder the pixels are rounded to 8 bits and judged, and there is no gradient.
+        Without gradients the pixels are rounded to 8 bits and take the way of every image.
         """
         if not self.has_gradients:
-            return torch.from_numpy(self._judge(to_images(pixels))).to(pixels)
+            return torch.from_numpy(self.decide_images(to_images(pixels))).to(pixels)
+        return self._on_pixels(pixels, prepared=False)
+
+    def _on_pixels(self, pixels: Tensor, *, prepared: bool) -> Tensor:
         self._count(pixels)
-        embeddings = self.guard.encoder.encode_pixels(pixels, normalize=self.guard.is_normalized)
+        embeddings = self.guard.encoder.encode_pixels(pixels, normalize=self.guard.is_normalized, prepared=prepared)
         # a head may stay on the CPU while its encoder is on a GPU
         return self._margin(self.guard.logits(embeddings.cpu())).to(pixels.device)
 
@@ -91,7 +95,7 @@ class Victim:
         settings = self.guard.encoder.preprocessing
         mean, std = (torch.tensor(settings[key], device=pixels.device).view(1, 3, 1, 1) for key in ("mean", "std"))
         # of the model's own size, so that nothing is resized, clipped or cropped on the way
-        return self.on_pixels(pixels * std + mean)
+        return self._on_pixels(pixels * std + mean, prepared=True)
 
     @cached_property
     def device(self) -> torch.device:

@@ -1,0 +1,225 @@
+"""What guardkit's own encoders have in common: a model that is built once, when it is first needed, and is never changed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from guardkit.artifacts import fingerprint
+from guardkit.checks import check_whole
+from guardkit.encoders.base import encode_in_batches, prepare_pixels
+from guardkit.schema import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Built:
+    """A loaded model.
+
+    Attributes:
+        model: as its library gives it.
+        preprocess: (h, w, 3) uint8 RGB -> (3, height, width) float32.
+        encode: (b, 3, height, width) -> (b, d), each on any device, as the model gives them.
+        dim: d.
+        preprocessing: what `preprocess` does, in plain JSON types.
+        architecture: what decides an embedding and cannot be told from names and shapes of weights.
+        hash_weights: a hash over the weights; asked once.
+    """
+
+    model: Any
+    preprocess: Callable[[np.ndarray], torch.Tensor]
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    dim: int
+    preprocessing: dict[str, Any]
+    architecture: Mapping[str, Any]
+    hash_weights: Callable[[], str]
+
+    @property
+    def fingerprint(self) -> str:
+        """Over weights, architecture and preprocessing."""
+        return fingerprint({"weights": self.hash_weights(), "architecture": dict(self.architecture), "preprocessing": self.preprocessing})
+
+
+class FrozenEncoder(ABC):
+    """A frozen model. It is built when it is first needed, once, whichever thread asks.
+
+    Args:
+        name: for people.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
+        batch_size: images encoded at once.
+    """
+
+    def __init__(self, name: str, *, device: str, batch_size: int) -> None:
+        check_whole("encoder.batch_size", batch_size, 1)
+        self.name, self.device, self.batch_size = name, device, batch_size
+        self._lock = threading.Lock()
+        self._pickled: str | None = None
+
+    @abstractmethod
+    def _build(self) -> Built:
+        """Loads the model. Raises InputError, in one line, whatever is wrong."""
+
+    @property
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Arguments that build this encoder again."""
+
+    # --- copies -------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What builds it again. The weights stay where they are; the copy reads them, and they must still be the same."""
+        left_out = ("_lock", "_loaded", "_built", "_tokenizer", "fingerprint")
+        state = {key: value for key, value in self.__dict__.items() if key not in left_out}
+        return state | {"_pickled": self.fingerprint if "_built" in self.__dict__ else self._pickled}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The model is frozen, so that copies within a process share it."""
+        new = object.__new__(type(self))
+        new.__setstate__(self.__dict__)
+        return new
+
+    # --- the model, built once ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def _loaded(self) -> Built:
+        with self._lock:
+            if "_built" not in self.__dict__:
+                self._builder = os.getpid()
+                built = self._build()
+                if self._pickled is not None and built.fingerprint != self._pickled:
+                    raise InputError(
+                        f"the weights of encoder {self.name} changed after it was pickled; pickle it anew, or put the old ones back"
+                    )
+                self._built = built
+            return self._built
+
+    @property
+    def model(self) -> Any:
+        """The library's own model, frozen."""
+        return self._loaded.model
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What is done to an image first, in plain JSON types; see `Encoder`."""
+        return self._loaded.preprocessing
+
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings."""
+        return self._loaded.dim
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Over the weights' names, types, shapes and values, the architecture's settings, and the preprocessing."""
+        return self._loaded.fingerprint
+
+    @property
+    def _device(self) -> torch.device:
+        """Of a model of torch. Raises InputError where this process cannot use it."""
+        device: torch.device = next(self.model.parameters()).device
+        if device.type == "cuda" and self._builder != os.getpid():
+            raise InputError(
+                f"encoder {self.name} is on {device}, which a forked process cannot use; start workers by spawn "
+                '(multiprocessing.get_context("spawn")), or take encoder.device=cpu'
+            )
+        return device
+
+    # --- encoding -----------------------------------------------------------------------------------------------------
+
+    def preprocess(self, image: np.ndarray) -> torch.Tensor:
+        """(h, w, 3) uint8 RGB -> (3, height, width) float32, resized and standardised as `preprocessing` says."""
+        return self._loaded.preprocess(image)
+
+    def encode_images(self, images: Sequence[np.ndarray], *, fixed_batch: bool = False, normalize: bool = True) -> np.ndarray:
+        """(h, w, 3) uint8 RGB images -> (n, d) float32; see `Encoder` and `encode_in_batches`."""
+        size = self.batch_size
+        parts = [
+            self.encode_preprocessed(
+                [self.preprocess(image) for image in images[start : start + size]], fixed_batch=fixed_batch, normalize=normalize
+            )
+            for start in range(0, len(images), size)
+        ]
+        return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
+
+    def encode_preprocessed(self, images: Sequence[torch.Tensor], *, fixed_batch: bool = False, normalize: bool = True) -> np.ndarray:
+        """(3, height, width) images from `preprocess` -> (n, d) float32."""
+        return encode_in_batches(
+            lambda batch: self._encode(batch, normalize), images, batch_size=self.batch_size, dim=self.dim, fixed_batch=fixed_batch
+        )
+
+    def _encode(self, images: torch.Tensor, normalize: bool) -> torch.Tensor:
+        from torch.nn import functional
+
+        vectors = self._loaded.encode(images)
+        return functional.normalize(vectors, dim=-1) if normalize else vectors
+
+    def _encode_pixels(self, pixels: torch.Tensor, *, normalize: bool, prepared: bool, crop_rounds_down: bool = False) -> torch.Tensor:
+        """What `Differentiable` asks for, of a model of torch."""
+        import torch
+
+        standardised = prepare_pixels(
+            pixels.to(self._device, torch.float32), self.preprocessing, prepared=prepared, crop_rounds_down=crop_rounds_down
+        )
+        return self._encode(standardised, normalize)
+
+
+def checked_device(name: str) -> torch.device:
+    """The device that a setting means.
+
+    Raises:
+        InputError: there is none such here.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(f"encoder.device {name!r} cannot be used ({reason}); give auto, cpu or the name of a GPU") from error
+    return device
+
+
+def hash_state(model: torch.nn.Module) -> str:
+    """Over names, types, shapes and values of a model's weights, 64 hex digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def trial(encode: Callable[[torch.Tensor], torch.Tensor], size: Sequence[int]) -> int:
+    """The width of what a model gives for a black image.
+
+    Args:
+        encode: (1, 3, height, width) -> (1, d).
+        size: height and width.
+    Raises:
+        ValueError: it gives no vector, or one that is not finite.
+    """
+    import torch
+
+    with torch.inference_mode():
+        vector = encode(torch.zeros(1, 3, *size))
+    if vector.ndim != 2 or len(vector) != 1:
+        raise ValueError(f"for one image it gives values of shape {tuple(vector.shape)} instead of one vector")
+    if not bool(vector.isfinite().all()):
+        raise ValueError("its weights give vectors that are not finite")
+    return int(vector.shape[1])
