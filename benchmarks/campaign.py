@@ -35,9 +35,11 @@ from guardkit.counterfactual.pair_dataset import read_pair_dataset
 from guardkit.data.sources.embeddings import EmbeddingsSource
 from guardkit.embedding_folder import read_embedding_folder
 from guardkit.images import read_image
+from guardkit.runs.embed import run as embed_source
 from guardkit.runs.hydra import CONF_DIR, default_cache_dir, user_error
-from guardkit.runs.sweep import run_sweep
-from guardkit.runs.train import embed_source, run, synthesize_source
+from guardkit.runs.sweep import run as run_sweep
+from guardkit.runs.synthesize import run as synthesize_source
+from guardkit.runs.train import run
 from guardkit.schema import ImageError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))

@@ -30,7 +30,8 @@ from guardkit.artifacts import written
 from guardkit.counterfactual.store import Try
 from guardkit.images import decode_png
 from guardkit.runs.hydra import CONF_DIR, default_cache_dir
-from guardkit.runs.train import build, run
+from guardkit.runs.objects import build
+from guardkit.runs.train import run
 from guardkit.scenes.content import SceneContent
 from guardkit.scenes.world import Scene, ScenePool, find_region
 from guardkit.schema import Record

@@ -25,7 +25,8 @@ from omegaconf import OmegaConf
 from guardkit.heads import LinearHead
 from guardkit.losses import category_loss, decision_loss, pair_loss
 from guardkit.runs.hydra import CONF_DIR, default_cache_dir
-from guardkit.runs.train import build, run
+from guardkit.runs.objects import build
+from guardkit.runs.train import run
 from guardkit.scenes.content import SceneContent
 
 warnings.simplefilter("ignore")

@@ -17,9 +17,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from guardkit.api.parts import Parts
 from guardkit.editors.base import EditRequest
 from guardkit.runs.hydra import CONF_DIR, default_cache_dir
-from guardkit.runs.train import Parts, build
+from guardkit.runs.objects import build
 from guardkit.scenes.content import SceneContent
 from guardkit.scenes.world import ScenePool, find_region
 from guardkit.schema import Record

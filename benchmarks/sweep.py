@@ -32,13 +32,15 @@ from joblib import Parallel, delayed
 from omegaconf import OmegaConf
 from sklearn.linear_model import LogisticRegression
 
+from guardkit.api.fitting import Recipe
+from guardkit.api.lightning_engine import LBFGS, LightningEngine
 from guardkit.efficiency.cells import Cell, Stock
 from guardkit.efficiency.engine import BatchedEngine, Objective
 from guardkit.efficiency.solver import Rows, fit_linear
 from guardkit.heads import LinearHead
 from guardkit.runs.hydra import CONF_DIR, default_cache_dir
-from guardkit.runs.sweep import LightningEngine, arms_of
-from guardkit.runs.train import build
+from guardkit.runs.objects import build
+from guardkit.runs.sweep import arms_of
 
 CORES = 2
 TOLERANCE = 1e-6  # of the batched engine, as the sweep has it
@@ -166,7 +168,9 @@ def main(arguments: list[str]) -> None:
             )
         if width == parts.encoder.dim and int(settings["lightning"]):
             goal = Objective((0.1,), 0.5, 0.0, 1.0)
-            engine = LightningEngine(replace_loss(cfg), parts, {"linear": cfg.head}, goal)
+            recipe = Recipe({"pair_weight": 0.0, "category_weight": 0.0})
+            shared = {name: cfg.data[name] for name in ("batch_size", "all_views", "test_share", "split_seed")}
+            engine = LightningEngine(parts, arms_of(cfg), {"linear": LinearHead.build}, goal, recipe, LBFGS, shared)
             sample = [cell for cell in cells if cell.seed == 0 and cell.n_unsafe in (sizes[0], sizes[len(sizes) // 2], sizes[-1])]
             sample = sample[:: max(1, len(sample) // int(settings["lightning"]))]
             started = time.perf_counter()
@@ -199,11 +203,6 @@ def differences(
             right = [((test @ head[j, :-1] + head[j, -1] >= 0) == labels).mean() for head in (first, second)]
             apart = max(apart, 100 * abs(right[0] - right[1]))
     return mine, yours, apart
-
-
-def replace_loss(cfg):
-    """The same objective for Lightning: no pair loss."""
-    return OmegaConf.merge(cfg, {"loss": {"pair_weight": 0.0}})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from guardkit.counterfactual.verifier import Candidate
 from guardkit.editors.base import EditRequest
 from guardkit.editors.inpaint import InpaintEditor
 from guardkit.runs.hydra import CONF_DIR, default_cache_dir
-from guardkit.runs.train import build
+from guardkit.runs.objects import build
 from guardkit.scenes.content import SceneContent
 from guardkit.scenes.features import KINDS
 from guardkit.scenes.world import Scene, ScenePool, find_region

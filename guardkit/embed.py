@@ -11,9 +11,9 @@ from guardkit.terminal import say
 @main("embed")
 def embed(cfg: DictConfig) -> None:
     """Writes an embedding folder and prints its counts."""
-    from guardkit.runs.train import embed_source
+    from guardkit.runs.embed import run
 
-    counts = embed_source(cfg, output_dir())
+    counts = run(cfg, output_dir())
     say("\n".join(f"  {name:<9} {count}" for name, count in counts.items()))
     say(output_dir())
 

@@ -12,9 +12,9 @@ from guardkit.terminal import say
 def sweep(cfg: DictConfig) -> None:
     """Fits every arm at every label budget, and prints how many labels each needs."""
     # heavy libraries are imported here, so that --help answers at once
-    from guardkit.runs.sweep import run_sweep
+    from guardkit.runs.sweep import run
 
-    report = run_sweep(cfg, OmegaConf.to_container(cfg, resolve=True), output_dir())
+    report = run(cfg, OmegaConf.to_container(cfg, resolve=True), output_dir())
     say(report.table)
     say(report.folder)
 

@@ -14,9 +14,9 @@ from guardkit.terminal import say
 @main("synthesize")
 def synthesize(cfg: DictConfig) -> None:
     """Writes a pair dataset and prints its counts."""
-    from guardkit.runs.train import synthesize_source
+    from guardkit.runs.synthesize import run
 
-    manifest = synthesize_source(cfg, output_dir())
+    manifest = run(cfg, output_dir())
     names = ("given", "unreadable", "edited", "tries", "accepted", "yield_per_try", "yield_per_image")
     say("\n".join(f"  {name:<16} {_short(manifest[name])}" for name in names))
     say("\n".join(f"  {count:>6} x {reason}" for reason, count in manifest["rejected"].items()))

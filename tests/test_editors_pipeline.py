@@ -92,7 +92,7 @@ def test_inpaint_rejects_with_a_reason(record, reason):
 def test_wrong_inpaint_settings_are_named():
     with pytest.raises(InputError, match=r"editor.method must be one of telea, navier_stokes, got 'magic'"):
         InpaintEditor(method="magic")
-    with pytest.raises(InputError, match="radius >= 1"):
+    with pytest.raises(InputError, match="editor.radius must be a number of at least 1, got 0"):
         InpaintEditor(radius=0)
 
 

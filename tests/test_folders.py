@@ -110,18 +110,21 @@ def test_one_process_and_one_thread_at_a_time(tmp_path):
 @pytest.mark.parametrize("command", ["train", "embed", "synthesize", "sweep", "evaluate", "app"])
 def test_a_folder_of_another_command_is_refused_before_the_long_part(compose, tmp_path, monkeypatch, command):
     from guardkit.app import app
+    from guardkit.runs.embed import run as embed_source
     from guardkit.runs.evaluate import run as evaluate
-    from guardkit.runs.sweep import run_sweep
-    from guardkit.runs.train import embed_source, run, synthesize_source
+    from guardkit.runs.sweep import run as run_sweep
+    from guardkit.runs.synthesize import run as synthesize_source
+    from guardkit.runs.train import run
 
     def long(*args, **kwargs):
         raise AssertionError("the long part has begun")
 
     for place in (
-        "training.make",
-        "training.load_source",
-        "sweeping.build",
-        "evaluating.build_contenders",
+        "api.train.make_parts",
+        "api.embed.load_source",
+        "api.synthesize.load_source",
+        "api.sweep.make_parts",
+        "runs.evaluate.build_contenders",
         "moderation.review_page.review_pairs",
     ):
         monkeypatch.setattr(f"guardkit.{place}", long)
@@ -159,7 +162,7 @@ def test_a_training_that_fails_late_leaves_no_older_figures(train, tmp_path, mon
     def full(path, measured):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("guardkit.runs.train.write_predictions", full)
+    monkeypatch.setattr("guardkit.api.train.write_predictions", full)
     with pytest.raises(OSError, match="No space left"):
         train("experiment=unpaired", "trainer.max_epochs=5", "seed=5", folder=tmp_path)
     assert (tmp_path / "guard").exists()

@@ -65,7 +65,7 @@ def as_parquet(place, _, folder):
 
 
 def as_embeddings(place, compose, folder):
-    from guardkit.runs.train import embed_source
+    from guardkit.runs.embed import run as embed_source
 
     embed_source(compose("embed", "source=folder", f"source.root={place}"), folder)
     return ["source=embeddings", f"source.root={folder}"]

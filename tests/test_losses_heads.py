@@ -165,12 +165,12 @@ def test_a_whitened_head_is_rebuilt_from_its_settings(scenes_policy):
 @pytest.mark.parametrize("wrong", [{"n_images": 1}, {"n_images": 2.5}, {"shrinkage": 0.0}])
 def test_wrong_settings_of_whitening_are_named(scenes_policy, wrong):
     (name,) = wrong
-    with pytest.raises(InputError, match=f"head=linear_whitened needs .*{name}={wrong[name]}"):
+    with pytest.raises(InputError, match=f"head.{name} must be a .*, got {wrong[name]}"):
         LinearHead.whitened(Words(), scenes_policy, **wrong)
 
 
 def test_wrong_settings_are_named():
-    with pytest.raises(InputError, match="hidden >= 1"):
+    with pytest.raises(InputError, match="head.hidden must be a whole number of at least 1, got 0"):
         MLPHead(4, 2, hidden=0)
-    with pytest.raises(InputError, match="scale > 0"):
+    with pytest.raises(InputError, match="head.scale must be a number above 0, got 0"):
         PromptHead(4, 2, n_prompts=3, scale=0)

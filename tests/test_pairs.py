@@ -226,7 +226,7 @@ def test_training_from_a_dataset(compose, scenes_policy, tmp_path):
 
 
 def test_synthesize_refuses_to_make_real_images_unsafe(compose, tmp_path):
-    from guardkit.runs.train import synthesize_source
+    from guardkit.runs.synthesize import run as synthesize_source
 
     for label in ("safe", "hate"):
         (tmp_path / "photos" / label).mkdir(parents=True)

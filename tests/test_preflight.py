@@ -44,7 +44,7 @@ def sweep_of(compose, *settings):
 
 @pytest.mark.parametrize("engine", ["batched", "lightning"])
 def test_cells_that_diverge_are_left_out_with_the_reason(compose, tmp_path, engine):
-    from guardkit.runs.sweep import run_sweep
+    from guardkit.runs.sweep import run as run_sweep
 
     cfg = sweep_of(compose, f"sweep.engine={engine}", "sweep.heads=[linear,mlp]", "optimizer.lr=1e30")
     summary = run_sweep(cfg, {}, tmp_path).summary
@@ -195,7 +195,7 @@ def test_an_arm_whose_every_edit_will_be_refused_says_so_first(compose, classes,
 
 @pytest.mark.usefixtures("nothing_long")
 def test_synthesize_whose_every_edit_will_be_refused_says_so_first(compose, classes, tmp_path):
-    from guardkit.runs.train import synthesize_source
+    from guardkit.runs.synthesize import run as synthesize_source
 
     with pytest.raises(InputError, match=r"none of the 16 images of source=folder can be edited \(16 x no region: editor=inpaint"):
         synthesize_source(
@@ -274,7 +274,7 @@ def test_a_dataset_without_a_pair_is_no_success(compose, tmp_path, monkeypatch, 
 )
 @pytest.mark.parametrize("command", ["train", "sweep"])
 def test_settings_that_cannot_work_are_said_before_any_image_is_read(compose, tmp_path, monkeypatch, command, settings, message):
-    from guardkit.runs.sweep import run_sweep
+    from guardkit.runs.sweep import run as run_sweep
     from guardkit.runs.train import run
 
     monkeypatch.setattr("guardkit.data.sources.scenes.ScenesSource.load", forbidden)
@@ -300,7 +300,7 @@ def test_settings_that_cannot_work_are_said_before_any_image_is_read(compose, tm
     ],
 )
 def test_a_sweep_says_which_settings_are_lists(compose, tmp_path, setting, message):
-    from guardkit.runs.sweep import run_sweep
+    from guardkit.runs.sweep import run as run_sweep
 
     with pytest.raises(InputError, match=message):
         run_sweep(compose("sweep", setting), {}, tmp_path)
@@ -319,13 +319,15 @@ def test_an_encoder_without_texts_is_said_before_any_image_is_read(compose, tmp_
         run(compose("train", *settings), {}, tmp_path)
 
 
-def test_a_head_that_was_tried_changes_no_figure(compose, scenes_encoder, scenes_policy):
+def test_a_head_that_was_tried_changes_no_figure(scenes_encoder, scenes_policy):
     import torch
 
-    from guardkit.runs.preflight import check_parts
+    from guardkit.api.parts import check_parts
+    from guardkit.heads import MLPHead
 
+    _ = scenes_encoder.dim  # loaded, whichever test is the first
     torch.manual_seed(3)
-    check_parts(scenes_encoder, None, scenes_policy, [compose("train", "head=mlp").head])
+    check_parts(scenes_encoder, None, scenes_policy, [MLPHead.build])
     after = torch.rand(1)
     torch.manual_seed(3)
     assert torch.equal(after, torch.rand(1))
@@ -335,7 +337,7 @@ def test_a_head_that_was_tried_changes_no_figure(compose, scenes_encoder, scenes
 
 
 def test_a_sweep_on_few_images_says_it_in_sentences(compose, tmp_path, caplog):
-    from guardkit.runs.sweep import run_sweep
+    from guardkit.runs.sweep import run as run_sweep
 
     arms = "sweep.arms=[unpaired,pairs_aug,shuffled_pairs]"
     cfg = compose(
@@ -354,7 +356,7 @@ def test_a_sweep_on_few_images_says_it_in_sentences(compose, tmp_path, caplog):
 
 
 def test_a_sweep_of_which_nothing_is_left_is_an_error(compose, tmp_path):
-    from guardkit.runs.sweep import run_sweep
+    from guardkit.runs.sweep import run as run_sweep
 
     with pytest.raises(InputError, match="no cell of the sweep can be fitted: more unsafe images are needed than the 60"):
         run_sweep(sweep_of(compose, "sweep.sizes=[64]"), {}, tmp_path / "a")

@@ -315,7 +315,7 @@ def test_paths_that_repeat_across_parts_are_different_images_unless_their_vector
 
 @pytest.mark.parametrize("layout", ["flat", "some", "hub"])
 def test_images_without_labels_are_embedded_and_not_trained_on(compose, policy, tmp_path, caplog, root, layout):
-    from guardkit.runs.train import embed_source
+    from guardkit.runs.embed import run as embed_source
 
     settings = ["source=folder", f"source.root={root}", "policy=handled_objects"]
     if layout == "some":

@@ -10,7 +10,7 @@ from conftest import ROOT
 from test_editors_pipeline import unsafe_scene
 
 from guardkit.artifacts import shipped
-from guardkit.runs.train import build
+from guardkit.runs.objects import build
 from guardkit.scenes.world import find_region
 
 # diffusers' schedulers hand torch tensors to NumPy, which torch does not yet support as NumPy 2 wants it

@@ -280,7 +280,7 @@ def test_memory_does_not_grow_with_the_number_of_cells(tmp_path):
 
 def test_images_without_several_views_are_taken_once(tmp_path):
     """Where only counterfactuals have several views, an image beside three of them is fitted once, with three times the weight."""
-    arms = [replace(arm, n_views=3) for arm in ARMS[:2]]
+    arms = [replace(arm, variants_per_image=3) for arm in ARMS[:2]]
     stock = Stock(World(), arms, (8,), (0,))
     unpaired, pairs = (stock.data_of(Cell(arm.name, "linear", 8, 0)) for arm in arms)
     n = len(stock.subset_of(Cell("pairs_aug", "linear", 8, 0)).unsafe.train)
@@ -395,7 +395,7 @@ LISTED = ("unpaired", "pairs_aug", "pairs_plus", "shuffled_pairs", "null_edits",
 
 @pytest.fixture
 def sweep(compose, tmp_path):
-    from guardkit.runs.sweep import run_sweep
+    from guardkit.runs.sweep import run as run_sweep
 
     def start(*overrides, folder=None):
         return run_sweep(compose("sweep", *SMALL, *overrides), {"some": "settings"}, folder or tmp_path / "sweep")
@@ -523,11 +523,11 @@ def test_wrong_values_get_one_readable_line(sweep, overrides, message):
 
 
 def test_a_metric_that_the_test_set_does_not_have(sweep, compose, tmp_path):
-    from guardkit.runs.train import embed_source
+    from guardkit.runs.embed import run as embed_source
 
     embed_source(compose("embed", "source.n_train=40", "source.n_test=18"), tmp_path / "emb")
     stored = ["source=embeddings", f"source.root={tmp_path / 'emb'}", "~source.n_train", "~source.n_test"]
-    from guardkit.runs.sweep import run_sweep
+    from guardkit.runs.sweep import run as run_sweep
 
     def start(*more):
         settings = [one for one in SMALL if not one.startswith("source.")]

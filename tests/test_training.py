@@ -134,7 +134,7 @@ def test_same_seed_same_guard_cold_warm_partly_warm(train, tmp_path):
 
 
 def test_a_slow_editor_changes_nothing(compose, tmp_path):
-    from guardkit.runs.train import build
+    from guardkit.runs.objects import build
 
     def batches(editor):
         cfg = compose(
@@ -162,7 +162,7 @@ def test_a_slow_editor_changes_nothing(compose, tmp_path):
 
 def test_training_starts_before_the_last_edit(compose, tmp_path):
     """The editor runs ahead in the background: the first batch is there long before the last edit is."""
-    from guardkit.runs.train import build
+    from guardkit.runs.objects import build
 
     cfg = compose(
         "train",
@@ -188,7 +188,7 @@ def test_training_starts_before_the_last_edit(compose, tmp_path):
 
 
 def test_variants_take_turns(compose, tmp_path):
-    from guardkit.runs.train import build
+    from guardkit.runs.objects import build
 
     cfg = compose("train", "source.n_train=60", "source.n_test=9", "data.n_unsafe=10", "data.variants_per_image=3", f"cache_dir={tmp_path}")
     data = build(cfg).data
@@ -304,7 +304,8 @@ def test_own_photographs_with_boxes(compose, photographs, tmp_path):
 
 
 def test_training_from_an_embedding_folder(compose, tmp_path):
-    from guardkit.runs.train import embed_source, run
+    from guardkit.runs.embed import run as embed_source
+    from guardkit.runs.train import run
 
     cfg = compose("embed", "source.n_train=40", "source.n_test=5")
     counts = embed_source(cfg, tmp_path / "emb")

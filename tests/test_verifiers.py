@@ -146,7 +146,7 @@ def _with_name(guard, name):
     "wrong", [{"max_score": 1.0}, {"min_drop": -0.1}, {"min_preservation": 2}, {"min_cosine": -2}, {"min_arrival": 1.5}]
 )
 def test_wrong_limits_are_named(scenes_policy, store, wrong):
-    with pytest.raises(InputError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
+    with pytest.raises(InputError, match=f"verifier.{next(iter(wrong))} must lie in .*, got {next(iter(wrong.values()))}"):
         ScoreVerifier.from_texts(store, scenes_policy, **wrong)
 
 

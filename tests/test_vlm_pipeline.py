@@ -170,7 +170,7 @@ def test_a_down_endpoint_is_asked_again_and_the_edit_is_not_made_again(scenes_po
 
 def test_configured_by_name(compose):
     """instructor=vlm and verifier=vlm, with an endpoint or with a local model."""
-    from guardkit.runs.train import build
+    from guardkit.runs.objects import build
 
     names = ["instructor=vlm", "instructor.vlm.model=m", "verifier=vlm", "vlm@verifier.vlm=local", "verifier.vlm.model=/no/such"]
     parts = build(compose("train", *names, "source.n_train=8", "source.n_test=2", "cache_dir=null"))

@@ -8,18 +8,61 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 
 from guardkit.data.splits import nested_order, split_validation
 from guardkit.data.views import Views
-from guardkit.schema import Record
+from guardkit.schema import InputError, Record
 
 Batch = dict[str, torch.Tensor]
 
 NEGATIVES = ("counterfactual", "natural", "shuffled")
 TRANSFORMS = ("none", "null_edit", "classic")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training recipe of a comparison.
+
+    Attributes:
+        name: for tables.
+        negatives: what the unsafe images are told from: any of "counterfactual" (their own), "natural" (as many safe images)
+            and "shuffled" (the counterfactuals of as many other unsafe images).
+        transform: what every image passes through first: "none", "null_edit" (the editor, with an irrelevant change) or
+            "classic" (crops, flips, colour changes).
+        variants_per_image: counterfactuals, or classic views, of each image; None: as the run says.
+    """
+
+    name: str
+    negatives: tuple[str, ...]
+    transform: Literal["none", "null_edit", "classic"] = "none"
+    variants_per_image: int | None = None
+
+
+# conf/experiment has a file for each, which says what it is for
+ARMS = (
+    Arm("pairs_aug", ("counterfactual",)),
+    Arm("unpaired", ("natural",)),
+    Arm("pairs_plus", ("counterfactual", "natural")),
+    Arm("shuffled_pairs", ("shuffled",)),
+    Arm("null_edits", ("natural",), "null_edit"),
+    Arm("classic_aug", ("natural",), "classic", 4),
+)
+
+
+def arm_named(arm: str | Arm) -> Arm:
+    """The arm itself, or the one of `ARMS` with that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    known = {one.name: one for one in ARMS}
+    if isinstance(arm, str) and arm not in known:
+        raise InputError(f"there is no arm {arm!r}; there are {', '.join(known)}, or give an Arm of your own")
+    return known[arm] if isinstance(arm, str) else arm
 
 
 @dataclass(frozen=True)

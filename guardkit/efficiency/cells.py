@@ -15,7 +15,7 @@ import numpy as np
 
 from guardkit.checks import is_whole
 from guardkit.counterfactual.pipeline import EditCounts
-from guardkit.data.arms import Batch, Choice, Orders, Split, assemble, category_numbers, choose, every_turn
+from guardkit.data.arms import Arm, Batch, Choice, Orders, Split, assemble, category_numbers, choose, every_turn
 from guardkit.data.budget import check_edits, edited
 from guardkit.data.datamodule import GuardDataModule
 from guardkit.data.views import ViewMaker, Views
@@ -23,23 +23,6 @@ from guardkit.progress import progress
 from guardkit.schema import InputError, Record
 
 _RECORDS_AT_ONCE = 256
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A training recipe, as `guardkit.data.datamodule` takes it.
-
-    Attributes:
-        name: of its experiment.
-        negatives: what the unsafe images are told from.
-        transform: what every image passes through first.
-        n_views: counterfactuals, or classic views, of each image.
-    """
-
-    name: str
-    negatives: tuple[str, ...]
-    transform: str
-    n_views: int
 
 
 @dataclass(frozen=True)
@@ -192,7 +175,9 @@ class Stock:
                     for kind, records in _side(choice, side).items():
                         if kind == "unsafe" or kind in arm.negatives:
                             needed.setdefault(self._table(arm, kind), {}).update((record.id, record) for record in records)
-        maker = ViewMaker(self._data.store, self._data.pipeline, transform=arm.transform, n_views=arm.n_views, counts=counts)  # type: ignore[arg-type]
+        maker = ViewMaker(
+            self._data.store, self._data.pipeline, transform=arm.transform, n_views=(arm.variants_per_image or 1), counts=counts
+        )  # type: ignore[arg-type]
         for table, wanted in needed.items():
             missing = [record for name, record in wanted.items() if name not in self._rows.get(table, {})]
             if not missing:
@@ -217,8 +202,10 @@ class Stock:
     def _table(arm: Arm, kind: str) -> str:
         """The name of the views of one kind; arms that want the same views share them."""
         if kind in ("counterfactual", "shuffled"):
-            return f"counterfactuals, {arm.n_views} each"
-        return {"none": "originals", "null_edit": "null edits", "classic": f"classic views, {arm.n_views} each"}[arm.transform]
+            return f"counterfactuals, {(arm.variants_per_image or 1)} each"
+        return {"none": "originals", "null_edit": "null edits", "classic": f"classic views, {(arm.variants_per_image or 1)} each"}[
+            arm.transform
+        ]
 
     def _batch(self, arm: Arm, records: dict[str, list[Record]], *, every_view: bool) -> Batch:
         views, rows, turns = {}, {}, {}

@@ -261,7 +261,17 @@ def output_dir() -> Path:
 
 def make(cfg: DictConfig, **objects: Any) -> Any:
     """Builds what a group names. Objects are passed by hand because Hydra would turn a dataclass into a configuration."""
-    return hydra.utils.instantiate(cfg, _partial_=True, _convert_="all")(**objects)
+    return factory(cfg)(**objects)
+
+
+def factory(cfg: DictConfig) -> Any:
+    """A function that builds what a group names, of the objects that it is given by name."""
+    return hydra.utils.instantiate(cfg, _partial_=True, _convert_="all")
+
+
+def plain(cfg: DictConfig) -> Any:
+    """A configuration in plain values."""
+    return OmegaConf.to_container(cfg, resolve=True)
 
 
 def policy(cfg: DictConfig) -> Policy:

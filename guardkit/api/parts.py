@@ -1,0 +1,153 @@
+"""What training, sweeping and making pairs have in common: a policy, an encoder with its store, an editor with its pipeline, data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from guardkit.counterfactual.instructor import Instructor, TemplateInstructor
+from guardkit.counterfactual.pipeline import CounterfactualPipeline
+from guardkit.counterfactual.verifier import NoVerifier, Verifier
+from guardkit.data.arms import Arm
+from guardkit.data.datamodule import GuardDataModule
+from guardkit.data.sources.base import Source
+from guardkit.data.unlabelled import Unlabelled
+from guardkit.editors.base import Editor
+from guardkit.editors.none import NoEditor
+from guardkit.embeddings import EmbeddingStore
+from guardkit.encoders.base import Encoder
+from guardkit.heads import Head, LinearHead, MLPHead, PromptHead
+from guardkit.policy import Policy
+from guardkit.schema import InputError
+
+HeadFactory = Callable[..., Head]
+"""Called with `encoder` and `policy`, makes a new head for them."""
+
+VerifierFactory = Callable[..., Verifier]
+"""Called with `store` (of embeddings) and `policy`, makes a verifier."""
+
+HEADS: dict[str, HeadFactory] = {
+    "linear": LinearHead.build,
+    "linear_whitened": LinearHead.whitened,
+    "linear_texts": LinearHead.from_texts,
+    "mlp": MLPHead.build,
+    "prompt": PromptHead.build,
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is built before anything is trained, and shared by everything that trains many times."""
+
+    policy: Policy
+    encoder: Encoder
+    store: EmbeddingStore
+    pipeline: CounterfactualPipeline
+    data: GuardDataModule
+    unlabelled: Unlabelled
+
+    def rebuilt(self, arm: Arm, **data: Any) -> Parts:
+        """The same with another arm, label budget or seed: `data` are further settings of `GuardDataModule`."""
+        return replace(self, data=data_module(self.data.source, self.policy, self.store, self.pipeline, arm, **data))
+
+
+def make_parts(source: Source, policy: Policy, store: EmbeddingStore, pipeline: CounterfactualPipeline, arm: Arm, **data: Any) -> Parts:
+    """All parts of a training. `data` are further settings of `GuardDataModule`."""
+    module = data_module(source, policy, store, pipeline, arm, **data)
+    return Parts(policy, store.encoder, store, pipeline, module, Unlabelled(module))
+
+
+def data_module(
+    source: Source, policy: Policy, store: EmbeddingStore, pipeline: CounterfactualPipeline, arm: Arm, **settings: Any
+) -> GuardDataModule:
+    """The data module of an arm. Views of each image are the arm's where it says how many."""
+    if arm.variants_per_image is not None:
+        settings["variants_per_image"] = arm.variants_per_image
+    return GuardDataModule(source, policy, store, pipeline, negatives=arm.negatives, transform=arm.transform, **settings)
+
+
+def make_pipeline(
+    policy: Policy,
+    store: EmbeddingStore,
+    *,
+    editor: Editor | None,
+    instructor: Instructor | None,
+    verifier: Verifier | VerifierFactory | None,
+    cache_dir: Path | None,
+    edit_batch_size: int,
+    edit_max_tries: int,
+) -> CounterfactualPipeline:
+    """The way from an image to its counterfactual.
+
+    Args:
+        policy: says what is unsafe.
+        store: embeds images for verifiers.
+        editor: None: nothing is edited.
+        instructor: None: instructions follow a template.
+        verifier: or what makes one; None: every edit that changed the image is kept.
+        cache_dir: of edits; None keeps them in memory.
+        edit_batch_size: edits asked of the editor at once.
+        edit_max_tries: how often a rejected edit is tried.
+    """
+    made = NoVerifier() if verifier is None else verifier if hasattr(verifier, "verify") else verifier(store=store, policy=policy)  # type: ignore[operator]
+    return CounterfactualPipeline(
+        policy,
+        TemplateInstructor() if instructor is None else instructor,
+        NoEditor() if editor is None else editor,
+        made,  # type: ignore[arg-type]
+        cache_dir=cache_dir,
+        batch_size=edit_batch_size,
+        max_tries=edit_max_tries,
+    )
+
+
+def head_factory(head: str | type[Head] | HeadFactory) -> HeadFactory:
+    """What makes heads: the name of one of guardkit's, a class with a class method `build`, or a function.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if isinstance(head, str):
+        if head not in HEADS:
+            raise InputError(
+                f"there is no head {head!r}; there are {', '.join(HEADS)}, or give a function of encoder and policy that makes one"
+            )
+        return HEADS[head]
+    build = getattr(head, "build", None)
+    return build if isinstance(head, type) and build is not None else head
+
+
+def new_head(make_head: HeadFactory, parts: Parts, seed: int) -> Head:
+    """A new head; its first weights follow from the seed."""
+    torch.manual_seed(seed)
+    head = make_head(encoder=parts.encoder, policy=parts.policy)
+    head.prepare(parts.unlabelled)
+    return head
+
+
+def check_parts(encoder: Encoder, pipeline: CounterfactualPipeline | None, policy: Policy, heads: Iterable[HeadFactory] = ()) -> None:
+    """Loads the encoder, and builds what editor, verifier and heads need of it and of their weights.
+
+    Args:
+        encoder: of the run.
+        pipeline: with editor and verifier; None: nothing is edited.
+        policy: whose texts are encoded.
+        heads: that are going to be trained.
+    Raises:
+        InputError: weights that cannot be found or loaded, an encoder that reads no texts where they are needed, settings out
+            of range, or texts that are the same to the encoder.
+    """
+    _ = encoder.dim
+    if pipeline is not None:
+        _ = pipeline.editor.config, pipeline.verifier.config
+        prepare = getattr(pipeline.verifier, "prepare", None)
+        if prepare is not None:
+            prepare()
+    for make_head in heads:
+        # a head to try: the run's own starts from its own seed
+        with torch.random.fork_rng(devices=[]):
+            make_head(encoder=encoder, policy=policy)

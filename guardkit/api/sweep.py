@@ -1,0 +1,353 @@
+"""The sample-efficiency experiment: arms x label budgets x seeds x strengths of regularisation."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from guardkit import __version__
+from guardkit.api.fitting import ADAMW, TRAINER, OptimizerFactory, Recipe, check_optimizer, check_threshold, named, opened_logger
+from guardkit.api.lightning_engine import LBFGS, LightningEngine
+from guardkit.api.parts import HeadFactory, VerifierFactory, check_parts, head_factory, make_parts, make_pipeline, new_head
+from guardkit.checks import check_choice, check_whole, is_list, is_number, is_whole
+from guardkit.counterfactual.instructor import Instructor
+from guardkit.counterfactual.verifier import Verifier
+from guardkit.data.arms import Arm, arm_named
+from guardkit.data.sources.base import Source
+from guardkit.editors.base import Editor
+from guardkit.efficiency.cells import Stock, chosen_sizes
+from guardkit.efficiency.curves import METRICS
+from guardkit.efficiency.engine import BatchedEngine, Engine, Objective
+from guardkit.efficiency.plan import Plan, in_sentences
+from guardkit.efficiency.report import write_report
+from guardkit.efficiency.results import opened, run_cells
+from guardkit.efficiency.stacked import Schedule
+from guardkit.embeddings import EmbeddingStore
+from guardkit.encoders.base import Encoder
+from guardkit.folders import refuse_others
+from guardkit.heads import Head
+from guardkit.module import DEFAULT_THRESHOLD, quiet_lightning
+from guardkit.policy import Policy
+from guardkit.schema import InputError
+
+log = logging.getLogger(__name__)
+
+ENGINES = ("batched", "lightning")
+SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
+STRENGTHS = (1e-6, 3e-5, 1e-3, 1e-2, 1e-1, 1.0, 30.0)
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """What a sweep leaves: its folder, summary.json, and a table to print."""
+
+    folder: Path
+    summary: dict[str, Any]
+    table: str
+
+
+def sweep(
+    source: Source,
+    policy: Policy,
+    *,
+    encoder: Encoder,
+    output_dir: str | Path,
+    arms: Sequence[str | Arm] = ("unpaired", "pairs_aug", "pairs_plus", "shuffled_pairs", "null_edits", "classic_aug"),
+    baseline: str = "unpaired",
+    heads: str | Mapping[str, str | type[Head] | HeadFactory] = "linear_whitened",
+    sizes: Sequence[int] = SIZES,
+    seeds: int | Sequence[int] = 10,
+    strengths: Sequence[float] = STRENGTHS,
+    metric: str = "pair_accuracy",
+    target_sizes: Sequence[int] | None = None,
+    target_scores: Sequence[float] = (),
+    table_size: int | None = None,
+    threshold: float | str = DEFAULT_THRESHOLD,
+    n_resamples: int = 2000,
+    seed: int = 0,
+    engine: str = "batched",
+    device: str = "auto",
+    editor: Editor | None = None,
+    instructor: Instructor | None = None,
+    verifier: Verifier | VerifierFactory | None = None,
+    variants_per_image: int = 4,
+    batch_size: int = 1_000_000,
+    all_views: bool = True,
+    test_share: float = 0.3,
+    split_seed: int = 0,
+    loss: Mapping[str, float] | None = None,
+    optimizer: OptimizerFactory = ADAMW,
+    linear_optimizer: OptimizerFactory = LBFGS,
+    trainer: Mapping[str, Any] | None = None,
+    early_stopping_patience: int = 12,
+    logger: Any = False,
+    edit_batch_size: int = 16,
+    edit_max_tries: int = 1,
+    cache_dir: str | Path | None = None,
+) -> SweepReport:
+    """Trains heads on more and more labels, with each arm, and says how many labels each needs.
+
+    The same as `python -m guardkit.sweep`, with the same defaults and results. Only the editor has none here: the command's
+    default draws scenes.
+
+    Args:
+        source, policy, encoder, editor, instructor, verifier: as for `train_guard`.
+        output_dir: of the results. Finished cells of an interrupted sweep with the same settings are found there.
+        arms: names of `guardkit.data.arms.ARMS`, or `Arm`s.
+        baseline: the arm that others are compared with.
+        heads: the name of one, or {name: what makes it, as for `train_guard`}.
+        sizes: label budgets: labelled unsafe images, validation included.
+        seeds: how many labelled subsets, or a list of their seeds.
+        strengths: of the regularisation, chosen on validation images.
+        metric: one of `guardkit.efficiency.curves.METRICS`.
+        target_sizes: the baseline's scores at these sizes are the targets; None: at an eighth and a half of the largest.
+        target_scores: further targets, in (0, 1].
+        table_size: size of the table by category; None: the middle one.
+        threshold: a number in [0, 1], or an operating point of each cell's validation images.
+        n_resamples, seed: of the redraws behind the intervals.
+        engine: "batched", or "lightning": the same cells one by one through the code of `train_guard`.
+        device: of the batched engine: "auto", "cpu", "cuda".
+        variants_per_image: counterfactuals of each image, where the arm does not say.
+        batch_size, all_views, test_share, split_seed: as for `train_guard`; here a batch holds all images of a cell.
+        loss: prevalence, pair_weight and pair_margin, where they differ from the defaults of `GuardModule`.
+        optimizer: of heads that are not linear.
+        linear_optimizer: of linear ones, with engine="lightning".
+        trainer, early_stopping_patience, logger, edit_batch_size, edit_max_tries, cache_dir: as for `train_guard`.
+    Raises:
+        InputError: a wrong value, or a folder that holds another experiment.
+    """
+    started = time.perf_counter()
+    wanted = _arms(arms, variants_per_image)
+    made = _heads(heads)
+    plan = _plan(
+        wanted,
+        tuple(made),
+        baseline=baseline,
+        sizes=sizes,
+        seeds=seeds,
+        metric=metric,
+        target_sizes=target_sizes,
+        target_scores=target_scores,
+        table_size=table_size,
+        threshold=threshold,
+        n_resamples=n_resamples,
+        seed=seed,
+    )
+    check_choice("sweep.engine", engine, ENGINES)
+    recipe = Recipe({**(loss or {}), "category_weight": 0.0, "l2": 0.0}, optimizer, trainer or {}, early_stopping_patience)
+    recipe.check()
+    check_optimizer(linear_optimizer, "linear_optimizer")
+    check_threshold(threshold)
+    objective = _objective(strengths, recipe.loss)
+    computes_on = _device(device)
+    folder = Path(output_dir).expanduser()
+    cache = None if cache_dir is None else Path(cache_dir).expanduser()
+    refuse_others(folder, "sweep", replaces=False)
+    store = EmbeddingStore(encoder, cache)
+    pipeline = make_pipeline(
+        policy,
+        store,
+        editor=editor,
+        instructor=instructor,
+        verifier=verifier,
+        cache_dir=cache,
+        edit_batch_size=edit_batch_size,
+        edit_max_tries=edit_max_tries,
+    )
+    data = {"batch_size": batch_size, "all_views": all_views, "test_share": test_share, "split_seed": split_seed}
+    parts = make_parts(source, policy, store, pipeline, wanted[0], seed=seed, **data)
+    try:
+        check_parts(encoder, pipeline, policy, made.values())
+        settings = {
+            "shared": {
+                "source": source.fingerprint,
+                "encoder": encoder.fingerprint,
+                "policy": policy.digest,
+                "instructor": pipeline.instructor.name,
+                "editor": pipeline.editor.config,
+                "verifier": pipeline.verifier.config,
+                "edit_max_tries": edit_max_tries,
+                "data": data,
+                "loss": dict(recipe.loss),
+                "optimizer": named(optimizer),
+                "trainer": {name: str(value) for name, value in recipe.trainer.items()},
+                "early_stopping_patience": early_stopping_patience,
+                "strengths": list(objective.strengths),
+                "engine": engine,
+                "guardkit": __version__,
+                **({"linear_optimizer": named(linear_optimizer)} if engine == "lightning" else {}),
+            },
+            "arms": {
+                arm.name: {"negatives": list(arm.negatives), "transform": arm.transform, "variants_per_image": arm.variants_per_image}
+                for arm in wanted
+            },
+            "heads": {name: named(make_head) for name, make_head in made.items()},
+        }
+        runs: Engine
+        if engine == "lightning":
+            runs = LightningEngine(parts, wanted, made, objective, recipe, linear_optimizer, data)
+        else:
+            limits = {**TRAINER, **recipe.trainer}
+            schedule = Schedule(optimizer, limits["max_epochs"], limits["check_val_every_n_epoch"], early_stopping_patience)
+            runs = BatchedEngine(objective, lambda name, cell: new_head(made[name], parts, cell), schedule, device=computes_on)
+        with opened(folder, settings) as cells_on_disk:
+            stock = Stock(parts.data, wanted, plan.sizes, plan.seeds)
+            plan.check(stock.test)
+            cells = [cell for head in plan.heads for block in plan.blocks(head) for cell in block]
+            known = plan.left_out({cell: reason for cell in cells if (reason := stock.reason_against(cell))})
+            curves = [name for head in plan.heads for name in plan.curves(head)]
+            for sentence in in_sentences(known, curves, plan.sizes, len(plan.seeds)):
+                log.warning("%s (set sweep.sizes)", sentence)
+            prepared = time.perf_counter()
+            failed, n_found = run_cells(cells, stock, runs, cells_on_disk)
+            fitted = time.perf_counter()
+            about = {
+                "name": runs.name,
+                "fits_now": (len(cells) - len(failed) - n_found) * len(objective.strengths),
+                "seconds_now": {"embeddings and edits": prepared - started, "fitting": fitted - prepared},
+            }
+            summary, table = write_report(folder, plan, cells_on_disk, failed, stock, objective.strengths, about, parts.unlabelled.notes)
+            with quiet_lightning(), opened_logger(logger) as told:
+                if told:
+                    _log_results(told, folder, summary)
+    finally:
+        parts.data.close()
+    if not summary["engine"]["fits"]:
+        said = "; ".join(in_sentences(summary["left_out"], summary["arms"], plan.sizes, len(plan.seeds))[:3])
+        raise InputError(f"not one cell could be fitted: {said}; {folder} holds a report without a figure")
+    return SweepReport(folder, summary, table)
+
+
+# --- what is asked for ---------------------------------------------------------------------------------------------------
+
+
+def _arms(arms: Sequence[str | Arm], variants_per_image: int) -> list[Arm]:
+    check_whole("data.variants_per_image", variants_per_image, 1)
+    if not is_list(arms):
+        raise InputError(f"sweep.arms must be a list, as in sweep.arms=[{arms}], got {arms!r}")
+    found = [arm_named(arm) for arm in arms]
+    names = [arm.name for arm in found]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"sweep.arms must name at least one arm, each once, got {names}")
+    return [arm if arm.variants_per_image else replace(arm, variants_per_image=variants_per_image) for arm in found]
+
+
+def _heads(heads: str | Mapping[str, str | type[Head] | HeadFactory]) -> dict[str, HeadFactory]:
+    given = {heads: heads} if isinstance(heads, str) else heads
+    if not given:
+        raise InputError("sweep.heads is empty; name some, or set it to null for the one of head=")
+    return {name: head_factory(head) for name, head in given.items()}
+
+
+def _plan(
+    arms: Sequence[Arm],
+    heads: tuple[str, ...],
+    *,
+    baseline: str,
+    sizes: Sequence[int],
+    seeds: int | Sequence[int],
+    metric: str,
+    target_sizes: Sequence[int] | None,
+    target_scores: Sequence[float],
+    table_size: int | None,
+    threshold: float | str,
+    n_resamples: int,
+    seed: int,
+) -> Plan:
+    for name, value in (("sizes", sizes), ("target_scores", target_scores), ("target_sizes", target_sizes)):
+        if not is_list(value) and not (value is None and name == "target_sizes"):
+            raise InputError(f"sweep.{name} must be a list, as in sweep.{name}=[{value}], got {value!r}")
+    check_choice("sweep.metric", metric, METRICS)
+    if baseline not in [arm.name for arm in arms]:
+        log.warning("sweep.baseline=%s is not among sweep.arms, so arms are not compared", baseline)
+    check_whole("sweep.n_resamples", n_resamples, 100)
+    check_whole("seed", seed, 0)
+    budgets = chosen_sizes(list(sizes))
+    subsets = list(range(seeds)) if is_whole(seeds) else list(seeds) if is_list(seeds) else []
+    if not subsets or not all(is_whole(one) and one >= 0 for one in subsets) or len(set(subsets)) < len(subsets):
+        raise InputError(
+            f"sweep.seeds must be a number of seeds of at least 1, or a list of different whole numbers of at least 0, got {seeds}"
+        )
+    targets = list(_default_targets(budgets) if target_sizes is None else target_sizes)
+    for name, values in (("target_sizes", targets), ("table_size", [] if table_size is None else [table_size])):
+        if set(values) - set(budgets):
+            raise InputError(f"sweep.{name} must be among sweep.sizes {budgets}, got {values}")
+    for score in target_scores:
+        if not is_number(score) or not 0 < score <= 1:
+            raise InputError(f"sweep.target_scores must be numbers in (0, 1], got {score!r}")
+    return Plan(
+        arms=tuple(arm.name for arm in arms),
+        heads=heads,
+        baseline=baseline,
+        sizes=tuple(budgets),
+        seeds=tuple(subsets),
+        metric=metric,
+        target_sizes=tuple(targets),
+        target_scores=tuple(float(score) for score in target_scores),
+        table_size=budgets[len(budgets) // 2] if table_size is None else table_size,
+        threshold=threshold,
+        n_resamples=n_resamples,
+        draw_seed=seed,
+    )
+
+
+def _default_targets(sizes: Sequence[int]) -> list[int]:
+    """The largest sizes up to an eighth and a half of the largest, for there must be room above; else the largest itself."""
+    above_first = sizes[1:]  # at the smallest, no arm can need fewer labels
+    found = [[size for size in above_first if size <= sizes[-1] / part][-1:] for part in (8, 2)]
+    return sorted({size for few in found for size in few}) or list(above_first[-1:])
+
+
+def _objective(strengths: Sequence[float], loss: Mapping[str, float]) -> Objective:
+    if not is_list(strengths):
+        raise InputError(f"sweep.strengths must be a list, as in sweep.strengths=[{strengths}], got {strengths!r}")
+    if not strengths or not all(map(is_number, strengths)) or min(strengths) <= 0 or len(set(strengths)) < len(strengths):
+        raise InputError(f"sweep.strengths must be different numbers above 0, got {list(strengths)}")
+    return Objective(
+        tuple(map(float, strengths)),
+        float(loss.get("prevalence", 0.5)),
+        float(loss.get("pair_weight", 1.0)),
+        float(loss.get("pair_margin", 1.0)),
+    )
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise InputError(f"sweep.device must be auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("sweep.device=cuda, and there is no CUDA device; choose sweep.device=auto or cpu")
+    return name
+
+
+def _log_results(logger: Any, folder: Path, summary: Mapping[str, Any]) -> None:
+    """The sweep's curves by size, and where the logger can hold them, its table and picture."""
+    for size in summary["sizes"]:
+        figures = {
+            f"{arm}/{name}": point[name]
+            for arm, curve in summary["curves"].items()
+            for name in ("mean", "ci_low", "ci_high")
+            if (point := curve[str(size)])[name] is not None
+        }
+        if figures:
+            logger.log_metrics(figures, step=size)
+    if hasattr(logger, "log_table"):
+        columns = ["target", "arm", "n", "baseline_n", "ratio", "ratio_low", "ratio_high"]
+        rows = [
+            [row["target"], row["arm"], row["n"], row["baseline_n"], row["ratio"], *row["ratio_ci"]] for row in summary["samples_to_target"]
+        ]
+        logger.log_table("samples_to_target", columns=columns, data=rows)
+        points = [
+            [arm, int(size), point["mean"], point["ci_low"], point["ci_high"]]
+            for arm, curve in summary["curves"].items()
+            for size, point in curve.items()
+        ]
+        logger.log_table("curves", columns=["arm", "n_unsafe", "mean", "ci_low", "ci_high"], data=points)
+        logger.log_image("sample_efficiency", images=[str(folder / "sample_efficiency.png")])

@@ -1,0 +1,225 @@
+"""Training one guard, measuring it, and what a run leaves in its folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from guardkit.api.fitting import ADAMW, OptimizerFactory, Recipe, check_threshold, named, opened_logger
+from guardkit.api.parts import HeadFactory, VerifierFactory, check_parts, head_factory, make_parts, make_pipeline, new_head
+from guardkit.artifacts import write_json
+from guardkit.checks import check_whole
+from guardkit.classifier import GuardClassifier
+from guardkit.counterfactual.instructor import Instructor
+from guardkit.counterfactual.verifier import Verifier
+from guardkit.data.arms import Arm, arm_named
+from guardkit.data.sources.base import Source
+from guardkit.data.training_images import training_images
+from guardkit.editors.base import Editor
+from guardkit.embeddings import EmbeddingStore
+from guardkit.encoders.base import Encoder
+from guardkit.evaluation.training_report import measure, summary_table, write_pictures, write_predictions
+from guardkit.folders import claim, refuse_others
+from guardkit.heads import Head
+from guardkit.module import DEFAULT_THRESHOLD, EpochProgress
+from guardkit.policy import Policy
+
+WRITTEN = ("guard", "metrics.json", "predictions.parquet", "*.png", "checkpoints", "csv", "wandb")
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What training gives.
+
+    Attributes:
+        guard: trained, with its threshold.
+        metrics: the figures of metrics.json.
+        table: the main ones, to print.
+        folder: where everything is written; None: nothing was.
+    """
+
+    guard: GuardClassifier
+    metrics: dict[str, Any]
+    table: str
+    folder: Path | None
+
+
+def train_guard(
+    source: Source,
+    policy: Policy,
+    *,
+    encoder: Encoder,
+    head: str | type[Head] | HeadFactory = "linear",
+    arm: str | Arm = "pairs_aug",
+    editor: Editor | None = None,
+    instructor: Instructor | None = None,
+    verifier: Verifier | VerifierFactory | None = None,
+    n_unsafe: int = 64,
+    variants_per_image: int = 1,
+    batch_size: int = 64,
+    all_views: bool = False,
+    test_share: float = 0.3,
+    split_seed: int = 0,
+    seed: int = 0,
+    threshold: float | str = DEFAULT_THRESHOLD,
+    loss: Mapping[str, float] | None = None,
+    optimizer: OptimizerFactory = ADAMW,
+    trainer: Mapping[str, Any] | None = None,
+    early_stopping_patience: int = 12,
+    callbacks: Sequence[L.Callback] = (),
+    logger: Any = False,
+    edit_batch_size: int = 16,
+    edit_max_tries: int = 1,
+    cache_dir: str | Path | None = None,
+    output_dir: str | Path | None = None,
+) -> TrainingReport:
+    """Trains a guard on labelled images and counterfactuals made on the fly, and measures it.
+
+    The same as `python -m guardkit.train`, with the same defaults and results. Only the editor has none here: the command's
+    default draws scenes.
+
+    Args:
+        source: of labelled images.
+        policy: says what is unsafe.
+        encoder: frozen; images to unit vectors.
+        head: "linear", "linear_whitened", "linear_texts", "mlp" or "prompt", or a function of `encoder` and `policy`.
+        arm: a name of `guardkit.data.arms.ARMS`, or an `Arm`: what the unsafe images are told from.
+        editor: makes counterfactuals; None: none can be made, which suits arms that edit nothing.
+        instructor: writes what the editor is asked for; None: a template of the policy's words.
+        verifier: judges edits, or a function of `store` and `policy` that makes one; None keeps all that changed the image.
+        n_unsafe: labelled unsafe images, validation included: the label budget.
+        variants_per_image: counterfactuals of each image, where the arm does not say.
+        batch_size: unsafe images in a batch.
+        all_views: every view in every epoch, rather than one after the other.
+        test_share: of a source that brings no test set of its own, in (0, 1).
+        split_seed: of that test set.
+        seed: of the labelled subset, the order of batches and the head's first weights.
+        threshold: a number in [0, 1], or an operating point: "balanced", "fpr_0.01", "fpr_0.05".
+        loss: keyword arguments of `GuardModule` that differ from its defaults, such as {"l2": 0.1}.
+        optimizer: a function of parameters.
+        trainer: keyword arguments of `lightning.Trainer` that differ from `guardkit.api.fitting.TRAINER`.
+        early_stopping_patience: validations without a better loss.
+        callbacks: Lightning's.
+        logger: Lightning's, or a function that opens one; False: none.
+        edit_batch_size: edits asked of the editor at once.
+        edit_max_tries: how often a rejected edit is tried.
+        cache_dir: where embeddings and edits are kept for later runs; None keeps them in memory.
+        output_dir: where guard, figures and pictures go; None: nowhere.
+    Raises:
+        InputError: a wrong value, named with what is allowed; too few images; a folder of another command.
+    """
+    started = time.perf_counter()
+    check_whole("seed", seed, 0)
+    recipe = Recipe(loss or {}, optimizer, trainer or {}, early_stopping_patience)
+    recipe.check()
+    check_threshold(threshold)
+    chosen, make_head = arm_named(arm), head_factory(head)
+    folder, cache = _path(output_dir), _path(cache_dir)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        refuse_others(folder, "train", replaces=True)
+    torch.manual_seed(seed)
+    store = EmbeddingStore(encoder, cache)
+    pipeline = make_pipeline(
+        policy,
+        store,
+        editor=editor,
+        instructor=instructor,
+        verifier=verifier,
+        cache_dir=cache,
+        edit_batch_size=edit_batch_size,
+        edit_max_tries=edit_max_tries,
+    )
+    parts = make_parts(
+        source,
+        policy,
+        store,
+        pipeline,
+        chosen,
+        n_unsafe=n_unsafe,
+        variants_per_image=variants_per_image,
+        batch_size=batch_size,
+        all_views=all_views,
+        test_share=test_share,
+        split_seed=split_seed,
+        seed=seed,
+    )
+    try:
+        check_parts(encoder, pipeline, policy, [make_head])
+        parts.data.setup("fit")
+        made = new_head(make_head, parts, seed)
+        settings = {
+            "source": source.fingerprint,
+            "policy": policy.digest,
+            "encoder": encoder.fingerprint,
+            "editor": pipeline.editor.config,
+            "verifier": pipeline.verifier.config,
+            "head": [made.kind, made.config],
+            "arm": [chosen.name, chosen.negatives, chosen.transform, chosen.variants_per_image or variants_per_image],
+            "data": [n_unsafe, batch_size, all_views, test_share, split_seed, seed],
+            "loss": dict(recipe.loss),
+            "trainer": {name: str(value) for name, value in recipe.trainer.items()},
+            "optimizer": named(optimizer),
+            "threshold": threshold,
+        }
+        owned = nullcontext() if folder is None else claim(folder, "train", settings, replaces=WRITTEN)
+        with owned, opened_logger(logger) as log:
+            every = [EpochProgress(), *callbacks]
+            if folder is not None:
+                every.append(
+                    L.pytorch.callbacks.ModelCheckpoint(
+                        dirpath=folder / "checkpoints", monitor="validation_loss", save_last=False, filename="best"
+                    )
+                )
+            module, fitted = recipe.fit(made, parts, logger=log, callbacks=every, threshold=threshold)
+            metrics, measured = measure(fitted, parts.data, experiment=chosen.name, seed=seed)
+            metrics["notes"] = [*parts.data.notes, *parts.unlabelled.notes]
+            guard = fitted.guard
+            guard.training = {
+                "prevalence": module.prevalence,
+                "experiment": chosen.name,
+                "seed": seed,
+                "sources": sorted({record.source for record in parts.data.unsafe_train}),
+                **{key: metrics[key] for key in ("n_unsafe", "n_safe", "n_counterfactuals")},
+            }
+            guard.training_images = training_images(parts.data, parts.unlabelled)
+            guard.metrics = {key: metrics[key] for key in ("test", "pairs", "always_unsafe")}
+            if folder is not None:
+                guard.save_pretrained(folder / "guard")
+                write_predictions(folder / "predictions.parquet", measured)
+                write_pictures(folder, fitted, parts.data, measured)
+            metrics["timing_s"] = {
+                "total": time.perf_counter() - started,
+                "encode": store.seconds,
+                "edit": parts.data.edits.seconds + parts.data.other_edits.seconds,
+                "fit": fitted.seconds,
+            }
+            if log:
+                log.log_metrics(_scalars({key: metrics[key] for key in ("test", "pairs")}), step=len(fitted.curve))
+            if folder is not None:
+                write_json(folder / "metrics.json", metrics)
+    finally:
+        parts.data.close()
+    return TrainingReport(guard, metrics, summary_table(metrics), folder)
+
+
+def _path(place: str | Path | None) -> Path | None:
+    return None if place is None else Path(place).expanduser()
+
+
+def _scalars(value: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(item, dict):
+            flat |= _scalars(item, f"{name}/")
+        elif isinstance(item, (int, float)):
+            flat[name] = float(item)
+    return flat

@@ -1,0 +1,46 @@
+"""What several commands build from a configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from guardkit.api.parts import Parts, make_parts, make_pipeline
+from guardkit.data.arms import Arm
+from guardkit.embeddings import EmbeddingStore
+from guardkit.runs.hydra import cache_dir, factory, make, plain, policy
+
+
+def arm(cfg: DictConfig) -> Arm:
+    """The arm that `experiment` set."""
+    return Arm(cfg.experiment_name, plain(cfg.data)["negatives"], cfg.data.transform)
+
+
+def edits(cfg: DictConfig) -> dict[str, Any]:
+    """Who edits, and how: keyword arguments of the functions of `guardkit.api`."""
+    return {
+        "editor": make(cfg.editor),
+        "instructor": make(cfg.instructor),
+        "verifier": factory(cfg.verifier),
+        "edit_batch_size": cfg.edit_batch_size,
+        "edit_max_tries": cfg.edit_max_tries,
+    }
+
+
+def data(cfg: DictConfig) -> dict[str, Any]:
+    """Settings of the data module that the arms of a comparison share."""
+    return {name: cfg.data[name] for name in ("variants_per_image", "batch_size", "all_views", "test_share", "split_seed")}
+
+
+def build(cfg: DictConfig) -> Parts:
+    """All parts of a training, for whoever wants them without the training.
+
+    Args:
+        cfg: composed from conf/train.yaml.
+    """
+    rules, cache = policy(cfg), cache_dir(cfg)
+    store = EmbeddingStore(make(cfg.encoder), cache)
+    pipeline = make_pipeline(rules, store, cache_dir=cache, **edits(cfg))
+    source = make(cfg.source, policy=rules)
+    return make_parts(source, rules, store, pipeline, arm(cfg), n_unsafe=cfg.data.n_unsafe, seed=cfg.seed, **data(cfg))

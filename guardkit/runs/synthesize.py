@@ -1,0 +1,35 @@
+"""`synthesize`: from its configuration to objects to one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from guardkit.api.synthesize import synthesize
+from guardkit.runs.hydra import cache_dir, make, policy
+from guardkit.runs.objects import edits
+
+
+def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Makes a pair dataset of a source's images.
+
+    Args:
+        cfg: composed from conf/synthesize.yaml.
+        folder: written to.
+    Returns:
+        The dataset's manifest.
+    """
+    rules = policy(cfg)
+    return synthesize(
+        make(cfg.source, policy=rules),
+        rules,
+        encoder=make(cfg.encoder),
+        **edits(cfg),
+        output_dir=folder,
+        direction=cfg.direction,
+        variants_per_image=cfg.variants_per_image,
+        limit=cfg.limit,
+        cache_dir=cache_dir(cfg),
+    )
