@@ -202,16 +202,17 @@ class GuardClassifier:
         Returns:
             The folder.
         Raises:
-            InputError: the folder holds something else.
+            InputError: the folder holds something else, or head or encoder could not be built again.
         """
+        kind, built_of = ENCODERS.describe(self.encoder)
         config = {
             "threshold": self.threshold,
             "operating_points": self.operating_points,
             "training": self.training,
             "encoder": {
-                "kind": ENCODERS.name(type(self.encoder)),
+                "kind": kind,
                 "name": self.encoder.name,
-                "config": self.encoder.config,
+                "config": built_of,
                 "fingerprint": self.encoder.fingerprint,
                 "preprocessing": self.encoder.preprocessing,
                 "dim": self.encoder.dim,

@@ -26,18 +26,18 @@ def check_config(config: Mapping[str, Any]) -> None:
     """
     head, encoder, policy = (_object(config, key, "") for key in ("head", "encoder", "policy"))
     _expect(config, "guardkit_version", _is_text, "a text")
-    _expect(config, "weights_sha256", _is_hash, "64 hex digits")
+    _expect(config, "weights_sha256", is_hash, "64 hex digits")
     if config.get("training_images_sha256") is not None:
-        _expect(config, "training_images_sha256", _is_hash, "64 hex digits or null")
+        _expect(config, "training_images_sha256", is_hash, "64 hex digits or null")
     _expect(config, "threshold", _is_share, "a number in [0, 1]")
     names = _expect(config, "categories", _is_texts, "a list of at least one name")
     _expect(encoder, "name", _is_text, "a text", "encoder.")
-    _expect(encoder, "fingerprint", _is_hash, "64 hex digits", "encoder.")
+    _expect(encoder, "fingerprint", is_hash, "64 hex digits", "encoder.")
     dim = _expect(encoder, "dim", is_width, f"a whole number from 1 to {MAX_WIDTH}", "encoder.")
     for key in ("preprocessing", "config"):
         _object(encoder, key, "encoder.")
     _expect(policy, "name", _is_text, "a text", "policy.")
-    _expect(policy, "digest", _is_hash, "64 hex digits", "policy.")
+    _expect(policy, "digest", is_hash, "64 hex digits", "policy.")
     for part, kinds in ((head, HEADS), (encoder, ENCODERS)):
         _expect(part, "kind", kinds.is_name, f"one of {', '.join(kinds.ours)}, or package.module:Class", f"{kinds.part}.")
     settings = _object(head, "settings", "head.")
@@ -98,5 +98,6 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_text, value))
 
 
-def _is_hash(value: Any) -> bool:
+def is_hash(value: Any) -> bool:
+    """Whether it is written like a SHA-256."""
     return isinstance(value, str) and _HASH.fullmatch(value) is not None

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save, save_file
 
 from guardkit import __version__
 from guardkit.artifacts import fingerprint, hash_file, read_json, written
-from guardkit.encoders.lookup import ENCODERS
-from guardkit.guard_config import check_config
+from guardkit.encoders.base import Encoder
+from guardkit.encoders.lookup import ENCODERS, build_encoder
+from guardkit.guard_config import check_config, is_hash
 from guardkit.heads import HEADS, Head
 from guardkit.kinds import check_arguments, require_trust
 from guardkit.policy import Policy
@@ -30,6 +32,7 @@ FORMAT = 1
 CONFIG, WEIGHTS, POLICY, CARD = "config.json", "model.safetensors", "policy.yaml", "README.md"
 FILES = frozenset({CONFIG, WEIGHTS, POLICY, CARD, SEEN})
 _HEADER_BYTES = 1 << 20  # more than names and shapes of a head's weights take
+_NEARLY = 1e-3  # of a length, for encoders in half precision
 _MEND = "copy the folder anew or train the guard again"
 
 
@@ -206,6 +209,63 @@ def _outline(value: torch.Tensor | None) -> str:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+def check_head(head: Head, encoder: Encoder, n_categories: int) -> None:
+    """Saves a head in memory and loads it again, so that none is trained in vain.
+
+    Args:
+        head: as it starts.
+        encoder: whose embeddings it takes.
+        n_categories: k of the policy.
+    Raises:
+        InputError: what is loaded would not be what was saved, or it gives something else than (n, 1 + k) logits.
+    """
+    name = HEADS.name(type(head))
+    if not isinstance(head, Head):
+        raise InputError(f"head {name} must be a subclass of guardkit.heads.Head")
+    _, settings = HEADS.describe(head)
+    rows, was_training = torch.linspace(-1, 1, 2 * encoder.dim).view(2, -1), head.training
+    with torch.inference_mode():
+        logits = head.eval()(rows)
+    head.train(was_training)
+    try:
+        again = _filled(type(head), settings, _outlines(type(head), settings), save(_tensors(head)))
+        with torch.inference_mode():
+            if not torch.equal(logits, again.eval()(rows)):
+                raise ValueError("built again from its config and its weights, it gives other logits")
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise InputError(f"head {name} could not be saved and loaded again: {_line(error)}") from error
+    if (tuple(logits.shape), logits.dtype) != ((2, 1 + n_categories), torch.float32):
+        raise InputError(
+            f"head {name} must give float32 logits of shape {(2, 1 + n_categories)} for embeddings of shape {tuple(rows.shape)}, "
+            f"a decision and {n_categories} categories each, got {_outline(logits)}"
+        )
+
+
+def check_encoder(encoder: Encoder) -> None:
+    """Builds an encoder of another package again, so that no guard is trained on one that is not found afterwards.
+
+    Raises:
+        InputError: it would be another one, or it does not give unit vectors.
+    """
+    name, config = ENCODERS.describe(encoder)
+    if name in ENCODERS.ours:
+        return
+    try:
+        fingerprint(encoder.preprocessing)
+        vectors = encoder.encode_images([np.full((8, 8, 3), 128, np.uint8)])
+        if (vectors.dtype, vectors.shape) != (np.float32, (1, encoder.dim)) or abs(np.linalg.norm(vectors) - 1) > _NEARLY:
+            raise ValueError(f"encode_images must give a float32 unit vector of shape {(1, encoder.dim)} for one image")
+        again = build_encoder(type(encoder), config).fingerprint
+        if again != encoder.fingerprint or not is_hash(again):
+            raise ValueError("built again from its config it must have the same fingerprint, 64 hex digits")
+    except Exception as error:  # whatever it is, it comes of this class
+        raise InputError(f"encoder {name} cannot be used and found again ({type(error).__name__}: {_line(error)})") from error
+
+
+def _tensors(head: Head) -> dict[str, torch.Tensor]:
+    return {name: value.contiguous() for name, value in head.state_dict().items()}
+
+
 def write_guard(folder: str | Path, head: Head, policy: Policy, config: Mapping[str, Any], training_images: SeenImages | None) -> Path:
     """Writes a guard's files; an older guard in the folder is replaced as a whole.
 
@@ -221,10 +281,11 @@ def write_guard(folder: str | Path, head: Head, policy: Policy, config: Mapping[
     """
     folder = Path(folder).expanduser()
     _check_free(folder)
+    kind, settings = HEADS.describe(head)
     with ExitStack() as files:
         # all are complete before the first gets its name; the one that is opened first gets it last
         new = {name: files.enter_context(written(folder / name)) for name in (CONFIG, CARD, POLICY, WEIGHTS)}
-        save_file({name: value.contiguous() for name, value in head.state_dict().items()}, new[WEIGHTS])
+        save_file(_tensors(head), new[WEIGHTS])
         policy.save(new[POLICY])
         if training_images is not None:
             new[SEEN] = files.enter_context(written(folder / SEEN))
@@ -232,7 +293,7 @@ def write_guard(folder: str | Path, head: Head, policy: Policy, config: Mapping[
         whole: dict[str, Any] = {
             "format": FORMAT,
             "guardkit_version": __version__,
-            "head": {"kind": head.kind, "settings": head.config},
+            "head": {"kind": kind, "settings": settings},
             "categories": list(policy.category_names),
             **config,
             "policy": {"name": policy.name, "digest": policy.digest},

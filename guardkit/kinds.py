@@ -29,7 +29,7 @@ class Kinds:
 
     Attributes:
         part: "head" or "encoder".
-        ours: import paths of guardkit's own classes, by the short names that files keep.
+        ours: import paths of classes of guardkit's, by the short names that files keep.
     """
 
     part: str
@@ -47,7 +47,24 @@ class Kinds:
     def package(self, name: str) -> str | None:
         """The package that has to be trusted for a class; None for one of ours."""
         found = None if name in self.ours else _PATH.fullmatch(name)
-        return found[1] if found else None
+        return found[1] if found and found[1] != "guardkit" else None
+
+    def describe(self, part: Any) -> tuple[str, dict[str, Any]]:
+        """What a file keeps of a part: the name of its class, and its `config`.
+
+        Raises:
+            InputError: nobody could build it from these again.
+        """
+        name, config = self.name(type(part)), getattr(part, "config", None)
+        try:
+            if not self.is_name(name):
+                raise ValueError("its class must stand at the top level of a module, to be imported from there")
+            if not isinstance(config, dict) or json.loads(json.dumps(config, allow_nan=False)) != config:
+                raise ValueError("its config must be a dict that JSON gives back as it was (lists instead of tuples, texts as keys)")
+            check_arguments(type(part), config, "its config")
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{self.part} {name} cannot be saved: {error}") from error
+        return name, config
 
     def load(self, name: str, trust: Sequence[str]) -> type:
         """The class that a file names.

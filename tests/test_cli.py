@@ -103,6 +103,7 @@ def test_a_wheel_runs_from_any_folder(tmp_path):
     target = tmp_path / "site"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)], check=True)
     assert (target / "guardkit/_conf/train.yaml").is_file()
+    assert not list(target.rglob("*extension*"))
     empty = tmp_path / "empty"
     empty.mkdir()
     done = call(

@@ -140,7 +140,7 @@ def test_group_file_lists_every_argument(path):
 def test_pages_name_no_missing_file():
     import re
 
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in link:
-                assert (page.parent / link).exists(), f"{page.name} links to {link}"
+                assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"

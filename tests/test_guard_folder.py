@@ -379,6 +379,8 @@ def test_parts_that_are_given_need_no_import(foreign):
 @pytest.mark.parametrize(
     ("part", "kind", "message"),
     [
+        ("head", "guardkit.runs.hydra:Jobs", "head must be a subclass of guardkit.heads.Head"),
+        ("encoder", "guardkit.heads:LinearHead", "encoder must have"),
         ("head", "subprocess:Popen", "head must be a subclass of guardkit.heads.Head"),
         ("head", "minepackage.parts:LinearHead", "is no class that is defined there"),
         ("head", "minepackage.parts:none", "cannot be imported"),

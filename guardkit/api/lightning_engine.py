@@ -76,7 +76,7 @@ class LightningEngine:
             for l2 in self._objective.strengths:
                 parts.data.epoch = 0
                 head = new_head(self._heads[cell.head], parts, cell.seed)
-                recipe = self._linear if isinstance(head, LinearHead) else self._recipe
+                recipe = self._linear if type(head) is LinearHead else self._recipe
                 module, fitted = replace(recipe, loss={**recipe.loss, "l2": l2}).fit(head, parts)
                 guards.append(fitted.guard)
                 losses.append(module.best_loss)

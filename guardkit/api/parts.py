@@ -20,6 +20,7 @@ from guardkit.editors.base import Editor
 from guardkit.editors.none import NoEditor
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
+from guardkit.guard_folder import check_encoder, check_head
 from guardkit.heads import Head, LinearHead, MLPHead, PromptHead
 from guardkit.policy import Policy
 from guardkit.schema import InputError
@@ -132,6 +133,8 @@ def new_head(make_head: HeadFactory, parts: Parts, seed: int) -> Head:
 def check_parts(encoder: Encoder, pipeline: CounterfactualPipeline | None, policy: Policy, heads: Iterable[HeadFactory] = ()) -> None:
     """Loads the encoder, and builds what editor, verifier and heads need of it and of their weights.
 
+    Heads, and an encoder of another package, are also built again as a saved guard would be.
+
     Args:
         encoder: of the run.
         pipeline: with editor and verifier; None: nothing is edited.
@@ -139,7 +142,7 @@ def check_parts(encoder: Encoder, pipeline: CounterfactualPipeline | None, polic
         heads: that are going to be trained.
     Raises:
         InputError: weights that cannot be found or loaded, an encoder that reads no texts where they are needed, settings out
-            of range, or texts that are the same to the encoder.
+            of range, texts that are the same to the encoder, or a head or an encoder that could not be loaded again.
     """
     _ = encoder.dim
     if pipeline is not None:
@@ -147,7 +150,8 @@ def check_parts(encoder: Encoder, pipeline: CounterfactualPipeline | None, polic
         prepare = getattr(pipeline.verifier, "prepare", None)
         if prepare is not None:
             prepare()
+    check_encoder(encoder)
     for make_head in heads:
         # a head to try: the run's own starts from its own seed
         with torch.random.fork_rng(devices=[]):
-            make_head(encoder=encoder, policy=policy)
+            check_head(make_head(encoder=encoder, policy=policy), encoder, len(policy.categories))

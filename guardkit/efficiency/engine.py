@@ -108,7 +108,7 @@ class BatchedEngine:
         data = [one for _, one in cells]
         first = self._make_head(cells[0][0].head, cells[0][0].seed)
         fitted: Sequence[FittedCell | CellError]
-        if isinstance(first, LinearHead):  # starts alike for every seed
+        if type(first) is LinearHead:  # starts alike for every seed; a subclass may compute something else
             fitted = self._fit_linear(first, data, test)
         else:
             heads = [first, *(self._make_head(cell.head, cell.seed) for cell, _ in cells[1:])]

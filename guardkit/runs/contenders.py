@@ -10,9 +10,9 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, TypeVar
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -51,7 +51,7 @@ def build_contenders(cfg: DictConfig) -> tuple[Policy, list[Contender], list[str
     problems.check()
     encoders: dict[str, Encoder] = {}
     trained_on = None if cfg.trained_on is None else frozenset(str(source) for source in cfg.trained_on)
-    guards = [problems.catch(_guard, name, place, encoders, trained_on) for name, place in places]
+    guards = [problems.catch(_guard, name, place, encoders, trained_on, cfg.trust) for name, place in places]
     found: list[Contender] = [guard for guard in guards if guard is not None]
     rules = _rules(cfg, found) if not problems.found else None
     baselines = [one for one in composed if one is not None]
@@ -117,9 +117,11 @@ def _named_guards(value: Any) -> list[tuple[str | None, str]]:
     return [(None, str(value))]
 
 
-def _guard(name: str | None, place: str, encoders: dict[str, Encoder], trained_on: frozenset[str] | None) -> Contender:
+def _guard(
+    name: str | None, place: str, encoders: dict[str, Encoder], trained_on: frozenset[str] | None, trust: Sequence[str]
+) -> Contender:
     folder = Path(place).expanduser()
-    guard = GuardClassifier.from_pretrained(folder if folder.is_dir() else place, encoder=encoders.get(_encoder_of(folder)))
+    guard = GuardClassifier.from_pretrained(folder if folder.is_dir() else place, encoder=encoders.get(_encoder_of(folder)), trust=trust)
     encoders.setdefault(guard.encoder.fingerprint, guard.encoder)
     said = guard.training.get("sources")
     return Contender(
@@ -166,7 +168,16 @@ class _Baseline:
 
     @property
     def parameters(self) -> frozenset[str]:
-        return frozenset(inspect.signature(get_object(self.cfg._target_)).parameters)
+        target = str(self.cfg._target_)
+        try:
+            return frozenset(inspect.signature(resolve_name(target)).parameters)
+        except (ImportError, AttributeError) as error:
+            if target.startswith("guardkit."):
+                raise
+            raise InputError(
+                f"baseline {self.name} names {target}, which cannot be imported ({error}); install its package in this environment, "
+                "or correct its _target_"
+            ) from error
 
     def make(self, rules: Policy, encoder: Any = None) -> Guard:
         given: dict[str, Any] = {"policy": rules} if "policy" in self.parameters else {}
@@ -187,7 +198,7 @@ def _composed(name: str, settings: dict[str, Any], cache: str | None) -> _Baseli
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"baseline {name} does not take {settings} ({reason}); it has {', '.join(cfg)}: see conf/baseline/{name}.yaml"
+            f"baseline {name} does not take {settings} ({reason}); it has {', '.join(cfg)}: see baseline/{name}.yaml"
         ) from error
     missing = sorted(key.removeprefix("baseline.") for key in OmegaConf.missing_keys(cfg))
     if missing:

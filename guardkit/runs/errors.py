@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -37,6 +37,8 @@ def user_error(error: BaseException) -> str | None:
     for cause in chain:
         if (line := _of_the_disk(cause)) is not None:
             return line
+    if (line := _of_a_foreign_part(chain)) is not None:
+        return line
     if isinstance(error, (HydraException, OmegaConfBaseException)) and all(
         isinstance(cause, (HydraException, OmegaConfBaseException, OSError)) for cause in chain
     ):
@@ -67,6 +69,20 @@ def _of_the_disk(error: BaseException) -> str | None:
         return one_line(
             f"{error.strerror}{where}; check the path, its permissions and the space left (output_dir, and cache_dir or GUARDKIT_CACHE, set where results go)"
         )
+    return None
+
+
+def _of_a_foreign_part(chain: list[BaseException]) -> str | None:
+    """A class of somebody else's that a `_target_` names and that is not there, or cannot be imported."""
+    for cause in chain:
+        found = re.match(r"Error locating target '(?!guardkit\.)([^']+)'", str(cause))
+        if found and isinstance(cause, InstantiationException):
+            part = re.search(r"full_key: (\S+)", str(cause))
+            reason = next((str(one) for one in reversed(chain) if isinstance(one, ImportError)), "there is no such name")
+            return one_line(
+                f"{part[1] if part else '_target_'} names {found[1]}, which cannot be imported ({reason}); "
+                "install its package in this environment, or correct its _target_"
+            )
     return None
 
 

@@ -19,6 +19,7 @@ import hydra
 from filelock import FileLock, Timeout
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -292,18 +293,18 @@ def compose_group(group: str, name: str, overrides: list[str], *, root: Mapping[
     """One choice of a configuration group, composed by itself, with its settings fixed: an unknown one is an error.
 
     Args:
-        group, name: which.
+        group, name: which, of conf/ or of the folder that --config-dir names.
         overrides: as on the command line.
         root: what the choice may interpolate.
     Raises:
         InputError: the group has no such choice.
     """
-    choices = sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
-    if name not in choices:
-        raise InputError(f"there is no {group} {name!r}; there are {', '.join(choices)}")
-    # inside an entry point Hydra is set up already
+    # inside an entry point Hydra is set up already, and knows the user's own --config-dir as well
     ready = GlobalHydra.instance().is_initialized()
     with nullcontext() if ready else hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"), warnings.catch_warnings():
+        choices = sorted(GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG))
+        if name not in choices:
+            raise InputError(f"there is no {group} {name!r}; there are {', '.join(choices)}, and --config-dir=DIR adds DIR/{group}")
         # a group file is no primary configuration, and says nothing of its place among its defaults
         warnings.filterwarnings("ignore", message=".*missing `_self_`")
         composed = hydra.compose(f"{group}/{name}", overrides)

@@ -1,0 +1,43 @@
+"""A baseline: a classifier that an evaluation measures beside guards. This one looks at images itself.
+
+One that is a head on an encoder's embeddings is a `guardkit.baselines.base.EmbeddingGuard`, and its function takes `encoder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from guardkit.artifacts import fingerprint
+from guardkit.checks import check_number
+from guardkit.policy import Policy
+from guardkit.schema import Judgment
+
+
+class RednessGuard:
+    """Scores an image by its reddest pixel.
+
+    Args:
+        policy: of the evaluation; it makes no difference to this one.
+        threshold: flag when score >= threshold, in [0, 1].
+    """
+
+    covers = None  # all categories of the policy
+    encoder = None  # it takes no embeddings
+    is_normalized = True
+
+    def __init__(self, policy: Policy, *, threshold: float = 0.5) -> None:  # noqa: ARG002
+        check_number("baseline.redness.threshold", threshold, "[0, 1]")
+        self.name, self.threshold = "redness", threshold
+        self.fingerprint = fingerprint({"baseline": "redness", "version": 1})  # judgments are stored under it
+
+    def judge(self, images: Sequence[np.ndarray]) -> list[Judgment]:
+        """(h, w, 3) uint8 RGB images -> one judgment each; one that cannot be judged has a NaN score and a reason."""
+        pixels = (image.astype(float) / 255 for image in images)
+        return [Judgment(float(np.clip((one[..., 0] - one[..., 1:].max(axis=2)).max(), 0, 1))) for one in pixels]
+
+    def logits(self, embeddings: Any) -> Any:  # noqa: ARG002
+        """Only of a guard with an encoder."""
+        raise TypeError("redness takes no embeddings; ask it to judge images")

@@ -1,0 +1,48 @@
+"""An encoder: images to unit vectors of one width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from guardkit.artifacts import fingerprint
+from guardkit.checks import check_whole
+
+
+class ColourGrid:
+    """The mean colours of an image in a grid of cells: no weights, no network.
+
+    An encoder with weights loads them when it is first asked for `dim`, `fingerprint` or vectors, and hashes them into
+    `fingerprint`: a saved guard recognises its encoder by it.
+
+    Args:
+        cells: of the grid, in each direction.
+        batch_size: images encoded at once. It and `device`, where there is one, are not in `config`: they change no vector.
+    """
+
+    def __init__(self, cells: int = 4, *, batch_size: int = 64) -> None:
+        check_whole("encoder.cells", cells, 1)
+        self.batch_size = batch_size
+        self.config = {"cells": cells}  # builds it again: ColourGrid(**config)
+        self.name = f"colour grid {cells}x{cells}"
+        self.dim = 3 * cells**2 + 1
+        self.preprocessing = {"size": [cells, cells], "interpolation": "area"}
+        self.fingerprint = fingerprint({"encoder": "colour grid 1", **self.config})
+
+    def preprocess(self, image: np.ndarray) -> torch.Tensor:
+        """(h, w, 3) uint8 RGB -> (3, cells, cells) float32 in [0, 1]."""
+        pixels = torch.tensor(image).permute(2, 0, 1).float() / 255
+        return functional.adaptive_avg_pool2d(pixels, self.config["cells"])
+
+    def encode_preprocessed(self, images: Sequence[torch.Tensor], *, fixed_batch: bool = False, normalize: bool = True) -> np.ndarray:  # noqa: ARG002
+        """What `preprocess` gave -> (n, d) float32. Here no vector depends on its batch, fixed or not."""
+        # the last number keeps an even grey, which is zero otherwise, from having no direction
+        vectors = np.array([[*(image.flatten() - 0.5).tolist(), 0.1] for image in images], np.float32).reshape(-1, self.dim)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if normalize else vectors
+
+    def encode_images(self, images: Sequence[np.ndarray], *, fixed_batch: bool = False, normalize: bool = True) -> np.ndarray:
+        """(h, w, 3) uint8 RGB images of any sizes -> (n, d) float32."""
+        return self.encode_preprocessed([self.preprocess(image) for image in images], fixed_batch=fixed_batch, normalize=normalize)
