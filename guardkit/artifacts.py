@@ -21,7 +21,7 @@ from typing import Any
 from guardkit.schema import InputError
 
 _PACKAGE = Path(__file__).resolve().parent
-_SHIPPED = "guardkit:"
+SHIPPED = "guardkit:"
 _VARIANTS = ("fp16", "bf16")  # what diffusers and transformers put into the names of files in half precision
 _MAX_JSON_BYTES, _MAX_JSON_DEPTH = 256 << 20, 64
 _TEMPORARY = re.compile(r"\..*\.\d+\.\d+\.tmp")  # names that `written` gives: process, thread
@@ -171,12 +171,12 @@ def shipped(weights: str) -> Path | None:
     Raises:
         InputError: guardkit brings none of that name.
     """
-    if not weights.startswith(_SHIPPED):
+    if not weights.startswith(SHIPPED):
         return None
     # a wheel carries the models inside the package, a checkout beside it
     root = next((path for path in (_PACKAGE / "_checkpoints", _PACKAGE.parent / "checkpoints") if path.is_dir()), None)
     names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root else []
-    name = weights.removeprefix(_SHIPPED)
+    name = weights.removeprefix(SHIPPED)
     if root is None or name not in names:
         raise InputError(f"guardkit ships no model {name!r}; it ships {', '.join(names) or 'none'}")
     return root / name

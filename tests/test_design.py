@@ -84,6 +84,7 @@ def test_heavy_libraries_have_one_place():
         "openai": {"vlm/endpoint.py", "vlm/outgoing.py"},
         "gradio": {"moderation/review_page.py"},
         "diffusers": {"baselines/sd_safety_checker.py", "editors/diffusers.py", "editors/diffusers_pipelines.py", "scenes/train_edit.py"},
+        "onnxruntime": {"encoders/onnx.py"},
         "open_clip": {"encoders/open_clip.py", "scenes/train_clip.py", "scenes/train_edit.py"},
     }
     for path in modules():

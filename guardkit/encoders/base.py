@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
+from guardkit.checks import is_whole
 from guardkit.schema import InputError, shortened
 
 if TYPE_CHECKING:
@@ -229,6 +230,32 @@ def prepare_pixels(
     return (pixels - mean) / std
 
 
+def prepare_image(image: np.ndarray, preprocessing: Mapping[str, Any]) -> torch.Tensor:
+    """The same of one image, with Pillow's resizing on 8-bit values, as open_clip's transform does it.
+
+    Args:
+        image: (h, w, 3) uint8 RGB.
+        preprocessing: see `prepare_pixels`.
+    Returns:
+        (3, height, width) float32.
+    """
+    import torch
+    from PIL import Image
+
+    picture = Image.fromarray(image)
+    height, width = preprocessing["size"]
+    new = resized(picture.height, picture.width, preprocessing.get("resize", preprocessing["size"]), preprocessing["resize_mode"])
+    if new != (picture.height, picture.width):
+        picture = picture.resize((new[1], new[0]), Image.Resampling[preprocessing["interpolation"].upper()])
+    spare_y, spare_x = new[0] - height, new[1] - width
+    # beyond the edge, where the picture is smaller, it is black
+    top, left = (-(-spare // 2) if spare < 0 else round(spare / 2) for spare in (spare_y, spare_x))
+    picture = picture.crop((left, top, left + width, top + height))
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div(255)
+    mean, std = (torch.tensor(preprocessing[key], dtype=torch.float32).view(3, 1, 1) for key in ("mean", "std"))
+    return (pixels - mean) / std
+
+
 def _fitted(pixels: torch.Tensor, preprocessing: Mapping[str, Any], crop_rounds_down: bool) -> torch.Tensor:
     from torch.nn import functional
 
@@ -263,23 +290,29 @@ def resized(rows: int, columns: int, size: Sequence[int], resize_mode: str) -> t
     return max(1, round(rows / ratio)), max(1, round(columns / ratio))
 
 
-def checked_preprocess(given: Mapping[str, Any]) -> dict[str, Any]:
+def checked_preprocess(given: Mapping[str, Any], *, resizes: bool = False) -> dict[str, Any]:
     """A stated preprocessing in plain JSON types.
 
+    Args:
+        given: size, mean, std, interpolation and resize_mode.
+        resizes: may also say `resize`, what images are resized to before `size` is cropped from their middle; null: size.
     Raises:
         InputError: a field is missing, unknown or out of range.
     """
     if not isinstance(given, Mapping):
         raise InputError(f"encoder.preprocess must be {{{', '.join(_PREPROCESS_FIELDS)}}}, each with its value, got {given!r}")
-    unknown, missing = set(given) - set(_PREPROCESS_FIELDS), set(_PREPROCESS_FIELDS) - set(given)
+    unknown, missing = set(given) - {*_PREPROCESS_FIELDS, *(["resize"] if resizes else [])}, set(_PREPROCESS_FIELDS) - set(given)
     if unknown or missing:
         raise InputError(
             f"encoder.preprocess must have {', '.join(_PREPROCESS_FIELDS)}; missing: {', '.join(sorted(missing)) or 'none'}, unknown: {', '.join(sorted(unknown)) or 'none'}"
         )
     plain: dict[str, Any] = {key: list(value) if isinstance(value, (list, tuple)) else value for key, value in given.items()}
-    sides = plain["size"] if isinstance(plain["size"], list) else [plain["size"]] * 2
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
-        raise InputError(f"encoder.preprocess.size must be pixels, or height and width in pixels, got {plain['size']!r}")
+    if plain.get("resize", 0) is None:
+        del plain["resize"]
+    for key in {"size", "resize"} & set(plain):
+        sides = plain[key] if isinstance(plain[key], list) else [plain[key]] * 2
+        if len(sides) != 2 or not all(is_whole(side) and side >= 1 for side in sides):
+            raise InputError(f"encoder.preprocess.{key} must be pixels, or height and width in pixels, got {plain[key]!r}")
     for key in ("mean", "std"):
         values = plain[key]
         if not (isinstance(values, list) and len(values) == 3 and all(isinstance(v, (int, float)) for v in values)):

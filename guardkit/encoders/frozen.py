@@ -16,6 +16,7 @@ import numpy as np
 from guardkit.artifacts import fingerprint
 from guardkit.checks import check_whole
 from guardkit.encoders.base import encode_in_batches, prepare_pixels
+from guardkit.kinds import MAX_WIDTH
 from guardkit.schema import InputError
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ def trial(encode: Callable[[torch.Tensor], torch.Tensor], size: Sequence[int]) -
 
     with torch.inference_mode():
         vector = encode(torch.zeros(1, 3, *size))
-    if vector.ndim != 2 or len(vector) != 1:
+    if vector.ndim != 2 or len(vector) != 1 or vector.shape[1] > MAX_WIDTH:
         raise ValueError(f"for one image it gives values of shape {tuple(vector.shape)} instead of one vector")
     if not bool(vector.isfinite().all()):
         raise ValueError("its weights give vectors that are not finite")

@@ -3,27 +3,61 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from guardkit.encoders.base import Encoder
-from guardkit.encoders.open_clip import OpenClipEncoder, is_architecture
+from guardkit.encoders.places import LOCAL
 from guardkit.kinds import Kinds, check_arguments
 from guardkit.schema import InputError
 
-ENCODERS = Kinds("encoder", {"open_clip": "guardkit.encoders.open_clip:OpenClipEncoder"})
+ENCODERS = Kinds(
+    "encoder",
+    {
+        "open_clip": "guardkit.encoders.open_clip:OpenClipEncoder",
+        "transformers": "guardkit.encoders.transformers:TransformersEncoder",
+        "onnx": "guardkit.encoders.onnx:OnnxEncoder",
+    },
+)
 
 _NEEDED = ("preprocess", "encode_preprocessed", "encode_images")
-_MODEL, _SUFFIXES = "open_clip_config.json", (".safetensors", ".bin", ".pt", ".pth")
-_PREFIXES = ("local-dir:", "hf-hub:", "guardkit:")
 _DEPTH, _MOST = 5, 200
 _HOW = (
     "a folder that holds it or is searched for it, local-dir:FOLDER, a weights file, hf-hub:ORG/NAME, an open_clip tag "
     "such as ViT-B-32/openai, or an encoder that is built already"
 )
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """A class of encoders that can tell where else a model of its kind may be. Others are found where they were, or given."""
+
+    @classmethod
+    def named(cls, recorded: Mapping[str, Any], text: str) -> dict[str, Any] | None:
+        """Constructor arguments of the encoder that a text means.
+
+        Args:
+            recorded: as of `find_encoder`; nothing in its config is checked.
+            text: a path, a Hub id, or whatever else names weights of this kind.
+        Returns:
+            Them; None for a folder that is no model, and is to be searched for one.
+        Raises:
+            InputError: it means nothing here.
+        """
+        ...
+
+    @classmethod
+    def candidates(cls, recorded: Mapping[str, Any], place: Path, files: Sequence[str]) -> list[dict[str, Any]]:
+        """Constructor arguments, `weights` among them, of the encoders in one folder that may be the recorded one.
+
+        Args:
+            recorded: as of `named`.
+            place: the folder.
+            files: names of the files in it, sorted.
+        """
+        ...
 
 
 def find_encoder(
@@ -40,8 +74,8 @@ def find_encoder(
     Args:
         recorded: what a guard says of it: kind, name, config, fingerprint, preprocessing and dim.
         given: None: built from `recorded["config"]`. An encoder: used as it is. Else a text: a model's folder, or one that
-            is searched for the model; "local-dir:FOLDER"; a weights file; "hf-hub:ORG/NAME" or "ORG/NAME"; a tag of
-            open_clip, "openai" or "ViT-B-32/openai".
+            is searched for the model; "local-dir:FOLDER"; "hf-hub:ORG/NAME" or "ORG/NAME"; a weights file; for open_clip
+            also a tag, "openai" or "ViT-B-32/openai".
         needed_by: for messages.
         trust: packages of other people that it may be imported from.
         device: to build it on; None: as the encoder decides.
@@ -60,13 +94,13 @@ def find_encoder(
     kind = ENCODERS.load(recorded["kind"], trust)
     try:
         if given is None:
-            found: Encoder = build_encoder(kind, recorded["config"], **options)
-        elif kind is not OpenClipEncoder:
+            found = build_encoder(kind, recorded["config"], **options)
+        elif not issubclass(kind, Movable):
             raise InputError(f"an encoder of kind {recorded['kind']} is looked for nowhere else; build it and give the object")
-        elif (folder := Path(given).expanduser()).is_dir() and not (folder / _MODEL).is_file():
-            return _search(recorded, folder, options, needs)
+        elif (arguments := kind.named(recorded, os.fspath(given))) is None:
+            return _search(kind, recorded, Path(given).expanduser(), options, needs)
         else:
-            found = OpenClipEncoder(**_named(recorded, os.fspath(given)), **options)
+            found = build_encoder(kind, arguments, **options)
         found.fingerprint  # noqa: B018 - builds it, so that what is wrong is told here
     except InputError as error:
         where = "where it was recorded" if given is None else f"as encoder={given}"
@@ -102,39 +136,13 @@ def _checked(recorded: Mapping[str, Any], encoder: Encoder, needed_by: str) -> E
     )
 
 
-def _named(recorded: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """Constructor arguments of the encoder that a text means."""
-    architecture, path = recorded["config"]["architecture"], Path(text).expanduser()
-    if text.startswith(_PREFIXES):
-        return {"architecture": None, "weights": text}
-    if path.is_dir():
-        return {"architecture": None, "weights": f"local-dir:{path}"}
-    if path.is_file():
-        if (path.parent / _MODEL).is_file():
-            return {"architecture": None, "weights": f"local-dir:{path.parent}"}
-        return _file(recorded, path)
-    if text.count("/") == 1 and all(text.split("/")):
-        first, second = text.split("/")
-        if is_architecture(first):
-            return {"architecture": first, "weights": second}
-        return {"architecture": None, "weights": f"hf-hub:{text}"}
-    if "/" in text or architecture is None:
-        raise InputError(f"{text!r} is no folder and no file here")
-    return {"architecture": architecture, "weights": text}
-
-
-def _file(recorded: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """A bare file says neither architecture nor preprocessing, but the guard does."""
-    return {"architecture": recorded["config"]["architecture"], "weights": str(path), "preprocess": dict(recorded["preprocessing"])}
-
-
-def _search(recorded: Mapping[str, Any], folder: Path, options: Mapping[str, Any], needs: str) -> Encoder:
+def _search(kind: type[Movable], recorded: Mapping[str, Any], folder: Path, options: Mapping[str, Any], needs: str) -> Encoder:
     """The model below a folder whose weights are the recorded ones."""
     tried: list[str] = []
-    for arguments in _candidates(recorded, folder):
-        tried.append(arguments["weights"].removeprefix("local-dir:"))
+    for arguments in _candidates(kind, recorded, folder):
+        tried.append(str(arguments["weights"]).removeprefix(LOCAL))
         try:
-            encoder = OpenClipEncoder(**arguments, **options)
+            encoder = build_encoder(kind, arguments, **options)
             if encoder.fingerprint == recorded["fingerprint"]:
                 return encoder
         except InputError:
@@ -147,28 +155,15 @@ def _search(recorded: Mapping[str, Any], folder: Path, options: Mapping[str, Any
     raise InputError(f"{needs}, and {looked}; give from_pretrained(..., encoder=...) {_HOW}")
 
 
-def _candidates(recorded: Mapping[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+def _candidates(kind: type[Movable], recorded: Mapping[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
     """Arguments of every encoder below a folder that may be the recorded one, at most `_MOST`."""
     left = _MOST
     for place, folders, files in os.walk(folder):
         folders.sort()
         if len(Path(place).relative_to(folder).parts) >= _DEPTH:
             folders.clear()
-        found: list[dict[str, Any]] = []
-        if _MODEL in files:
-            if _width(Path(place, _MODEL)) in (None, recorded["dim"]):
-                found.append({"architecture": None, "weights": f"local-dir:{place}"})
-        elif recorded["config"]["architecture"] is not None:
-            found += [_file(recorded, Path(place, name)) for name in sorted(files) if name.endswith(_SUFFIXES)]
+        found = kind.candidates(recorded, Path(place), sorted(files))
         yield from found[:left]
         left -= len(found)
         if left <= 0:
             return
-
-
-def _width(path: Path) -> Any:
-    """The width that a model's configuration states, None where it states none: cheaper than building the model."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["model_cfg"]["embed_dim"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from guardkit.artifacts import shipped
+from guardkit.artifacts import SHIPPED, read_json, shipped
 from guardkit.encoders.base import CutTexts, checked_preprocess
 from guardkit.encoders.frozen import Built, FrozenEncoder, checked_device, hash_state, trial
+from guardkit.encoders.places import HUB, LOCAL
 from guardkit.schema import InputError
 
 if TYPE_CHECKING:
     import torch
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")  # what open_clip looks for in a folder
-_HUB, _LOCAL = "hf-hub:", "local-dir:"
+_MODEL = "open_clip_config.json"
+_FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 class OpenClipEncoder(FrozenEncoder):
@@ -52,22 +54,18 @@ class OpenClipEncoder(FrozenEncoder):
     ) -> None:
         if not isinstance(weights, str) or not weights:
             raise InputError(
-                f"encoder.weights must be a pretrained tag, {_HUB}ORG/NAME, {_LOCAL}FOLDER, guardkit:NAME or a file, got {weights!r}"
+                f"encoder.weights must be a pretrained tag, {HUB}ORG/NAME, {LOCAL}FOLDER, guardkit:NAME or a file, got {weights!r}"
             )
         self.architecture, self.weights = architecture, weights
         self._preprocess = None if preprocess is None else checked_preprocess(preprocess)
         self._folder = self._find_folder()
-        self._is_file = (
-            self._folder is None
-            and not weights.startswith(_HUB)
-            and Path(weights).expanduser().suffix in (".safetensors", ".bin", ".pt", ".pth")
-        )
-        if (self._folder or weights.startswith(_HUB)) and architecture is not None:
+        self._is_file = self._folder is None and not weights.startswith(HUB) and Path(weights).expanduser().suffix in _FILE_SUFFIXES
+        if (self._folder or weights.startswith(HUB)) and architecture is not None:
             raise InputError(f"encoder.architecture must be null with weights={weights}, which name their own, got {architecture!r}")
-        if architecture is None and not (self._folder or weights.startswith(_HUB)):
+        if architecture is None and not (self._folder or weights.startswith(HUB)):
             raise InputError(
-                f"encoder.architecture is needed with weights={weights}, for instance ViT-B-32; a folder is written {_LOCAL}FOLDER and a Hub id "
-                f"{_HUB}ORG/NAME"
+                f"encoder.architecture is needed with weights={weights}, for instance ViT-B-32; a folder is written {LOCAL}FOLDER and a Hub id "
+                f"{HUB}ORG/NAME"
             )
         if not self._is_file and preprocess is not None:
             raise InputError(f"encoder.preprocess belongs to a bare weights file only; weights={weights} bring their own")
@@ -77,13 +75,46 @@ class OpenClipEncoder(FrozenEncoder):
         super().__init__(name, device=device, batch_size=batch_size)
         self._cut = CutTexts(name)
 
+    # --- where it may have moved: see `guardkit.encoders.lookup` --------------------------------------------------------
+
+    @classmethod
+    def named(cls, recorded: Mapping[str, Any], text: str) -> dict[str, Any] | None:
+        """See `Movable`."""
+        architecture, path = recorded["config"].get("architecture"), Path(text).expanduser()
+        if text.startswith((LOCAL, HUB, SHIPPED)):
+            return {"architecture": None, "weights": text}
+        if path.is_dir():
+            return {"architecture": None, "weights": f"{LOCAL}{path}"} if (path / _MODEL).is_file() else None
+        if path.is_file():
+            if (path.parent / _MODEL).is_file():
+                return {"architecture": None, "weights": f"{LOCAL}{path.parent}"}
+            return _of_file(recorded, path)
+        if text.count("/") == 1 and all(text.split("/")):
+            first, second = text.split("/")
+            if is_architecture(first):
+                return {"architecture": first, "weights": second}
+            return {"architecture": None, "weights": f"{HUB}{text}"}
+        if "/" in text or architecture is None:
+            raise InputError(f"{text!r} is no folder and no file here")
+        return {"architecture": architecture, "weights": text}
+
+    @classmethod
+    def candidates(cls, recorded: Mapping[str, Any], place: Path, files: Sequence[str]) -> list[dict[str, Any]]:
+        """See `Movable`."""
+        if _MODEL in files:
+            fits = _width(place / _MODEL) in (None, recorded["dim"])
+            return [{"architecture": None, "weights": f"{LOCAL}{place}"}] if fits else []
+        if recorded["config"].get("architecture") is None:
+            return []
+        return [_of_file(recorded, place / name) for name in files if name.endswith(_FILE_SUFFIXES)]
+
     def _find_folder(self) -> Path | None:
         if (folder := shipped(self.weights)) is not None:
             return folder
-        if not self.weights.startswith(_LOCAL):
+        if not self.weights.startswith(LOCAL):
             return None
-        folder = Path(self.weights.removeprefix(_LOCAL)).expanduser()
-        if not (folder / "open_clip_config.json").is_file():
+        folder = Path(self.weights.removeprefix(LOCAL)).expanduser()
+        if not (folder / _MODEL).is_file():
             raise InputError(f"{folder} holds no open_clip_config.json; give a folder in the layout of an open_clip model on the Hub")
         if not any(path.suffix in _WEIGHT_SUFFIXES for path in folder.iterdir()):
             raise InputError(f"{folder} holds no weights; a file that ends in {', '.join(_WEIGHT_SUFFIXES)} is expected")
@@ -92,7 +123,7 @@ class OpenClipEncoder(FrozenEncoder):
     def _check_file(self) -> None:
         if not Path(self.weights).expanduser().is_file():
             raise InputError(
-                f"weights file {self.weights} does not exist; give a file, a folder as {_LOCAL}FOLDER or a Hub id as {_HUB}ORG/NAME"
+                f"weights file {self.weights} does not exist; give a file, a folder as {LOCAL}FOLDER or a Hub id as {HUB}ORG/NAME"
             )
         if self._preprocess is None:
             raise InputError(
@@ -108,8 +139,8 @@ class OpenClipEncoder(FrozenEncoder):
         device = checked_device(self.device)
         options: dict[str, Any] = {"device": device}
         if self._folder is not None:
-            name = f"{_LOCAL}{self._folder}"
-        elif self.weights.startswith(_HUB):
+            name = f"{LOCAL}{self._folder}"
+        elif self.weights.startswith(HUB):
             name = self.weights
         else:
             name = self._checked_architecture(open_clip)
@@ -133,7 +164,7 @@ class OpenClipEncoder(FrozenEncoder):
             if self._folder or self._is_file:
                 remedy = "the file may be damaged, or of another architecture or image size"
             else:
-                remedy = f"without a network, save the model's files in a folder and give weights={_LOCAL}FOLDER"
+                remedy = f"without a network, save the model's files in a folder and give weights={LOCAL}FOLDER"
             raise InputError(f"encoder {self.name} could not be loaded ({type(error).__name__}: {reason}); {remedy}") from error
         return Built(
             model,
@@ -156,7 +187,7 @@ class OpenClipEncoder(FrozenEncoder):
         tags = open_clip.list_pretrained_tags_by_model(architecture)
         if self.weights not in tags:
             raise InputError(
-                f"open_clip knows no weights {self.weights!r} of {architecture}; it knows {', '.join(tags) or 'none'}, a file, {_LOCAL} or {_HUB}"
+                f"open_clip knows no weights {self.weights!r} of {architecture}; it knows {', '.join(tags) or 'none'}, a file, {LOCAL} or {HUB}"
             )
         return self.weights
 
@@ -189,16 +220,16 @@ class OpenClipEncoder(FrozenEncoder):
         import open_clip
 
         if self._folder is not None:
-            name = f"{_LOCAL}{self._folder}"
+            name = f"{LOCAL}{self._folder}"
         else:
-            name = self.weights if self.weights.startswith(_HUB) else str(self.architecture)
+            name = self.weights if self.weights.startswith(HUB) else str(self.architecture)
         try:
             with _quiet():
                 return open_clip.get_tokenizer(name)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"the tokenizer of encoder {self.name} could not be loaded ({reason}); put its files beside the weights and give weights={_LOCAL}FOLDER"
+                f"the tokenizer of encoder {self.name} could not be loaded ({reason}); put its files beside the weights and give weights={LOCAL}FOLDER"
             ) from error
 
 
@@ -207,6 +238,19 @@ def is_architecture(name: str) -> bool:
     import open_clip
 
     return name in open_clip.list_models()
+
+
+def _of_file(recorded: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A bare file says neither architecture nor preprocessing, but the guard does."""
+    return {"architecture": recorded["config"].get("architecture"), "weights": str(path), "preprocess": dict(recorded["preprocessing"])}
+
+
+def _width(path: Path) -> Any:
+    """The width that a model's configuration states, None where it states none: cheaper than building the model."""
+    try:
+        return read_json(path, "a model's configuration")["model_cfg"]["embed_dim"]
+    except (InputError, LookupError, TypeError):
+        return None
 
 
 def _height_width(size: Any) -> tuple[int, int]:

@@ -1,0 +1,147 @@
+"""Tiny models with random weights in the files that encoders are read from: those of transformers, and ONNX."""
+
+from __future__ import annotations
+
+import json
+import string
+import warnings
+
+import torch
+
+WORDS = ["a", "red", "pistol", "hair", "dryer", "on", "table", "knife", "the", "photo", "of", "toy"]
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = TOWER | {"image_size": 32, "patch_size": 8}
+
+
+def write_clip(folder):
+    """As openai/clip-vit-base-patch32: vocab.json, merges.txt and the processor of 2021, whose sizes are plain numbers."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    letters = [*string.ascii_lowercase, *",.'-"]
+    ids = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(ids))}
+    CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
+    start, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
+    text = TOWER | {"max_position_embeddings": 77, "vocab_size": len(vocabulary), "bos_token_id": start, "eos_token_id": end}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=24)).save_pretrained(folder)
+    processor = {
+        "crop_size": 32, "do_center_crop": True, "do_normalize": True, "do_resize": True, "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3, "size": 32,
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+
+
+def write_siglip(folder):
+    """As google/siglip-base-patch16-224: a SentencePiece model."""
+    import sentencepiece
+    from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
+
+    (folder / "words.txt").write_text("\n".join([" ".join(WORDS), *WORDS] * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "words.txt"), model_prefix=str(folder / "spiece"), vocab_size=30, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        minloglevel=2,
+    )  # fmt: skip
+    (folder / "spiece.vocab").unlink()
+    (folder / "words.txt").unlink()
+    config = {
+        "tokenizer_class": "SiglipTokenizer", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>", "do_lower_case": True,
+        "model_input_names": ["input_ids"], "model_max_length": 64,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    text = TOWER | {"max_position_embeddings": 16, "vocab_size": 30, "projection_size": 32}
+    SiglipModel(SiglipConfig(text_config=text, vision_config=VISION)).save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def write_siglip2(folder):
+    """As google/siglip2-base-patch16-224: a model of type siglip with Gemma's tokenizer, and bilinear resizing."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
+
+    letters = ["▁", *sorted({letter for word in WORDS for letter in word})]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [], fuse_unk=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.add_special_tokens(tokens[:5])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "GemmaTokenizer", "add_bos_token": False, "add_eos_token": True, "bos_token": "<bos>", "eos_token": "<eos>",
+        "pad_token": "<pad>", "unk_token": "<unk>", "padding_side": "right", "model_input_names": ["input_ids"],
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    text = TOWER | {"max_position_embeddings": 40, "vocab_size": len(tokens), "projection_size": 32}
+    SiglipModel(SiglipConfig(text_config=text, vision_config=VISION)).save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 32, "width": 32}, resample=2).save_pretrained(folder)
+
+
+def write_dinov2(folder):
+    """As facebook/dinov2-small: resized to more than what is cropped."""
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(**(VISION | {"image_size": 64}), mlp_ratio=2)
+    Dinov2Model(config).save_pretrained(folder)
+    imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    BitImageProcessor(size={"shortest_edge": 38}, crop_size={"height": 32, "width": 32}, resample=3, **imagenet).save_pretrained(folder)
+
+
+def write_dinov2_with_registers(folder):
+    from transformers import BitImageProcessor, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**VISION, mlp_ratio=2, num_register_tokens=2)).save_pretrained(folder)
+    BitImageProcessor(size={"shortest_edge": 37}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def write_dinov3_vit(folder):
+    """As facebook/dinov3-vits16-pretrain-lvd1689m, whose processor divides before it resizes."""
+    from transformers import DINOv3ViTConfig, DINOv3ViTImageProcessor, DINOv3ViTModel
+
+    DINOv3ViTModel(DINOv3ViTConfig(**VISION, num_register_tokens=2)).save_pretrained(folder)
+    DINOv3ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def write_dinov3_convnext(folder):
+    from transformers import DINOv3ConvNextConfig, DINOv3ConvNextModel, DINOv3ViTImageProcessor
+
+    DINOv3ConvNextModel(DINOv3ConvNextConfig(hidden_sizes=[8, 16, 16, 24], depths=[1, 1, 1, 1])).save_pretrained(folder)
+    DINOv3ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+WITH_TEXTS = {"clip": write_clip, "siglip": write_siglip, "siglip2": write_siglip2}
+WITHOUT_TEXTS = {
+    "dinov2": write_dinov2,
+    "dinov2_with_registers": write_dinov2_with_registers,
+    "dinov3_vit": write_dinov3_vit,
+    "dinov3_convnext": write_dinov3_convnext,
+}
+FAMILIES = WITH_TEXTS | WITHOUT_TEXTS
+
+
+# --- ONNX ---------------------------------------------------------------------------------------------------------------
+
+STATED = {"size": 32, "mean": [0.5, 0.4, 0.45], "std": [0.25, 0.3, 0.27], "interpolation": "bicubic", "resize_mode": "shortest"}
+
+
+class Net(torch.nn.Module):
+    """A small random network with two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 12, 4, stride=4), torch.nn.GELU(), torch.nn.Conv2d(12, 8, 2, stride=2))
+
+    def forward(self, pixels):
+        features = self.layers(pixels)
+        return features.flatten(2).transpose(1, 2), features.mean(dim=(2, 3))
+
+
+def write_onnx(path):
+    """A network and its file, as torch.onnx writes it, with a dynamic batch; returns the network."""
+    net = Net().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about itself
+        torch.onnx.export(
+            net, (torch.zeros(2, 3, 32, 32),), path, dynamo=True, external_data=False, verbose=False, input_names=["pixels"],
+            output_names=["patches", "pooled"], dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1, max=1024)}},
+        )  # fmt: skip
+    return net
