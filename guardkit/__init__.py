@@ -1,4 +1,7 @@
-"""guardkit: lightweight image guards on frozen CLIP and SigLIP embeddings, trained with counterfactual pairs."""
+"""guardkit: lightweight image guards on frozen CLIP and SigLIP embeddings, trained with counterfactual pairs.
+
+What is listed here is public; everything else is internal and may change without notice.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,98 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from guardkit.api.embed import embed
+    from guardkit.api.sweep import SweepReport, sweep
+    from guardkit.api.synthesize import synthesize
+    from guardkit.api.train import TrainingReport, train_guard
     from guardkit.classifier import GuardClassifier
+    from guardkit.counterfactual.instructor import Instructor, TemplateInstructor
+    from guardkit.counterfactual.pipeline import CounterfactualPipeline
+    from guardkit.counterfactual.verifier import Verifier
+    from guardkit.data.arms import ARMS, Arm
+    from guardkit.data.datamodule import GuardDataModule
+    from guardkit.data.sources.base import Loaded, Source
+    from guardkit.data.sources.embeddings import EmbeddingsSource
+    from guardkit.data.sources.folder import FolderSource
+    from guardkit.data.sources.hub import HubSource
+    from guardkit.data.sources.pairs import PairsSource
+    from guardkit.data.sources.parquet import ParquetSource
+    from guardkit.data.sources.scenes import ScenesSource
+    from guardkit.editors.base import Editor, EditRequest, EditResult
+    from guardkit.editors.inpaint import InpaintEditor
+    from guardkit.editors.scenes import ScenesEditor
+    from guardkit.encoders.base import Encoder
+    from guardkit.encoders.open_clip import OpenClipEncoder
+    from guardkit.heads import Head, LinearHead, MLPHead, PromptHead
+    from guardkit.module import GuardModule
     from guardkit.policy import Category, Policy
-    from guardkit.schema import Decision
+    from guardkit.schema import Decision, Guard, ImageError, InputError, Judgment, Record, Rejected
 
 __version__ = "0.1.0"
-__all__ = ["Category", "Decision", "GuardClassifier", "Policy", "__version__"]
 
+# public name: the module it lives in. Each is imported on first use, so that `import guardkit` stays quick and loads no torch
 _HOMES = {
-    "Category": "guardkit.policy",
-    "Decision": "guardkit.schema",
+    # decisions
     "GuardClassifier": "guardkit.classifier",
+    "Decision": "guardkit.schema",
     "Policy": "guardkit.policy",
+    "Category": "guardkit.policy",
+    # the work of the commands
+    "train_guard": "guardkit.api.train",
+    "TrainingReport": "guardkit.api.train",
+    "embed": "guardkit.api.embed",
+    "synthesize": "guardkit.api.synthesize",
+    "sweep": "guardkit.api.sweep",
+    "SweepReport": "guardkit.api.sweep",
+    "Arm": "guardkit.data.arms",
+    "ARMS": "guardkit.data.arms",
+    # Lightning
+    "GuardModule": "guardkit.module",
+    "GuardDataModule": "guardkit.data.datamodule",
+    # images and embeddings
+    "Encoder": "guardkit.encoders.base",
+    "OpenClipEncoder": "guardkit.encoders.open_clip",
+    "Source": "guardkit.data.sources.base",
+    "Loaded": "guardkit.data.sources.base",
+    "Record": "guardkit.schema",
+    "Rejected": "guardkit.schema",
+    "FolderSource": "guardkit.data.sources.folder",
+    "ParquetSource": "guardkit.data.sources.parquet",
+    "EmbeddingsSource": "guardkit.data.sources.embeddings",
+    "HubSource": "guardkit.data.sources.hub",
+    "PairsSource": "guardkit.data.sources.pairs",
+    "ScenesSource": "guardkit.data.sources.scenes",
+    # counterfactuals
+    "CounterfactualPipeline": "guardkit.counterfactual.pipeline",
+    "Editor": "guardkit.editors.base",
+    "EditRequest": "guardkit.editors.base",
+    "EditResult": "guardkit.editors.base",
+    "InpaintEditor": "guardkit.editors.inpaint",
+    "ScenesEditor": "guardkit.editors.scenes",
+    "Instructor": "guardkit.counterfactual.instructor",
+    "TemplateInstructor": "guardkit.counterfactual.instructor",
+    "Verifier": "guardkit.counterfactual.verifier",
+    # heads
+    "Head": "guardkit.heads",
+    "LinearHead": "guardkit.heads",
+    "MLPHead": "guardkit.heads",
+    "PromptHead": "guardkit.heads",
+    # other people's classifiers
+    "Guard": "guardkit.schema",
+    "Judgment": "guardkit.schema",
+    # errors
+    "InputError": "guardkit.schema",
+    "ImageError": "guardkit.schema",
 }
+
+__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    # each public name is imported on first use, so that `import guardkit` stays quick and loads no torch
     if name not in _HOMES:
-        raise AttributeError(f"module 'guardkit' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(f"module 'guardkit' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
+from guardkit._entry import callable_as_function
 from guardkit.runs.hydra import main, output_dir
 from guardkit.terminal import say
 
@@ -21,3 +22,5 @@ def evaluate(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     evaluate()
+else:
+    callable_as_function(__name__)

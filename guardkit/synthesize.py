@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from omegaconf import DictConfig
 
+from guardkit._entry import callable_as_function
 from guardkit.runs.hydra import main, output_dir
 from guardkit.schema import InputError
 from guardkit.terminal import say
@@ -47,3 +48,5 @@ def _short(value: float | int | None) -> str:
 
 if __name__ == "__main__":
     synthesize()
+else:
+    callable_as_function(__name__)

@@ -13,7 +13,7 @@ from conftest import ROOT
 import guardkit
 
 LEVELS = {
-    "schema": 0, "artifacts": 0, "folders": 0, "terminal": 0, "policy": 0, "progress": 0, "reading": 0, "stores": 0, "colour": 0, "limits": 0, "kinds": 0, "checks": 0,
+    "schema": 0, "_entry": 0, "artifacts": 0, "folders": 0, "terminal": 0, "policy": 0, "progress": 0, "reading": 0, "stores": 0, "colour": 0, "limits": 0, "kinds": 0, "checks": 0,
     "pixels": 1, "images": 1, "inputs": 1, "scenes": 1, "encoders": 1, "editors": 1, "heads": 1, "losses": 1, "metrics": 1, "stats": 1, "vlm": 1, "seen": 1,
     "embeddings": 2, "embedding_folder": 2, "counterfactual": 2, "classifier": 2, "guard_folder": 2, "guard_config": 2, "baselines": 2,
     "data": 3, "module": 3,
@@ -55,7 +55,7 @@ def test_import_is_light():
 def test_public_names_load():
     for name in guardkit.__all__:
         assert getattr(guardkit, name) is not None
-    with pytest.raises(AttributeError, match="it has Category, Decision"):
+    with pytest.raises(AttributeError, match="it has ARMS, Arm, Category"):
         guardkit.Nothing  # noqa: B018
 
 

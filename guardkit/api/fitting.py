@@ -37,12 +37,15 @@ TRAINER: Mapping[str, Any] = {
 }
 
 
+LOSS: Mapping[str, float] = {"prevalence": 0.5, "pair_weight": 1.0, "pair_margin": 1.0, "category_weight": 0.5, "l2": 0.0}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How heads are trained.
 
     Attributes:
-        loss: keyword arguments of `GuardModule`: prevalence, pair_weight, pair_margin, category_weight, l2.
+        loss: keyword arguments of `GuardModule` that differ from `LOSS`.
         optimizer: makes an optimizer from parameters.
         trainer: keyword arguments of `lightning.Trainer` that differ from `TRAINER`.
         patience: validations without a better loss before training stops.
@@ -55,7 +58,9 @@ class Recipe:
 
     def check(self) -> None:
         """Raises InputError for what training would otherwise learn at its end, or midway."""
-        check_loss(**self.loss)
+        if unknown := sorted(set(self.loss) - set(LOSS)):
+            raise InputError(f"there is no loss.{unknown[0]}; there are {', '.join(LOSS)}")
+        check_loss(**{**LOSS, **self.loss})
         check_optimizer(self.optimizer)
         _check_trainer(self.trainer)
         check_whole("early_stopping_patience", self.patience, 0)

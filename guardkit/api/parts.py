@@ -94,7 +94,7 @@ def make_pipeline(
         edit_batch_size: edits asked of the editor at once.
         edit_max_tries: how often a rejected edit is tried.
     """
-    made = NoVerifier() if verifier is None else verifier if hasattr(verifier, "verify") else verifier(store=store, policy=policy)  # type: ignore[operator]
+    made = NoVerifier() if verifier is None else verifier if hasattr(verifier, "verify") else verifier(store=store, policy=policy)
     return CounterfactualPipeline(
         policy,
         TemplateInstructor() if instructor is None else instructor,

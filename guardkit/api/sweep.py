@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from guardkit import __version__
-from guardkit.api.fitting import ADAMW, TRAINER, OptimizerFactory, Recipe, check_optimizer, check_threshold, named, opened_logger
+from guardkit.api.fitting import ADAMW, LOSS, TRAINER, OptimizerFactory, Recipe, check_optimizer, check_threshold, named, opened_logger
 from guardkit.api.lightning_engine import LBFGS, LightningEngine
 from guardkit.api.parts import HeadFactory, VerifierFactory, check_parts, head_factory, make_parts, make_pipeline, new_head
 from guardkit.checks import check_choice, check_whole, is_list, is_number, is_whole
@@ -309,12 +309,8 @@ def _objective(strengths: Sequence[float], loss: Mapping[str, float]) -> Objecti
         raise InputError(f"sweep.strengths must be a list, as in sweep.strengths=[{strengths}], got {strengths!r}")
     if not strengths or not all(map(is_number, strengths)) or min(strengths) <= 0 or len(set(strengths)) < len(strengths):
         raise InputError(f"sweep.strengths must be different numbers above 0, got {list(strengths)}")
-    return Objective(
-        tuple(map(float, strengths)),
-        float(loss.get("prevalence", 0.5)),
-        float(loss.get("pair_weight", 1.0)),
-        float(loss.get("pair_margin", 1.0)),
-    )
+    known = {**LOSS, **loss}
+    return Objective(tuple(map(float, strengths)), float(known["prevalence"]), float(known["pair_weight"]), float(known["pair_margin"]))
 
 
 def _device(name: str) -> str:

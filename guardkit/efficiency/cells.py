@@ -177,7 +177,7 @@ class Stock:
                             needed.setdefault(self._table(arm, kind), {}).update((record.id, record) for record in records)
         maker = ViewMaker(
             self._data.store, self._data.pipeline, transform=arm.transform, n_views=(arm.variants_per_image or 1), counts=counts
-        )  # type: ignore[arg-type]
+        )
         for table, wanted in needed.items():
             missing = [record for name, record in wanted.items() if name not in self._rows.get(table, {})]
             if not missing:

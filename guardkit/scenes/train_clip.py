@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -260,7 +260,7 @@ def _augment(pixels: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tens
     return pixels, coloured
 
 
-def _save(model: torch.nn.Module, path: Path, save_file) -> None:
+def _save(model: torch.nn.Module, path: Path, save_file: Callable[..., None]) -> None:
     temporary = path.with_suffix(".tmp")
     state = {name: value.half().contiguous() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     save_file(state, temporary)

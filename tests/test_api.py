@@ -1,0 +1,217 @@
+"""Python without Hydra: the functions give what the commands give, with the same defaults, and need no configuration."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import ROOT
+
+import guardkit
+from guardkit.schema import InputError
+
+
+def conf(path):
+    return yaml.safe_load((ROOT / "conf" / path).read_text())
+
+
+def defaults(function):
+    return {name: one.default for name, one in inspect.signature(function).parameters.items() if one.default is not inspect.Parameter.empty}
+
+
+def plain(value):
+    return (
+        {name: plain(one) for name, one in value.items()}
+        if isinstance(value, dict)
+        else float(value)
+        if isinstance(value, str) and value[0].isdigit()
+        else value
+    )
+
+
+@pytest.fixture
+def world(scenes_policy, scenes_encoder):
+    """The smallest real run's arguments."""
+    return {"source": guardkit.ScenesSource(scenes_policy, n_train=40, n_test=9), "policy": scenes_policy, "encoder": scenes_encoder}
+
+
+SMALL = ["source.n_train=40", "source.n_test=9", "cache_dir=null"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "settings"),
+    [
+        ("pairs_aug", {}),
+        ("classic_aug", {}),
+        ("null_edits", {"head": "mlp"}),
+        ("pairs_plus", {"head": "linear_whitened", "loss": {"l2": 0.1}}),
+    ],
+)
+def test_train_guard_gives_the_command_s_figures(compose, world, tmp_path, arm, settings):
+    from guardkit.runs.train import run
+
+    overrides = [f"head={settings.get('head', 'linear')}", *(f"loss.{name}={value}" for name, value in settings.get("loss", {}).items())]
+    cfg = compose("train", f"experiment={arm}", "data.n_unsafe=12", "trainer.max_epochs=10", "seed=3", *SMALL, *overrides)
+    by_command = run(cfg, {}, tmp_path / "command")
+    fitted = guardkit.train_guard(
+        **world,
+        arm=arm,
+        editor=guardkit.ScenesEditor(),
+        n_unsafe=12,
+        seed=3,
+        trainer={"max_epochs": 10},
+        output_dir=tmp_path / "function",
+        **settings,
+    )
+    for name in ("test", "pairs", "edits", "controls", "operating_points", "best_epoch", "n_safe", "n_counterfactuals", "fingerprints"):
+        same = {key: value for key, value in fitted.metrics[name].items() if key != "seconds"} if name == "edits" else fitted.metrics[name]
+        other = by_command.metrics[name]
+        assert same == ({key: value for key, value in other.items() if key != "seconds"} if name == "edits" else other), name
+    tables = [pq.read_table(tmp_path / who / "predictions.parquet") for who in ("command", "function")]
+    assert tables[0].equals(tables[1])
+    assert {path.name for path in fitted.folder.iterdir()} >= {"guard", "metrics.json", "predictions.parquet", "pairs.png", "learning.png"}
+
+
+def test_nothing_is_written_where_no_folder_is_given(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fitted = guardkit.train_guard(**world, arm="unpaired", n_unsafe=8, trainer={"max_epochs": 2})
+    assert list(tmp_path.iterdir()) == []
+    assert fitted.folder is None
+    assert "unpaired, seed 0" in fitted.table
+    scores = fitted.guard.score_embeddings(np.eye(fitted.guard.encoder.dim, dtype=np.float32))
+    assert ((scores >= 0) & (scores <= 1)).all()
+
+
+def test_embed_synthesize_and_sweep_give_what_the_commands_give(compose, world, scenes_policy, tmp_path):
+    from guardkit.runs import embed, sweep, synthesize
+
+    source, policy, encoder = world["source"], world["policy"], world["encoder"]
+    editor = guardkit.ScenesEditor()
+
+    counts = guardkit.embed(source, encoder=encoder, output_dir=tmp_path / "embeddings", limit=10)
+    assert counts == embed.run(compose("embed", "limit=10", *SMALL), tmp_path / "by_command")
+    assert counts["given"] == counts["written"] == 10
+    vectors = [np.load(tmp_path / place / "img_emb/img_emb_0.npy") for place in ("embeddings", "by_command")]
+    assert np.array_equal(*vectors)
+
+    made = guardkit.synthesize(source, policy, editor=editor, encoder=encoder, output_dir=tmp_path / "pairs", limit=3)
+    assert made == synthesize.run(compose("synthesize", "limit=3", *SMALL), tmp_path / "pairs_by_command")
+    assert made["accepted"] == 3
+
+    few = {"arms": ["unpaired", "pairs_aug"], "sizes": [4, 8], "seeds": 2, "strengths": [0.1, 1.0], "n_resamples": 100}
+    report = guardkit.sweep(source, policy, encoder=encoder, editor=editor, output_dir=tmp_path / "sweep", **few)
+    asked = [f"sweep.{name}={json.dumps(value).replace(' ', '').replace(chr(34), '')}" for name, value in few.items()]
+    other = sweep.run(compose("sweep", *asked, *SMALL), {}, tmp_path / "sweep_by_command")
+    for name in ("arms", "heads", "sizes", "metric", "curves", "samples_to_target", "tests", "chosen_strengths"):
+        assert report.summary[name] == other.summary[name], name
+
+
+# --- defaults ---------------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_the_commands():
+    from guardkit.api.fitting import TRAINER
+    from guardkit.module import GuardModule
+
+    train, data, given = conf("train.yaml"), conf("data/default.yaml"), defaults(guardkit.train_guard)
+    for name in ("seed", "threshold", "early_stopping_patience", "edit_batch_size", "edit_max_tries"):
+        assert given[name] == train[name], name
+    for name in ("n_unsafe", "variants_per_image", "batch_size", "all_views", "test_share", "split_seed"):
+        assert given[name] == data[name], name
+    chosen = {key: value for one in train["defaults"] if isinstance(one, dict) for key, value in one.items()}
+    assert (given["head"], given["arm"]) == (chosen["head"], chosen["experiment"])
+    assert train["loss"] == {name: value for name, value in defaults(GuardModule.__init__).items() if name in train["loss"]}
+    assert dict(TRAINER) == conf("trainer/default.yaml")
+    assert _keywords(given["optimizer"]) == plain(_arguments("optimizer/adamw.yaml"))
+
+
+def test_defaults_of_a_sweep_are_those_of_the_command():
+    sweep, given = conf("sweep.yaml"), defaults(guardkit.sweep)
+    for name, value in sweep["sweep"].items():
+        if name != "heads":
+            assert (list(given[name]) if isinstance(value, list) else given[name]) == value, name
+    for name, value in sweep["data"].items():
+        assert given[name] == value, name
+    for name in ("seed", "threshold", "early_stopping_patience", "edit_batch_size", "edit_max_tries"):
+        assert given[name] == sweep[name], name
+    assert given["heads"] == next(one["head"] for one in sweep["defaults"] if isinstance(one, dict) and "head" in one)
+    assert _keywords(given["linear_optimizer"]) == plain(_arguments("optimizer/lbfgs.yaml"))
+
+
+@pytest.mark.parametrize("function", ["embed", "synthesize"])
+def test_defaults_of_what_is_made_are_those_of_the_command(function):
+    said, given = conf(f"{function}.yaml"), defaults(getattr(guardkit, function))
+    assert {name: said[name] for name in given if name in said and name != "cache_dir"} == {
+        name: given[name] for name in given if name in said and name != "cache_dir"
+    }
+
+
+def test_arms_are_those_of_the_experiments():
+    files = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "conf/experiment").glob("*.yaml")}
+    known = {arm.name: arm for arm in guardkit.ARMS}
+    assert set(files) - set(known) == {"zero_shot"}  # it trains nothing: train_guard(head="prompt", trainer={"max_epochs": 0})
+    for name, arm in known.items():
+        said = files[name]["data"]
+        assert (list(arm.negatives), arm.transform, arm.variants_per_image) == (
+            said["negatives"],
+            said.get("transform", "none"),
+            said.get("variants_per_image"),
+        )
+
+
+def _arguments(path):
+    return {name: value for name, value in conf(path).items() if not name.startswith("_")}
+
+
+def _keywords(function):
+    return dict(function.keywords)
+
+
+# --- the door ---------------------------------------------------------------------------------------------------------------
+
+
+def test_no_configuration_is_needed(tmp_path):
+    """Neither the public names nor a whole training import Hydra; embedding imports no Lightning."""
+    code = f"""
+import sys
+import guardkit
+from guardkit import FolderSource, OpenClipEncoder, Policy, ScenesEditor, ScenesSource
+policy = Policy.load({str(ROOT / "conf/policy/scenes.yaml")!r})
+encoder = OpenClipEncoder(None, "guardkit:scenes_clip")
+source = ScenesSource(policy, n_train=20, n_test=9)
+guardkit.embed(source, encoder=encoder, output_dir={str(tmp_path / "embeddings")!r}, limit=3)
+print("lightning" in sys.modules)
+guardkit.train_guard(source, policy, encoder=encoder, editor=ScenesEditor(), n_unsafe=6, trainer={{"max_epochs": 1}})
+print("hydra" in sys.modules, "omegaconf" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.split() == ["False", "False", "False"]
+
+
+def test_a_command_s_module_is_called_like_the_function():
+    code = "import guardkit.embed, guardkit\ntry: guardkit.embed(1, encoder=2, output_dir='x', limit=0)\nexcept guardkit.InputError as error: print(error)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "limit must be a whole number of at least 1, or null, got 0"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"head": "liner"}, "there is no head 'liner'; there are linear, linear_whitened, linear_texts, mlp, prompt"),
+        ({"arm": "pears"}, "there is no arm 'pears'; there are pairs_aug, unpaired"),
+        ({"n_unsafe": 1}, "data.n_unsafe must be a whole number of at least 2, got 1"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"threshold": "best"}, "threshold must be a number"),
+        ({"loss": {"l2": -1}}, "loss.l2 must be a number of at least 0, got -1"),
+        ({"trainer": {"max_epochs": "many"}}, "trainer.max_epochs must be a whole number"),
+    ],
+)
+def test_wrong_arguments_are_named(world, wrong, message):
+    with pytest.raises(InputError, match=message):
+        guardkit.train_guard(**world, **{"arm": "unpaired"} | wrong)
