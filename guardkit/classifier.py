@@ -240,7 +240,7 @@ class GuardClassifier:
                 `find_encoder` understands, such as a folder that is searched for it. It must be the same one.
             head: the class of its head, or a head of that class, where it is not guardkit's and not to be imported.
             trust: top-level packages of other people, such as ["mypackage"], that head and encoder may be imported from.
-                What is imported runs: name only packages that you have installed yourself.
+                What is imported runs, with arguments that the guard holds: name only packages that you installed yourself.
             device: to build the encoder on, like "cpu" or "cuda"; by default a GPU if there is one.
             batch_size: images that the encoder takes at once.
         Raises:

@@ -99,10 +99,13 @@ def require_trust(named: Iterable[tuple[Kinds, str]], trust: Sequence[str], *, n
         raise InputError(f'trust must be a list of top-level packages, such as trust=["mypackage"], got {trust!r}')
     parts = {f"{kinds.part} {name}": package for kinds, name in named if (package := kinds.package(name)) not in (None, *trust)}
     if parts:
-        packages = ", ".join(f'"{one}"' for one in dict.fromkeys(parts.values()))
+        # the code of a script or a notebook cannot be imported from another one
+        packages = [f'"{one}"' for one in dict.fromkeys(parts.values()) if one != "__main__"]
+        ways = [f"trust=[{', '.join(packages)}]"] if packages else []
+        ways += [f"the part itself as {' and '.join(f'{one.split()[0]}=' for one in parts)}"]
         raise InputError(
             f"{needed_by} needs code that is not guardkit's ({', '.join(parts)}), which is imported only from packages that you trust; "
-            f"if you do, give trust=[{packages}], or the part itself as {' and '.join(f'{one.split()[0]}=' for one in parts)}"
+            f"if you do, give {', or '.join(ways)}"
         )
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
 import sys
+from pkgutil import resolve_name
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 
 from guardkit.guard_folder import check_encoder, check_head
@@ -129,6 +132,21 @@ def test_a_part_that_is_not_installed_is_named(train, compose):
         assert f"source names {target}, which cannot be imported (" in line
         with pytest.raises(InputError, match=f"baseline always_unsafe names {target}, which cannot be imported .*; install its package"):
             build_contenders(compose("evaluate", f"baselines=[{{always_unsafe: {{_target_: {target}}}}}]"))
+
+
+GIVEN_BY_GUARDKIT = {"source": {"policy"}, "head": {"encoder", "policy"}, "baseline": {"policy"}}
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: path.relative_to(CONF).as_posix())
+def test_a_part_is_a_class_and_a_file_that_lists_its_arguments(path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs" / "extension")
+    settings = yaml.safe_load(path.read_text())
+    if path.parent.name in ("experiment", "policy"):
+        assert "_target_" not in settings
+        return
+    parameters = inspect.signature(resolve_name(settings.pop("_target_"))).parameters
+    assert set(parameters) - GIVEN_BY_GUARDKIT.get(path.parent.name, set()) == set(settings)
+    assert {name: parameters[name].default for name in settings} == settings
 
 
 # --- what cannot be saved and loaded is refused before it is trained ----------------------------------------------------

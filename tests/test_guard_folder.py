@@ -376,6 +376,15 @@ def test_parts_that_are_given_need_no_import(foreign):
         GuardClassifier.from_pretrained(folder, encoder=guard.encoder, head=torch.nn.Linear(2, 2))
 
 
+def test_a_class_of_a_notebook_can_only_be_given(foreign):
+    folder, guard = foreign
+    sign(folder, put("head", "kind", "__main__:MyHead"))
+    with pytest.raises(InputError) as caught:
+        GuardClassifier.from_pretrained(folder, encoder=guard.encoder)
+    assert str(caught.value).endswith("if you do, give the part itself as head=")
+    assert GuardClassifier.from_pretrained(folder, encoder=guard.encoder, head=type(guard.head)).head.kind == "minepackage.parts:MyHead"
+
+
 @pytest.mark.parametrize(
     ("part", "kind", "message"),
     [

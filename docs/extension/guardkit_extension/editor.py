@@ -8,8 +8,7 @@ import numpy as np
 
 from guardkit.checks import check_whole
 from guardkit.editors.base import NO_ROUND_TRIP, EditRequest, EditResult
-
-_RED, _BLUE = (210, 40, 40), (40, 90, 210)
+from guardkit_extension.source import COLOURS
 
 
 class Repainter:
@@ -42,5 +41,5 @@ class Repainter:
         if request.kind == "null":  # changes as many pixels, and nothing that matters
             edited[dot] = image[dot] * 0.9
         else:
-            edited[dot] = _BLUE if request.label else _RED
+            edited[dot] = COLOURS[1 - request.label]
         return EditResult(edited)
