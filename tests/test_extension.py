@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 import yaml
 from conftest import ROOT
 
+import guardkit
 from guardkit.guard_folder import check_encoder, check_head
 from guardkit.heads import Head, LinearHead
 from guardkit.schema import InputError
@@ -93,6 +95,30 @@ def test_it_is_loaded_by_those_who_trust_the_package(run, trained):
     assert said["scores"] == pytest.approx([row["score"] for row in rows], abs=1e-6)
 
 
+def test_python_makes_the_same_of_the_same_parts(trained, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs" / "extension")
+    from guardkit_extension.editor import Repainter
+    from guardkit_extension.encoder import ColourGrid
+    from guardkit_extension.head import CosineHead
+    from guardkit_extension.source import DotsSource
+
+    policy = guardkit.Policy.load(CONF / "policy" / "dots.yaml")
+    arm = guardkit.Arm("pairs_classic", ("counterfactual", "natural"), transform="classic")
+    made = guardkit.train_guard(
+        DotsSource(policy),
+        policy,
+        encoder=ColourGrid(),
+        head=CosineHead,
+        arm=arm,
+        editor=Repainter(),
+        n_unsafe=32,
+        trainer={"max_epochs": 40},
+    )
+    loaded = guardkit.GuardClassifier.from_pretrained(trained, trust=["guardkit_extension"])
+    assert made.guard.fingerprint == loaded.fingerprint
+    assert made.guard.threshold == loaded.threshold
+
+
 def test_it_is_evaluated_beside_a_foreign_baseline(run, trained, tmp_path):
     settings = [f"guard={trained}", "trust=[guardkit_extension]", "source=dots", "baselines=[redness,always_unsafe]"]
     run("-m", "guardkit.evaluate", *PARTS[:2], *settings, f"output_dir={tmp_path / 'out'}")
@@ -132,6 +158,14 @@ def test_a_part_that_is_not_installed_is_named(train, compose):
         assert f"source names {target}, which cannot be imported (" in line
         with pytest.raises(InputError, match=f"baseline always_unsafe names {target}, which cannot be imported .*; install its package"):
             build_contenders(compose("evaluate", f"baselines=[{{always_unsafe: {{_target_: {target}}}}}]"))
+
+
+def test_the_parts_are_built_of_public_names():
+    for path in (ROOT / "docs" / "extension").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "guardkit":
+                assert node.module == "guardkit"
+                assert {alias.name for alias in node.names} <= set(guardkit.__all__)
 
 
 GIVEN_BY_GUARDKIT = {"source": {"policy"}, "head": {"encoder", "policy"}, "baseline": {"policy"}}

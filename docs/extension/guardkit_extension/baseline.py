@@ -1,19 +1,17 @@
 """A baseline: a classifier that an evaluation measures beside guards. This one looks at images itself.
 
-One that is a head on an encoder's embeddings is a `guardkit.baselines.base.EmbeddingGuard`, and its function takes `encoder`.
+One that scores an encoder's embeddings instead takes `encoder` beside `policy`, keeps it as its attribute, and has `logits`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
 
-from guardkit.artifacts import fingerprint
-from guardkit.checks import check_number
-from guardkit.policy import Policy
-from guardkit.schema import Judgment
+from guardkit import InputError, Judgment, Policy
 
 
 class RednessGuard:
@@ -29,9 +27,10 @@ class RednessGuard:
     is_normalized = True
 
     def __init__(self, policy: Policy, *, threshold: float = 0.5) -> None:  # noqa: ARG002
-        check_number("baseline.redness.threshold", threshold, "[0, 1]")
+        if not 0 <= threshold <= 1:
+            raise InputError(f"baseline.redness.threshold must lie in [0, 1], got {threshold!r}")
         self.name, self.threshold = "redness", threshold
-        self.fingerprint = fingerprint({"baseline": "redness", "version": 1})  # judgments are stored under it
+        self.fingerprint = sha256(b"redness, version 1").hexdigest()  # judgments are stored under it
 
     def judge(self, images: Sequence[np.ndarray]) -> list[Judgment]:
         """(h, w, 3) uint8 RGB images -> one judgment each; one that cannot be judged has a NaN score and a reason."""

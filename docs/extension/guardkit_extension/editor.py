@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from guardkit.checks import check_whole
-from guardkit.editors.base import NO_ROUND_TRIP, EditRequest, EditResult
+from guardkit import EditRequest, EditResult, InputError
 from guardkit_extension.source import COLOURS
 
 
@@ -21,7 +20,8 @@ class Repainter:
     name = "repaint"
 
     def __init__(self, *, min_saturation: int = 60) -> None:
-        check_whole("editor.min_saturation", min_saturation, 1, 255)
+        if not isinstance(min_saturation, int) or not 1 <= min_saturation <= 255:
+            raise InputError(f"editor.min_saturation must be a whole number from 1 to 255, got {min_saturation!r}")
         self.min_saturation = min_saturation
         # all that an edit depends on besides its request: edits are stored under it
         self.config = {"editor": self.name, "version": 1, "min_saturation": min_saturation}
@@ -32,7 +32,7 @@ class Repainter:
 
     def _edit_one(self, request: EditRequest) -> EditResult:
         if request.kind == "round_trip":
-            return EditResult(None, NO_ROUND_TRIP)
+            return EditResult(None, "no round trip: there is no autoencoder that images pass through")
         image = request.content.load()
         dot = np.ptp(image.astype(int), axis=2) >= self.min_saturation
         if not dot.any():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import sha256
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from guardkit.artifacts import fingerprint
-from guardkit.checks import check_whole
+from guardkit import InputError
 
 
 class ColourGrid:
@@ -24,13 +24,14 @@ class ColourGrid:
     """
 
     def __init__(self, cells: int = 4, *, batch_size: int = 64) -> None:
-        check_whole("encoder.cells", cells, 1)
+        if not isinstance(cells, int) or cells < 1:
+            raise InputError(f"encoder.cells must be a whole number of at least 1, got {cells!r}")
         self.batch_size = batch_size
         self.config = {"cells": cells}  # builds it again: ColourGrid(**config)
         self.name = f"colour grid {cells}x{cells}"
         self.dim = 3 * cells**2 + 1
         self.preprocessing = {"size": [cells, cells], "interpolation": "area"}
-        self.fingerprint = fingerprint({"encoder": "colour grid 1", **self.config})
+        self.fingerprint = sha256(f"colour grid, version 1, {cells}".encode()).hexdigest()
 
     def preprocess(self, image: np.ndarray) -> torch.Tensor:
         """(h, w, 3) uint8 RGB -> (3, cells, cells) float32 in [0, 1]."""
@@ -39,8 +40,9 @@ class ColourGrid:
 
     def encode_preprocessed(self, images: Sequence[torch.Tensor], *, fixed_batch: bool = False, normalize: bool = True) -> np.ndarray:  # noqa: ARG002
         """What `preprocess` gave -> (n, d) float32. Here no vector depends on its batch, fixed or not."""
-        # the last number keeps an even grey, which is zero otherwise, from having no direction
-        vectors = np.array([[*(image.flatten() - 0.5).tolist(), 0.1] for image in images], np.float32).reshape(-1, self.dim)
+        vectors = np.full((len(images), self.dim), 0.1, np.float32)  # the last number: an even grey has a direction, too
+        for row, image in zip(vectors, images, strict=True):
+            row[:-1] = image.flatten() - 0.5
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if normalize else vectors
 
     def encode_images(self, images: Sequence[np.ndarray], *, fixed_batch: bool = False, normalize: bool = True) -> np.ndarray:

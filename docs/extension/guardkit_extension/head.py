@@ -6,10 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from guardkit.checks import check_number
-from guardkit.encoders.base import Encoder
-from guardkit.heads import Head
-from guardkit.policy import Policy
+from guardkit import Encoder, Head, InputError, Policy
 
 
 class CosineHead(Head):
@@ -23,7 +20,8 @@ class CosineHead(Head):
 
     def __init__(self, dim: int, n_categories: int, *, scale: float = 30.0) -> None:
         super().__init__()
-        check_number("head.scale", scale, "(0, inf)")
+        if scale <= 0:
+            raise InputError(f"head.scale must be above 0, got {scale!r}")
         self.config = {"dim": dim, "n_categories": n_categories, "scale": scale}  # builds it again: CosineHead(**config)
         self.directions = nn.Parameter(0.1 * torch.randn(1 + n_categories, dim))  # the seed is set before
         self.bias = nn.Parameter(torch.zeros(1 + n_categories))

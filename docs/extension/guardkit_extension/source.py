@@ -6,10 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from guardkit.checks import check_whole
-from guardkit.data.sources.base import Loaded
-from guardkit.policy import Policy
-from guardkit.schema import Record
+from guardkit import InputError, Loaded, Policy, Record
 
 COLOURS = {1: (210, 40, 40), 0: (40, 90, 210)}  # of unsafe and of safe dots
 CATEGORY = "red_dots"
@@ -54,8 +51,9 @@ class DotsSource:
     name = "dots"
 
     def __init__(self, policy: Policy, *, n_train: int = 200, n_test: int = 50) -> None:
-        check_whole("source.n_train", n_train, 1)
-        check_whole("source.n_test", n_test, 1)
+        for setting, value in (("n_train", n_train), ("n_test", n_test)):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"source.{setting} must be a whole number of at least 1, got {value!r}")
         policy.check_category(CATEGORY, "source=dots")
         self.n_train, self.n_test = n_train, n_test
         self.fingerprint = {"source": self.name, "n_train": n_train, "n_test": n_test}
