@@ -11,18 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save, save_file
+from safetensors.torch import save_file
 
 from guardkit import __version__
 from guardkit.artifacts import fingerprint, hash_file, read_json, written
-from guardkit.encoders.base import Encoder
-from guardkit.encoders.lookup import ENCODERS, build_encoder
-from guardkit.guard_config import check_config, is_hash
+from guardkit.encoders.lookup import ENCODERS
+from guardkit.guard_config import check_config
+from guardkit.guard_parts import check_logits, filled, head_class, outlines, reason_of, tensors
 from guardkit.heads import HEADS, Head
-from guardkit.kinds import check_arguments, require_trust
+from guardkit.kinds import require_trust
 from guardkit.policy import Policy
 from guardkit.schema import InputError
 from guardkit.seen import FILE as SEEN
@@ -32,7 +30,6 @@ FORMAT = 1
 CONFIG, WEIGHTS, POLICY, CARD = "config.json", "model.safetensors", "policy.yaml", "README.md"
 FILES = frozenset({CONFIG, WEIGHTS, POLICY, CARD, SEEN})
 _HEADER_BYTES = 1 << 20  # more than names and shapes of a head's weights take
-_NEARLY = 1e-3  # of a length, for encoders in half precision
 _MEND = "copy the folder anew or train the guard again"
 
 
@@ -83,7 +80,7 @@ def read_guard(
     named = [(HEADS, config["head"]["kind"])] if head is None else []
     named += [(ENCODERS, config["encoder"]["kind"])] if needs_encoder else []
     require_trust(named, trust, needed_by=f"guard {path}")
-    kind = _head_class(config["head"]["kind"], head, trust)
+    kind = head_class(config["head"]["kind"], head, trust)
     return Stored(path, config, policy, _read_head(path, config, kind), _read_seen(path, config.get("training_images_sha256")))
 
 
@@ -124,31 +121,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     except InputError:
         raise
     except (ValueError, RecursionError, OverflowError) as error:  # also numbers too large for JSON
-        raise InputError(f"{path} is not a guard's configuration ({_line(error)}); {_MEND}") from error
+        raise InputError(f"{path} is not a guard's configuration ({reason_of(error)}); {_MEND}") from error
     return config
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _head_class(name: str, given: Head | type[Head] | None, trust: Sequence[str]) -> type[Head]:
-    """The class that is given, else the one that is named."""
-    kind: type = HEADS.load(name, trust) if given is None else given if isinstance(given, type) else type(given)
-    if not issubclass(kind, Head):
-        raise InputError(f"head must be a subclass of guardkit.heads.Head, or an object of one, got {HEADS.name(kind)}")
-    # its module may have another name by now, as one that was a script or a notebook has
-    if HEADS.name(kind).rpartition(":")[2] != name.rpartition(":")[2]:
-        raise InputError(f"the guard has a head of kind {name}, got head={HEADS.name(kind)}; give the class that it was trained with")
-    return kind
 
 
 def _read_head(folder: Path, config: Mapping[str, Any], kind: type[Head]) -> Head:
     path, settings = folder / WEIGHTS, config["head"]["settings"]
     try:
-        expected = _outlines(kind, settings)
+        expected = outlines(kind, settings)
     except ValueError as error:
-        raise InputError(f"{folder / CONFIG}: {_line(error)}; {_MEND}") from error
+        raise InputError(f"{folder / CONFIG}: {reason_of(error)}; {_MEND}") from error
     limit = _HEADER_BYTES + sum(value.numel() * value.element_size() for value in expected.values())
     try:
         data = path.read_bytes() if path.stat().st_size <= limit else b""
@@ -157,41 +139,11 @@ def _read_head(folder: Path, config: Mapping[str, Any], kind: type[Head]) -> Hea
     if hashlib.sha256(data).hexdigest() != config["weights_sha256"]:
         raise InputError(f"{path} is missing or damaged (its SHA-256 does not match); copy the folder anew")
     try:
-        return _filled(kind, settings, expected, data)
-    except (ValueError, SafetensorError) as error:
-        raise InputError(f"{path} does not fit its configuration: {_line(error)}; {_MEND}") from error
-
-
-def _outlines(kind: type[Head], settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Names, shapes and types of a head's weights, without memory: sizes in a file are not believed yet.
-
-    Raises:
-        ValueError: it cannot be built of these settings.
-    """
-    check_arguments(kind, settings, "head.settings")
-    try:
-        with torch.device("meta"):
-            return kind(**settings).state_dict()
-    except (InputError, RuntimeError, TypeError, NotImplementedError) as error:
-        raise ValueError(f"head.settings do not make a head of kind {HEADS.name(kind)!r} ({_line(error)})") from error
-
-
-def _filled(kind: type[Head], settings: Mapping[str, Any], expected: Mapping[str, torch.Tensor], data: bytes) -> Head:
-    """A head with the weights of a file's bytes.
-
-    Raises:
-        ValueError, SafetensorError: they are not what is expected.
-    """
-    found = load(data)
-    for name in sorted(expected.keys() | found.keys()):
-        said, got = (_outline(values.get(name)) for values in (expected, found))
-        if said != got:
-            raise ValueError(f"{name} is {got}, expected {said}")
-        if not bool(found[name].isfinite().all()):
-            raise ValueError(f"{name} holds NaN or infinite values, which decide nothing")
-    head = kind(**settings)
-    head.load_state_dict(found)
-    return head
+        head = filled(kind, settings, expected, data)
+        check_logits(head, config["encoder"]["dim"], len(config["categories"]))
+        return head
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{path} does not fit its configuration: {reason_of(error)}; {_MEND}") from error
 
 
 def _read_seen(folder: Path, sha256: str | None) -> SeenImages | None:
@@ -202,68 +154,7 @@ def _read_seen(folder: Path, sha256: str | None) -> SeenImages | None:
     return SeenImages.load(folder / SEEN)
 
 
-def _outline(value: torch.Tensor | None) -> str:
-    return "not there" if value is None else f"{value.dtype} of shape {tuple(value.shape)}".removeprefix("torch.")
-
-
 # --- writing ----------------------------------------------------------------------------------------------------------
-
-
-def check_head(head: Head, encoder: Encoder, n_categories: int) -> None:
-    """Saves a head in memory and loads it again, so that none is trained in vain.
-
-    Args:
-        head: as it starts.
-        encoder: whose embeddings it takes.
-        n_categories: k of the policy.
-    Raises:
-        InputError: what is loaded would not be what was saved, or it gives something else than (n, 1 + k) logits.
-    """
-    name = HEADS.name(type(head))
-    if not isinstance(head, Head):
-        raise InputError(f"head {name} must be a subclass of guardkit.heads.Head")
-    _, settings = HEADS.describe(head)
-    rows, was_training = torch.linspace(-1, 1, 2 * encoder.dim).view(2, -1), head.training
-    with torch.inference_mode():
-        logits = head.eval()(rows)
-    head.train(was_training)
-    try:
-        again = _filled(type(head), settings, _outlines(type(head), settings), save(_tensors(head)))
-        with torch.inference_mode():
-            if not torch.equal(logits, again.eval()(rows)):
-                raise ValueError("built again from its config and its weights, it gives other logits")
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        raise InputError(f"head {name} could not be saved and loaded again: {_line(error)}") from error
-    if (tuple(logits.shape), logits.dtype) != ((2, 1 + n_categories), torch.float32):
-        raise InputError(
-            f"head {name} must give float32 logits of shape {(2, 1 + n_categories)} for embeddings of shape {tuple(rows.shape)}, "
-            f"a decision and {n_categories} categories each, got {_outline(logits)}"
-        )
-
-
-def check_encoder(encoder: Encoder) -> None:
-    """Builds an encoder of another package again, so that no guard is trained on one that is not found afterwards.
-
-    Raises:
-        InputError: it would be another one, or it does not give unit vectors.
-    """
-    name, config = ENCODERS.describe(encoder)
-    if name in ENCODERS.ours:
-        return
-    try:
-        fingerprint(encoder.preprocessing)
-        vectors = encoder.encode_images([np.full((8, 8, 3), 128, np.uint8)])
-        if (vectors.dtype, vectors.shape) != (np.float32, (1, encoder.dim)) or abs(np.linalg.norm(vectors) - 1) > _NEARLY:
-            raise ValueError(f"encode_images must give a float32 unit vector of shape {(1, encoder.dim)} for one image")
-        again = build_encoder(type(encoder), config).fingerprint
-        if again != encoder.fingerprint or not is_hash(again):
-            raise ValueError("built again from its config it must have the same fingerprint, 64 hex digits")
-    except Exception as error:  # whatever it is, it comes of this class
-        raise InputError(f"encoder {name} cannot be used and found again ({type(error).__name__}: {_line(error)})") from error
-
-
-def _tensors(head: Head) -> dict[str, torch.Tensor]:
-    return {name: value.contiguous() for name, value in head.state_dict().items()}
 
 
 def write_guard(folder: str | Path, head: Head, policy: Policy, config: Mapping[str, Any], training_images: SeenImages | None) -> Path:
@@ -285,7 +176,7 @@ def write_guard(folder: str | Path, head: Head, policy: Policy, config: Mapping[
     with ExitStack() as files:
         # all are complete before the first gets its name; the one that is opened first gets it last
         new = {name: files.enter_context(written(folder / name)) for name in (CONFIG, CARD, POLICY, WEIGHTS)}
-        save_file(_tensors(head), new[WEIGHTS])
+        save_file(tensors(head), new[WEIGHTS])
         policy.save(new[POLICY])
         if training_images is not None:
             new[SEEN] = files.enter_context(written(folder / SEEN))

@@ -18,7 +18,7 @@ import yaml
 from conftest import ROOT
 
 import guardkit
-from guardkit.guard_folder import check_encoder, check_head
+from guardkit.guard_parts import check_encoder, check_head
 from guardkit.heads import Head, LinearHead
 from guardkit.schema import InputError
 
@@ -275,7 +275,7 @@ def test_a_head_that_is_right_is_left_as_it_was(scenes_encoder):
         (lambda: Infinite(256, 2), "mask holds NaN or infinite values"),
         (
             lambda: OneLogit(256, 2),
-            r"must give float32 logits of shape \(2, 3\) for embeddings of shape \(2, 256\), .*got float32 of shape \(2, 1\)",
+            r"cannot be used: for embeddings of shape \(2, 256\) the head must give .* shape \(2, 3\), .*got float32 of shape \(2, 1\)",
         ),
     ],
 )
@@ -333,7 +333,7 @@ def test_an_encoder_that_would_not_be_found_again_is_refused(encoder, message):
 
 
 def test_training_begins_with_these_checks(train, tmp_path):
-    with pytest.raises(InputError, match="must give float32 logits of shape"):
+    with pytest.raises(InputError, match="the head must give float32 logits of shape"):
         train("head._target_=test_extension.one_logit", folder=tmp_path / "run")
     assert not (tmp_path / "run" / "guard").exists()
 

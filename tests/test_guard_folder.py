@@ -319,8 +319,22 @@ from guardkit.heads import Head, LinearHead
 class MyHead(LinearHead):
     pass
 
+class Sized(LinearHead):
+    def __init__(self, dim, n_logits):
+        super().__init__(dim, n_logits - 1)
+        self.config = {"dim": dim, "n_logits": n_logits}
+        self.words = {10: "ten", 11: "eleven"}[n_logits]
+
+    @classmethod
+    def build(cls, encoder, policy):
+        return cls(encoder.dim, 1 + len(policy.categories))
+
 class MyEncoder(OpenClipEncoder):
     pass
+
+class Gone(OpenClipEncoder):
+    def __init__(self, architecture, weights, *, preprocess=None):
+        open("/nowhere/at all")
 """
 
 
@@ -374,6 +388,36 @@ def test_parts_that_are_given_need_no_import(foreign):
         GuardClassifier.from_pretrained(folder, encoder=guard.encoder, head=MLPHead)
     with pytest.raises(InputError, match="head must be a subclass of guardkit.heads.Head.*got torch.nn.modules.linear:Linear"):
         GuardClassifier.from_pretrained(folder, encoder=guard.encoder, head=torch.nn.Linear(2, 2))
+
+
+def test_what_a_trusted_class_is_given_must_fit_the_rest(foreign):
+    folder, guard = foreign
+    parts = importlib.import_module("minepackage.parts")
+    make(guard.encoder, guard.policy, parts.Sized).save_pretrained(folder)
+    given = {"encoder": guard.encoder, "trust": ["minepackage"]}
+    assert GuardClassifier.from_pretrained(folder, **given).head.words == "ten"
+    sign(folder, put("head", "settings", "n_logits", 12))
+    with pytest.raises(InputError, match=r"do not make a head of kind 'minepackage.parts:Sized' \(12\)"):
+        GuardClassifier.from_pretrained(folder, **given)
+    sign(folder, put("head", "settings", "n_logits", 11))
+    resign_weights(folder, lambda tensors: {name: torch.cat([value, value[:1]]) for name, value in tensors.items()})
+    with pytest.raises(InputError, match=r"does not fit its configuration: .* the head must give float32 logits of shape \(2, 10\)"):
+        GuardClassifier.from_pretrained(folder, **given)
+
+
+def test_an_encoder_of_another_width_than_the_guard_says_is_refused(folder, scenes_encoder):
+    resign_weights(folder, lambda tensors: tensors | {"linear.weight": tensors["linear.weight"][:, :255].clone()})
+    sign(folder, put("head", "settings", "dim", 255))
+    sign(folder, put("encoder", "dim", 255))
+    with pytest.raises(InputError, match=r"needs encoder guardkit:scenes_clip \(255-d, .* got guardkit:scenes_clip \(256-d"):
+        GuardClassifier.from_pretrained(folder, encoder=scenes_encoder)
+
+
+def test_a_foreign_encoder_whose_files_are_gone_is_told_in_one_line(foreign):
+    folder, _ = foreign
+    sign(folder, put("encoder", "kind", "minepackage.parts:Gone"))
+    with pytest.raises(InputError, match=r"could not be had where it was recorded \(FileNotFoundError: .*/nowhere/at all"):
+        GuardClassifier.from_pretrained(folder, trust=["minepackage"])
 
 
 def test_a_class_of_a_notebook_can_only_be_given(foreign):

@@ -20,7 +20,7 @@ from guardkit.editors.base import Editor
 from guardkit.editors.none import NoEditor
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
-from guardkit.guard_folder import check_encoder, check_head
+from guardkit.guard_parts import check_encoder, check_head
 from guardkit.heads import Head, LinearHead, MLPHead, PromptHead
 from guardkit.policy import Policy
 from guardkit.schema import InputError
@@ -150,8 +150,10 @@ def check_parts(encoder: Encoder, pipeline: CounterfactualPipeline | None, polic
         prepare = getattr(pipeline.verifier, "prepare", None)
         if prepare is not None:
             prepare()
-    check_encoder(encoder)
-    for make_head in heads:
+    tried = list(heads)
+    if tried:
+        check_encoder(encoder)
+    for make_head in tried:
         # a head to try: the run's own starts from its own seed
         with torch.random.fork_rng(devices=[]):
             check_head(make_head(encoder=encoder, policy=policy), encoder, len(policy.categories))

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from guardkit.encoders.base import Encoder
 from guardkit.encoders.places import LOCAL
 from guardkit.kinds import Kinds, check_arguments
-from guardkit.schema import InputError
+from guardkit.schema import InputError, shortened
 
 ENCODERS = Kinds(
     "encoder",
@@ -102,9 +102,12 @@ def find_encoder(
         else:
             found = build_encoder(kind, arguments, **options)
         found.fingerprint  # noqa: B018 - builds it, so that what is wrong is told here
-    except InputError as error:
+    except Exception as error:
+        if not isinstance(error, InputError) and ENCODERS.package(recorded["kind"]) is None:
+            raise  # a fault of ours; classes of other packages may say in any way that their files are not there
         where = "where it was recorded" if given is None else f"as encoder={given}"
-        raise InputError(f"{needs}, which could not be had {where} ({error}); give from_pretrained(..., encoder=...) {_HOW}") from error
+        reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {shortened(str(error), 200)}"
+        raise InputError(f"{needs}, which could not be had {where} ({reason}); give from_pretrained(..., encoder=...) {_HOW}") from error
     return _checked(recorded, found, needed_by)
 
 
@@ -127,7 +130,7 @@ def build_encoder(kind: type, config: Mapping[str, Any], **options: Any) -> Enco
 
 
 def _checked(recorded: Mapping[str, Any], encoder: Encoder, needed_by: str) -> Encoder:
-    if encoder.fingerprint == recorded["fingerprint"]:
+    if (encoder.fingerprint, encoder.dim) == (recorded["fingerprint"], recorded["dim"]):
         return encoder
     raise InputError(
         f"{needed_by} needs encoder {recorded['name']} ({recorded['dim']}-d, fingerprint {recorded['fingerprint'][:12]}, "
