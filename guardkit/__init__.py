@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from guardkit.editors.base import Editor, EditRequest, EditResult
     from guardkit.editors.inpaint import InpaintEditor
     from guardkit.editors.scenes import ScenesEditor
-    from guardkit.encoders.base import Encoder
+    from guardkit.encoders.base import Differentiable, Encoder, EncodesTexts
+    from guardkit.encoders.onnx import OnnxEncoder
     from guardkit.encoders.open_clip import OpenClipEncoder
+    from guardkit.encoders.transformers import TransformersEncoder
     from guardkit.heads import Head, LinearHead, MLPHead, PromptHead
     from guardkit.module import GuardModule
     from guardkit.policy import Category, Policy
@@ -59,7 +61,11 @@ _HOMES = {
     "GuardDataModule": "guardkit.data.datamodule",
     # images and embeddings
     "Encoder": "guardkit.encoders.base",
+    "EncodesTexts": "guardkit.encoders.base",
+    "Differentiable": "guardkit.encoders.base",
     "OpenClipEncoder": "guardkit.encoders.open_clip",
+    "TransformersEncoder": "guardkit.encoders.transformers",
+    "OnnxEncoder": "guardkit.encoders.onnx",
     "Source": "guardkit.data.sources.base",
     "Loaded": "guardkit.data.sources.base",
     "Record": "guardkit.schema",

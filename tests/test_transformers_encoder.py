@@ -286,3 +286,29 @@ def test_copies_encode_alike(folder_of):
     for twin in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
         np.testing.assert_array_equal(twin.encode_images(IMAGES), encoder.encode_images(IMAGES))
         np.testing.assert_array_equal(twin.encode_texts(TEXTS), encoder.encode_texts(TEXTS))
+
+
+def test_a_fetched_model_is_pickled_by_its_id(folder_of, tmp_path, monkeypatch):
+    """Another machine has it in another place."""
+    for name in ("one", "two"):
+        snapshot = tmp_path / name / "models--someone--clip/snapshots/abc"
+        shutil.copytree(folder_of("clip"), snapshot)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs/main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "one"))
+    encoder = TransformersEncoder("hf-hub:someone/clip", device="cpu")
+    expected, stored = encoder.encode_images(IMAGES), pickle.dumps(encoder)
+    shutil.rmtree(tmp_path / "one")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "two"))
+    np.testing.assert_array_equal(pickle.loads(stored).encode_images(IMAGES), expected)
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "tokenizer_config.json"])
+def test_code_that_comes_with_a_model_is_never_run(folder_of, tmp_path, file):
+    classes = {"AutoConfig": "mine.A", "AutoModel": "mine.A", "AutoImageProcessor": "mine.A", "AutoTokenizer": ["mine.A", "mine.A"]}
+    folder = changed(folder_of, "clip", tmp_path, file, lambda config: config.update(auto_map=classes))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w').close()\nclass A: pass\n")
+    encoder = encoder_of(folder)
+    np.testing.assert_array_equal(encoder.encode_images(IMAGES), encoder_of(folder_of("clip")).encode_images(IMAGES))
+    np.testing.assert_array_equal(encoder.encode_texts(TEXTS), encoder_of(folder_of("clip")).encode_texts(TEXTS))
+    assert not (tmp_path / "was_run").exists()

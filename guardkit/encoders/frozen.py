@@ -79,8 +79,9 @@ class FrozenEncoder(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """What builds it again. The weights stay where they are; the copy reads them, and they must still be the same."""
-        left_out = ("_lock", "_loaded", "_built", "_tokenizer", "fingerprint")
-        state = {key: value for key, value in self.__dict__.items() if key not in left_out}
+        # what is cached is made again, the places of files that were fetched among it
+        cached = {name for one in type(self).__mro__ for name, value in vars(one).items() if isinstance(value, cached_property)}
+        state = {key: value for key, value in self.__dict__.items() if key not in {"_lock", "_built", *cached}}
         return state | {"_pickled": self.fingerprint if "_built" in self.__dict__ else self._pickled}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:

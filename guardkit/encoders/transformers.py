@@ -94,9 +94,7 @@ class TransformersEncoder(FrozenEncoder):
         self.weights, self._backend = weights, backend
         super().__init__(weights, device=device, batch_size=batch_size)
         self._cut = CutTexts(weights)
-        folder = named_folder(weights, holds=_CONFIG)
-        if folder is not None:
-            self._folder = folder  # what is wrong with it is told at once
+        named_folder(weights, holds=_CONFIG)  # what is wrong with it is told at once
 
     # --- where it is, and may have moved: see `guardkit.encoders.lookup` ------------------------------------------------
 
@@ -125,7 +123,7 @@ class TransformersEncoder(FrozenEncoder):
 
     @cached_property
     def _folder(self) -> Path:
-        return hub_folder(self.weights, _PATTERNS)
+        return named_folder(self.weights, holds=_CONFIG) or hub_folder(self.weights, _PATTERNS)
 
     @cached_property
     def _family(self) -> _Family:
