@@ -129,6 +129,12 @@ def test_it_is_evaluated_beside_a_foreign_baseline(run, trained, tmp_path):
     assert f1["pairs_classic"] > f1["always_unsafe"]
 
 
+def test_the_files_may_be_in_hydras_search_path_as_well(run, tmp_path):
+    settings = [f"hydra.searchpath=[file://{CONF}]", "policy=dots", "source=dots", "baselines=[redness]"]
+    run("-m", "guardkit.evaluate", *settings, f"output_dir={tmp_path / 'out'}")
+    assert list(json.loads((tmp_path / "out" / "summary.json").read_text())["classifiers"]) == ["redness"]
+
+
 def test_a_foreign_arm_and_head_are_swept(run, tmp_path):
     settings = ["+experiment@arms.pairs_classic=pairs_classic", "+head@heads.cosine=cosine", "sweep.heads=[cosine,linear]"]
     settings += ["sweep.arms=[unpaired,pairs_classic]", "sweep.sizes=[4,8]", "sweep.seeds=2", "trainer.max_epochs=10"]

@@ -9,7 +9,6 @@ import stat
 import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -293,21 +292,21 @@ def compose_group(group: str, name: str, overrides: list[str], *, root: Mapping[
     """One choice of a configuration group, composed by itself, with its settings fixed: an unknown one is an error.
 
     Args:
-        group, name: which, of conf/ or of the folder that --config-dir names.
+        group, name: which, of conf/, of the folder that --config-dir names or of those in hydra.searchpath.
         overrides: as on the command line.
         root: what the choice may interpolate.
     Raises:
         InputError: the group has no such choice.
     """
-    # inside an entry point Hydra is set up already, and knows the user's own --config-dir as well
+    # inside an entry point Hydra is set up already, and knows --config-dir; hydra.searchpath it has to be told again
     ready = GlobalHydra.instance().is_initialized()
-    with nullcontext() if ready else hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"), warnings.catch_warnings():
-        choices = sorted(GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG))
+    given = HydraConfig.get().overrides.hydra if HydraConfig.initialized() else []
+    searched = [str(one) for one in given if str(one).startswith("hydra.searchpath=")]
+    with nullcontext() if ready else hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        choices = sorted(GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG, overrides=searched))
         if name not in choices:
             raise InputError(f"there is no {group} {name!r}; there are {', '.join(choices)}, and --config-dir=DIR adds DIR/{group}")
-        # a group file is no primary configuration, and says nothing of its place among its defaults
-        warnings.filterwarnings("ignore", message=".*missing `_self_`")
-        composed = hydra.compose(f"{group}/{name}", overrides)
+        composed = hydra.compose(None, [*searched, f"+{group}={name}", *overrides])
     with open_dict(composed):
         composed.update(root)
     chosen: DictConfig = composed[group]
