@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.open_clip import OpenClipEncoder
-from guardkit.metrics import pair_metrics
+from guardkit.metrics.figures import pair_metrics
 from guardkit.scenes.content import SceneContent
 from guardkit.scenes.world import TEST_ONLY_VARIANTS, ScenePool, features
 

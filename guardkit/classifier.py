@@ -19,7 +19,7 @@ from guardkit.guard_folder import read_guard, write_guard
 from guardkit.heads import Head
 from guardkit.images import read_image
 from guardkit.inputs import each_image, readable
-from guardkit.metrics import operating_threshold
+from guardkit.metrics.operating_points import operating_threshold
 from guardkit.policy import Policy
 from guardkit.schema import Decision, ImageError, InputError, Judgment
 from guardkit.seen import SeenImages

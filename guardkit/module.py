@@ -22,7 +22,7 @@ from guardkit.data.datamodule import Batch, GuardDataModule
 from guardkit.encoders.base import Encoder
 from guardkit.heads import Head
 from guardkit.losses import category_loss, decision_loss, pair_loss
-from guardkit.metrics import operating_points, operating_threshold
+from guardkit.metrics.operating_points import operating_points, operating_threshold
 from guardkit.policy import Policy
 from guardkit.progress import progress
 from guardkit.schema import InputError

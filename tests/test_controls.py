@@ -14,7 +14,7 @@ from guardkit.data.views import ViewMaker
 from guardkit.editors.base import EditResult
 from guardkit.editors.scenes import ScenesEditor
 from guardkit.embeddings import EmbeddingStore
-from guardkit.metrics import edited_vs_original_auroc
+from guardkit.metrics.probe import edited_vs_original_auroc
 
 
 @pytest.fixture(scope="module")

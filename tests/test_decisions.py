@@ -17,7 +17,7 @@ from conftest import ROOT, picture
 from guardkit import Decision, GuardClassifier
 from guardkit.heads import LinearHead
 from guardkit.images import encode_png
-from guardkit.metrics import operating_points
+from guardkit.metrics.operating_points import operating_points
 from guardkit.schema import InputError
 
 IMAGE = np.asarray(picture(1))

@@ -14,7 +14,7 @@ import guardkit
 
 LEVELS = {
     "schema": 0, "_entry": 0, "artifacts": 0, "folders": 0, "terminal": 0, "policy": 0, "progress": 0, "reading": 0, "stores": 0, "colour": 0, "limits": 0, "kinds": 0, "checks": 0,
-    "pixels": 1, "images": 1, "inputs": 1, "scenes": 1, "encoders": 1, "editors": 1, "heads": 1, "losses": 1, "metrics": 1, "stats": 1, "vlm": 1, "seen": 1,
+    "pixels": 1, "images": 1, "inputs": 1, "scenes": 1, "encoders": 1, "editors": 1, "heads": 1, "losses": 1, "metrics": 1, "vlm": 1, "seen": 1,
     "embeddings": 2, "embedding_folder": 2, "counterfactual": 2, "classifier": 2, "guard_folder": 2, "guard_parts": 2, "guard_config": 2, "baselines": 2,
     "data": 3, "module": 3,
     "evaluation": 4, "efficiency": 4, "moderation": 4,
@@ -33,7 +33,6 @@ ALLOWED = {
     ("editors", "scenes"),  # the exact editor belongs to the world it edits
     ("counterfactual", "embeddings"),  # a verifier shares the embeddings of the training
     ("embedding_folder", "embeddings"),  # a folder is filled through the store
-    ("metrics", "stats"),  # an operating point says how sure it is
     ("module", "data"),  # training runs a data module
 }  # fmt: skip
 

@@ -23,10 +23,9 @@ from guardkit.artifacts import fingerprint
 from guardkit.data.sources.base import Loaded
 from guardkit.evaluation.benchmark import read_benchmark
 from guardkit.evaluation.effectiveness import make_sheet, measure, uncovered_categories
-from guardkit.evaluation.resampling import resampled_metrics, resampled_pairs
 from guardkit.evaluation.scoring import Contender, embedding_stores, score
 from guardkit.images import ArrayContent, FileContent
-from guardkit.metrics import classification_metrics, pair_metrics
+from guardkit.metrics.figures import OF_IMAGES, OF_PAIRS, pair_metrics
 from guardkit.schema import InputError, Judgment, Record
 
 CATEGORIES = ("weapons", "sexual", "hate")
@@ -138,43 +137,6 @@ OVERALL = {
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_metrics_agree_with_scikit_learn_on_redrawn_images(seed):
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 2, 60)
-    scores = np.round(np.clip(labels * 0.2 + rng.random(60) * 0.8, 0, 1), 2 if seed % 2 else 8)  # with ties and without
-    weights = np.stack([np.ones(60, int), rng.multinomial(60, np.full(60, 1 / 60))])
-    found = resampled_metrics(labels, scores, 0.5, weights, prevalence=0.02)
-    for row, drawn in enumerate(weights):
-        y, s = np.repeat(labels, drawn), np.repeat(scores, drawn)
-        flagged = s >= 0.5
-        recall, fpr = sk.recall_score(y, flagged), sk.recall_score(1 - y, flagged, pos_label=1)
-        expected = {
-            "f1": sk.f1_score(y, flagged),
-            "precision": sk.precision_score(y, flagged),
-            "recall": recall,
-            "fpr": fpr,
-            "balanced_accuracy": sk.balanced_accuracy_score(y, flagged),
-            "auroc": sk.roc_auc_score(y, s),
-            "average_precision": sk.average_precision_score(y, s),
-            "precision_at_prevalence": 0.02 * recall / (0.02 * recall + 0.98 * fpr),
-        }
-        for name, value in expected.items():
-            assert found[name][row] == pytest.approx(value, abs=1e-6), name
-        other = classification_metrics(y, s, 0.5)
-        for name in ("ece", "recall_at_fpr_0.01", "f1", "auroc"):
-            assert found[name][row] == pytest.approx(other[name], abs=1e-6), name
-
-
-def test_pair_figures_agree_with_the_training_report():
-    rng = np.random.default_rng(0)
-    unsafe, twin = rng.random(30), rng.random(30)
-    found = resampled_pairs(unsafe, twin, 0.5, np.ones((1, 30)))
-    for name, value in pair_metrics(unsafe, twin, 0.5).items():
-        if name != "n":
-            assert found[name][0] == pytest.approx(value, abs=1e-12)
 
 
 def test_f1_table_is_that_of_unsafebench():
@@ -476,6 +438,28 @@ def test_the_folder_holds_what_the_contract_promises(report):
     assert encoder["guards"] == ["pairs_aug", "pairs_aug 2", "zero_shot"]
     assert found["always_unsafe"]["f1"] == pytest.approx(2 / 3)
     assert found["classifiers"]["always_unsafe"]["effectiveness"]["f1"]["value"] == pytest.approx(2 / 3)
+
+
+def test_training_says_the_same_of_its_guard(train, compose, tmp_path):
+    """Every figure, interval and reason, bit for bit, on all of the test set and on each part of it."""
+    from guardkit.runs.evaluate import run
+
+    trained = train("experiment=pairs_aug", "source.n_test=12")
+    mine = strict_json(trained.folder / "metrics.json")
+    evaluation = run(compose("evaluate", f"guard={trained.folder / 'guard'}", "source.n_test=12"), tmp_path)
+    (found,) = strict_json(evaluation.folder / "summary.json")["classifiers"].values()
+    parts = [(mine["test"], found["effectiveness"], OF_IMAGES), (mine["pairs"], found["pairs"], OF_PAIRS)]
+    for by in ("by_source", "by_category"):
+        assert set(mine["test"][by]) == set(found[by])
+        parts += [(mine["test"][by][name], found[by][name], OF_IMAGES) for name in found[by]]
+    for figures, theirs, names in parts:
+        assert set(theirs) - {"f1_unsafebench"} == set(names)
+        for name in names:
+            row = theirs[name]
+            interval = None if row["ci_low"] is None else [row["ci_low"], row["ci_high"]]
+            assert (figures[name], figures["ci"].get(name), figures["reasons"].get(name)) == (row["value"], interval, row["reason"]), name
+    shown = found["effectiveness"]["auroc"]
+    assert f"{shown['value']:.3f} ({shown['ci_low']:.3f}–{shown['ci_high']:.3f})" in trained.table
 
 
 def test_every_figure_carries_its_n_threshold_and_interval(report):

@@ -6,16 +6,20 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from guardkit.metrics import (
+from guardkit.metrics.draws import GroupDraws
+from guardkit.metrics.figures import (
+    METRICS,
+    OF_IMAGES,
+    OF_PAIRS,
+    Images,
+    Pairs,
     always_unsafe_f1,
-    by_category,
     classification_metrics,
-    edited_vs_original_auroc,
-    operating_points,
     pair_metrics,
-    precision_at_prevalence,
-    recall_at_fpr,
+    weighted,
 )
+from guardkit.metrics.operating_points import operating_points
+from guardkit.metrics.probe import edited_vs_original_auroc
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -32,8 +36,69 @@ def test_agrees_with_scikit_learn(seed):
     assert found["recall"] == pytest.approx(sk.recall_score(labels, flagged))
     assert found["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(labels, flagged))
     fpr, tpr, _ = sk.roc_curve(labels, scores, drop_intermediate=False)
-    for limit in (0.01, 0.05, 0.3):
-        assert recall_at_fpr(labels, scores, max_fpr=limit)[0] == pytest.approx(tpr[fpr <= limit].max())
+    assert found["recall_at_fpr_0.01"] == pytest.approx(tpr[fpr <= 0.01].max())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_agrees_with_torchmetrics(seed):
+    """The second public check; torchmetrics counts in single precision."""
+    import torch
+    from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_calibration_error, binary_f1_score
+
+    rng = np.random.default_rng(seed)
+    labels = (rng.random(400) < 0.4).astype(int)
+    scores = np.clip(rng.normal(0.4 + 0.2 * labels, 0.2), 0, 1)
+    found = classification_metrics(labels, scores, 0.5)
+    target, preds = torch.from_numpy(labels), torch.from_numpy(scores)
+    reference = {
+        "auroc": binary_auroc(preds, target),
+        "average_precision": binary_average_precision(preds, target),
+        "ece": binary_calibration_error(preds, target, n_bins=15, norm="l1"),
+        "f1": binary_f1_score(preds, target),
+    }
+    for name, value in reference.items():
+        assert found[name] == pytest.approx(float(value), abs=1e-6), name
+
+
+def test_a_weight_is_as_good_as_that_many_copies():
+    """Every figure, of several guards at once, on redraws of groups: the same as of the redrawn images one by one."""
+    rng = np.random.default_rng(0)
+    n = 40
+    labels, groups = np.repeat([1, 0], n // 2), [i % 15 for i in range(n)]
+    scores = np.round(np.clip(rng.normal(0.4 + 0.2 * labels, 0.3, (3, n)), 0, 1), 1)  # with ties
+    draws, units = GroupDraws(groups, n_resamples=10), np.arange(n)
+    images = Images(labels, scores, np.array([0.3, 0.5, 0.9]), draws, units, prevalence=0.02)
+    pairs = Pairs(scores[:, :20], scores[:, 20:], images.thresholds, draws, units[:20])
+    found = weighted(OF_IMAGES, images) | weighted(OF_PAIRS, pairs)
+    counts = draws.weights(units).astype(int).T
+    assert (counts[0] == 1).all()
+    assert (counts[:, 0] == counts[:, 15]).all()  # a group is drawn together
+    for guard, threshold in enumerate(images.thresholds):
+        for b, drawn in enumerate(counts):
+            chosen, in_pairs = np.repeat(units, drawn), np.repeat(units[:20], drawn[:20])
+            expected = classification_metrics(labels[chosen], scores[guard, chosen], threshold)
+            expected |= pair_metrics(pairs.unsafe[guard, in_pairs], pairs.safe[guard, in_pairs], threshold)
+            for name in set(METRICS) - {"precision_at_prevalence"}:
+                assert found[name][guard, b] == pytest.approx(expected[name], abs=1e-12), name
+
+
+def test_an_abstention_flags_nothing_and_is_not_ranked():
+    labels, scores = np.array([1, 1, 0, 0]), np.array([[0.9, np.nan, 0.1, np.nan], [np.nan] * 4])
+    images = Images(labels, scores, np.array([0.5, 0.5]), GroupDraws.as_is(4), np.arange(4), prevalence=0.1)
+    found = {name: values[:, 0].tolist() for name, values in weighted(OF_IMAGES, images).items()}
+    assert found["recall"] == [0.5, 0.0]
+    assert found["auroc"][0] == found["average_precision"][0] == found["recall_at_fpr_0.01"][0] == 1
+    assert found["ece"][0] == pytest.approx(0.1)
+    assert np.isnan([found[name][1] for name in ("auroc", "average_precision", "recall_at_fpr_0.01", "ece", "precision")]).all()
+
+
+def test_a_new_figure_is_one_entry(monkeypatch):
+    from guardkit.metrics.figures import Metric
+
+    accuracy = Metric("accuracy", "accuracy", lambda images: (images.counts[0] + images.counts[3] - images.counts[1]) / len(images.labels))
+    monkeypatch.setitem(METRICS, "accuracy", accuracy)
+    images = Images(np.array([1, 0, 0]), np.array([[0.9, 0.9, 0.1]]), np.array([0.5]), GroupDraws.as_is(3), np.arange(3))
+    assert weighted(["accuracy"], images)["accuracy"] == pytest.approx(2 / 3)
 
 
 def test_five_rows_by_hand():
@@ -44,7 +109,7 @@ def test_five_rows_by_hand():
     assert found["fpr"] == pytest.approx(1 / 3)
     # each score is a bin of its own: gaps .1 .6 .6 .2 .1
     assert found["ece"] == pytest.approx((0.1 + 0.6 + 0.6 + 0.2 + 0.1) / 5, abs=1e-6)
-    assert recall_at_fpr(labels, scores, max_fpr=0.01) == (0.5, 0.9)
+    assert found["recall_at_fpr_0.01"] == 0.5
 
 
 def test_undefined_figures_are_none():
@@ -61,10 +126,7 @@ def test_undefined_figures_are_none():
     [
         (lambda: classification_metrics(np.ones(2), np.array([0.1, 1.4]), 0.5), r"scores must lie in \[0, 1\].*sigmoid"),
         (lambda: classification_metrics(np.ones(2), np.ones(3), 0.5), "arrays of one length"),
-        (lambda: recall_at_fpr(np.ones(2), np.ones(2), max_fpr=0.1), "needs both classes, got 2 unsafe and 0 safe"),
-        (lambda: recall_at_fpr(np.array([0, 1]), np.array([0.0, 1.0]), max_fpr=0), r"max_fpr must lie in \(0, 1\]"),
         (lambda: pair_metrics(np.ones(2), np.ones(3), 0.5), "two score arrays of one length"),
-        (lambda: precision_at_prevalence(0.5, 0.5, 1.5), r"prevalence must lie in \[0, 1\]"),
     ],
 )
 def test_errors_name_the_argument(call, message):
@@ -82,8 +144,12 @@ def test_pairs_by_hand():
 def test_precision_at_prevalence_is_bayes_rule():
     labels = np.repeat([1, 0], [100, 900])
     flagged = np.concatenate([np.arange(100) < 80, np.arange(900) < 45])
-    assert precision_at_prevalence(0.8, 0.05, 0.1) == pytest.approx(sk.precision_score(labels, flagged))
-    assert precision_at_prevalence(0.0, 0.0, 0.1) is None
+    balanced = np.concatenate([np.arange(100), 100 + np.arange(100) * 9])  # the same rates, at another prevalence
+    scores = np.zeros((1, 200))
+    scores[0, np.r_[:80, 100:105]] = 1
+    images = Images(labels[balanced], scores, np.array([0.5]), GroupDraws.as_is(200), np.arange(200), prevalence=0.1)
+    (found,) = weighted(["precision_at_prevalence"], images).values()
+    assert found[0, 0] == pytest.approx(sk.precision_score(labels, flagged))
 
 
 def test_all_unsafe_baseline():
@@ -106,14 +172,6 @@ def test_operating_points_keep_their_promise_and_say_how_sure_they_are():
     n_flagged = round(points["fpr_0.05"]["fpr"] * 200)
     assert points["fpr_0.05"]["fpr_ci_high"] == pytest.approx(binomtest(n_flagged, 200).proportion_ci(0.95, "exact").high)
     assert operating_points(np.ones(3, int), np.ones(3)) == {}
-
-
-def test_by_category_sets_each_against_all_safe_images():
-    labels, scores = np.array([1, 1, 0, 0]), np.array([0.9, 0.1, 0.5, 0.2])
-    found = by_category(labels, scores, ["a", "b", None, "a"], 0.5)
-    assert found["a"]["auroc"] == 1.0
-    assert found["b"]["auroc"] == 0.0
-    assert found["a"]["n"] == 3
 
 
 def test_probe_finds_a_trace_and_only_then():

@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, strict_json
 
-from guardkit import stats
 from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import Arm, Cell, CellError, Stock
-from guardkit.efficiency.curves import Curve, Scores, Yardstick, compare, samples_to_target
+from guardkit.efficiency.curves import SWEPT, Curve, Scores, Yardstick, compare, samples_to_target
 from guardkit.efficiency.engine import BatchedEngine, FittedCell, Objective, chosen
 from guardkit.efficiency.results import CellStore, CellTable, FinishedCell, opened, run_cells
 from guardkit.heads import LinearHead
+from guardkit.metrics.draws import GroupDraws
 from guardkit.runs.hydra import user_error
 from guardkit.schema import InputError, Record
 
@@ -102,7 +102,7 @@ def fitted(world, folder, sizes=(4, 8, 16), seeds=range(6), arms=ARMS):
 
 
 def measured(stock, finished, metric, n_resamples=300):
-    yardstick = Yardstick(metric, stock.test, stats.GroupDraws([record.group for record in stock.test.records], n_resamples=n_resamples))
+    yardstick = Yardstick(metric, stock.test, GroupDraws([record.group for record in stock.test.records], n_resamples=n_resamples))
     points = {}
     for (arm, size), cells in groupby(sorted(finished, key=lambda cell: (cell.arm, cell.n_unsafe)), lambda cell: (cell.arm, cell.n_unsafe)):
         scores = [Scores(finished[cell].fitted.logits, finished[cell].fitted.twin_logits, 0.0) for cell in cells]
@@ -308,7 +308,7 @@ def test_the_strength_is_chosen_on_validation_images():
 
 
 def test_metrics_are_those_of_training(tmp_path):
-    from guardkit.metrics import classification_metrics, pair_metrics
+    from guardkit.metrics.figures import classification_metrics, pair_metrics
 
     stock, finished, _ = fitted(World(), tmp_path, sizes=(8,), seeds=(0, 1))
     test = stock.test
@@ -316,7 +316,7 @@ def test_metrics_are_those_of_training(tmp_path):
     for cell, one in finished.items():
         scores, twins = (1 / (1 + np.exp(-logits.astype(float))) for logits in (one.fitted.logits, one.fitted.twin_logits))
         reference = {**classification_metrics(labels, scores, 0.5), **pair_metrics(scores[test.pair_rows], twins, 0.5)}
-        for metric in ("pair_accuracy", "ranking_accuracy", "auroc", "balanced_accuracy", "f1"):
+        for metric in SWEPT:
             found = Yardstick(metric, test).values([Scores(one.fitted.logits, one.fitted.twin_logits, 0.0)])
             assert found[0] == pytest.approx(reference[metric]), (cell, metric)
 
@@ -327,11 +327,11 @@ def test_redraws_of_a_metric_are_the_metric_of_redrawn_images():
     rng = np.random.default_rng(0)
     world = World(n=8, n_test=10)
     groups = [f"g{i % 10}" for i in range(20)]  # an unsafe and a safe image each
-    draws = stats.GroupDraws(groups, n_resamples=12, seed=3)
+    draws = GroupDraws(groups, n_resamples=12, seed=3)
     logits = np.round(rng.normal(size=20), 1)
     scores = [Scores(logits, rng.normal(size=10), 0.2)]
     labels = np.repeat([1, 0], 10)
-    rows = stats.bootstrap_draws(lambda chosen: np.bincount(chosen, minlength=20), groups, n_resamples=12, seed=3).astype(int)
+    rows = draws.weights(np.arange(20)).astype(int).T[1:]
     reference = {
         "auroc": lambda chosen: roc_auc_score(labels[chosen], logits[chosen]),
         "f1": lambda chosen: f1_score(labels[chosen], logits[chosen] >= 0.2),
@@ -501,7 +501,7 @@ def test_an_editor_that_gives_nothing_and_too_few_images(sweep, caplog):
         (["sweep.heads=[conv]"], "sweep.heads names 'conv'; there are linear, linear_whitened, linear_texts, mlp, prompt"),
         (["sweep.seeds=0"], "sweep.seeds must be a number of seeds of at least 1"),
         (["sweep.strengths=[0.1,-1]"], "sweep.strengths must be different numbers above 0"),
-        (["sweep.metric=accuracy"], "sweep.metric must be one of pair_accuracy"),
+        (["sweep.metric=accuracy"], "sweep.metric must be one of f1"),
         (["sweep.engine=magic"], "sweep.engine must be one of batched, lightning"),
         (["sweep.target_sizes=[7]"], "sweep.target_sizes must be among sweep.sizes"),
         (["sweep.target_scores=[2]"], r"sweep.target_scores must be numbers in \(0, 1\], got 2"),
@@ -535,7 +535,8 @@ def test_a_metric_that_the_test_set_does_not_have(sweep, compose, tmp_path):
         return run_sweep(cfg, {}, tmp_path / "stored")
 
     with pytest.raises(
-        InputError, match=r"sweep.metric=pair_accuracy is undefined: there is no test pair .* choose sweep.metric from auroc"
+        InputError,
+        match=r"sweep.metric=pair_accuracy is undefined: there is no test pair .* choose sweep.metric from f1, balanced_accuracy, auroc",
     ):
         start()
     assert start("sweep.metric=auroc").summary["curves"]["unpaired"]["16"]["mean"] > 0.5

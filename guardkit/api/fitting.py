@@ -15,7 +15,7 @@ import torch
 from guardkit.api.parts import Parts
 from guardkit.checks import check_choice, check_flag, check_whole
 from guardkit.heads import Head
-from guardkit.metrics import operating_points
+from guardkit.metrics.operating_points import operating_points
 from guardkit.module import DEFAULT_THRESHOLD, Fitted, GuardModule, check_loss, choose_threshold, fit, quiet_lightning
 from guardkit.schema import InputError, shortened
 

@@ -22,7 +22,7 @@ from guardkit.data.arms import Arm, arm_named
 from guardkit.data.sources.base import Source
 from guardkit.editors.base import Editor
 from guardkit.efficiency.cells import Stock, chosen_sizes
-from guardkit.efficiency.curves import METRICS
+from guardkit.efficiency.curves import SWEPT
 from guardkit.efficiency.engine import BatchedEngine, Engine, Objective
 from guardkit.efficiency.plan import Plan, in_sentences
 from guardkit.efficiency.report import write_report
@@ -105,7 +105,7 @@ def sweep(
         sizes: label budgets: labelled unsafe images, validation included.
         seeds: how many labelled subsets, or a list of their seeds.
         strengths: of the regularisation, chosen on validation images.
-        metric: one of `guardkit.efficiency.curves.METRICS`.
+        metric: one of `guardkit.efficiency.curves.SWEPT`.
         target_sizes: the baseline's scores at these sizes are the targets; None: at an eighth and a half of the largest.
         target_scores: further targets, in (0, 1].
         table_size: size of the table by category; None: the middle one.
@@ -263,7 +263,7 @@ def _plan(
     for name, value in (("sizes", sizes), ("target_scores", target_scores), ("target_sizes", target_sizes)):
         if not is_list(value) and not (value is None and name == "target_sizes"):
             raise InputError(f"sweep.{name} must be a list, as in sweep.{name}=[{value}], got {value!r}")
-    check_choice("sweep.metric", metric, METRICS)
+    check_choice("sweep.metric", metric, SWEPT)
     if baseline not in [arm.name for arm in arms]:
         log.warning("sweep.baseline=%s is not among sweep.arms, so arms are not compared", baseline)
     check_whole("sweep.n_resamples", n_resamples, 100)

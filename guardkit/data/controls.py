@@ -2,7 +2,7 @@
 
 Untouched training images are compared with what is left of them after each step that edits pass through and that should not
 matter: the editor with an irrelevant edit, its autoencoder alone, and a lossy codec. A probe that tells the two apart
-(`guardkit.metrics.edited_vs_original_auroc`) has found a trace.
+(`guardkit.metrics.probe.edited_vs_original_auroc`) has found a trace.
 """
 
 from __future__ import annotations

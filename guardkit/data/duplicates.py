@@ -76,22 +76,12 @@ def _spanning_edges(values: np.ndarray, bucket: np.ndarray, max_distance: int) -
             reached.append(unseen[0])
             unseen = unseen[1:]
         one = reached.pop()
-        near = _distance(values[unseen], values[one]) <= max_distance
+        near = np.bitwise_count(values[unseen] ^ values[one]) <= max_distance
         if near.any():
             found, unseen = unseen[near], unseen[~near]
             edges.append((np.full(len(found), one), found))
             reached.extend(found)
     return edges
-
-
-def _distance(values: np.ndarray, other: np.uint64) -> np.ndarray:
-    """Number of bits in which (n,) values differ from another."""
-    # adds neighbouring bits, pairs, nibbles, then all bytes at once; NumPy counts bits itself only from 2.0 on
-    bits = values ^ other
-    bits -= (bits >> np.uint64(1)) & np.uint64(0x5555555555555555)
-    bits = (bits & np.uint64(0x3333333333333333)) + ((bits >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    bits = (bits + (bits >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return (bits * np.uint64(0x0101010101010101)) >> np.uint64(56)
 
 
 # Unit vectors in half precision are off by at most about 3e-4, so two roundings of one vector lie within this distance.

@@ -1,7 +1,7 @@
 """Learning curves with their doubt: how a metric rises with the label budget, and how many labels a score takes.
 
-Intervals are over seeds and test images at once (`guardkit.stats`): groups of test images and seeds are redrawn, and the
-same redraws serve every arm and size, so arms are compared draw by draw.
+Intervals are over seeds and test images at once: groups of test images (`guardkit.metrics.draws`) and seeds are redrawn,
+and the same redraws serve every arm and size, so arms are compared draw by draw.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from guardkit import stats
 from guardkit.data.datamodule import TestSet
+from guardkit.metrics import intervals
+from guardkit.metrics.draws import GroupDraws
+from guardkit.metrics.figures import METRICS, Images, Pairs, weighted
 
-PAIR_METRICS = ("pair_accuracy", "ranking_accuracy")
-IMAGE_METRICS = ("auroc", "balanced_accuracy", "f1")
-METRICS = PAIR_METRICS + IMAGE_METRICS
+# curves rise towards a better guard, and heads here give logits
+SWEPT = tuple(name for name, metric in METRICS.items() if metric.better == "higher" and not metric.needs_probabilities)
 
 
 @dataclass(frozen=True)
@@ -54,33 +55,35 @@ class Yardstick:
     """A metric on the test set, or a part of it, and on redraws of it.
 
     Args:
-        metric: one of `METRICS`.
+        metric: one of `SWEPT`.
         test: images and pairs.
-        draws: redraws of the test images by their groups; a pair goes with its unsafe image. None: there are none.
+        draws: of the test images by their groups; a pair goes with its unsafe image. None: there are no redraws.
         images: (n,) bool, the images that count; None: all. Pairs count with their unsafe image.
     """
 
-    def __init__(self, metric: str, test: TestSet, draws: stats.GroupDraws | None = None, images: np.ndarray | None = None) -> None:
-        self.metric = metric
+    def __init__(self, metric: str, test: TestSet, draws: GroupDraws | None = None, images: np.ndarray | None = None) -> None:
+        self._metric = METRICS[metric]
         labels = np.array([record.label for record in test.records])
         images = np.ones(len(labels), bool) if images is None else images
+        self._images = np.flatnonzero(images)
+        self._labels = labels[self._images]
         self._pairs = np.flatnonzero(images[test.pair_rows])
         self._pair_rows = test.pair_rows[self._pairs]
-        self._unsafe, self._safe = np.flatnonzero(images & (labels == 1)), np.flatnonzero(images & (labels == 0))
-        self._as_is = stats.GroupDraws.as_is(len(labels))
+        self._as_is = GroupDraws.as_is(len(labels))
         self._draws = self._as_is if draws is None else draws
 
     @property
     def n(self) -> int:
         """Pairs, or images, that count."""
-        return len(self._pairs) if self.metric in PAIR_METRICS else len(self._unsafe) + len(self._safe)
+        return len(self._pairs if self._metric.of == "pairs" else self._images)
 
     def reason_against(self) -> str | None:
         """Why the metric is undefined on this test set, or None."""
-        if self.metric in PAIR_METRICS:
+        if self._metric.of == "pairs":
             return None if len(self._pairs) else "there is no test pair"
-        if not len(self._unsafe) or not len(self._safe):
-            return f"the test set has {len(self._unsafe)} unsafe and {len(self._safe)} safe images"
+        n_unsafe = int((self._labels == 1).sum())
+        if n_unsafe in (0, self.n):
+            return f"the test set has {n_unsafe} unsafe and {self.n - n_unsafe} safe images"
         return None
 
     def values(self, scores: Sequence[Scores]) -> np.ndarray:
@@ -93,31 +96,19 @@ class Yardstick:
         """The mean over guards that differ in their seed, in the order of their seeds; None where it is undefined."""
         if not scores or self.reason_against():
             return None
-        return Point(float(self.values(scores).mean()), stats.over_seeds(self._on(scores, self._draws)), len(scores))
+        found = self._on(scores, self._draws)
+        return Point(float(found[:, 0].mean()), intervals.over_seeds(np.ascontiguousarray(found[:, 1:])), len(scores))
 
-    def _on(self, scores: Sequence[Scores], draws: stats.GroupDraws) -> np.ndarray:
-        """(c, b) values on every redraw."""
-        with np.errstate(invalid="ignore", divide="ignore"):  # a redraw may lack a label; there the metric is undefined
-            if self.metric in PAIR_METRICS:
-                return _shares(draws, np.array([self._right(one) for one in scores]), self._pair_rows)
-            if self.metric == "auroc":
-                return np.concatenate([self._auroc(scores, counts) for _, counts in draws.chunks()], axis=1)
-            flagged = np.array([one.logits >= one.threshold for one in scores])
-            recall, fpr = (_shares(draws, flagged[:, rows], rows) for rows in (self._unsafe, self._safe))
-            if self.metric == "balanced_accuracy":
-                return (recall + 1 - fpr) / 2
-            unsafe, safe = (draws.totals(np.ones((1, len(rows))), rows) for rows in (self._unsafe, self._safe))
-            return 2 * recall * unsafe / (recall * unsafe + fpr * safe + unsafe)
-
-    def _right(self, one: Scores) -> np.ndarray:
-        unsafe, twins = one.logits[self._pair_rows], one.twins[self._pairs]
-        if self.metric == "ranking_accuracy":
-            return unsafe > twins
-        return (unsafe >= one.threshold) & (twins < one.threshold)
-
-    def _auroc(self, scores: Sequence[Scores], counts: np.ndarray) -> np.ndarray:
-        unsafe, safe = counts[:, self._unsafe], counts[:, self._safe]
-        return np.array([_auroc(one.logits[self._unsafe], one.logits[self._safe], unsafe, safe) for one in scores])
+    def _on(self, scores: Sequence[Scores], draws: GroupDraws) -> np.ndarray:
+        """(c, b) values of c guards on every draw."""
+        thresholds = np.array([one.threshold for one in scores])
+        of: Images | Pairs
+        if self._metric.of == "pairs":
+            unsafe = np.array([one.logits[self._pair_rows] for one in scores])
+            of = Pairs(unsafe, np.array([one.twins[self._pairs] for one in scores]), thresholds, draws, self._pair_rows)
+        else:
+            of = Images(self._labels, np.array([one.logits[self._images] for one in scores]), thresholds, draws, self._images)
+        return weighted([self._metric.name], of)[self._metric.name]
 
 
 @dataclass(frozen=True)
@@ -145,11 +136,11 @@ class Curve:
             sizes, np.array([one.value for one in found]), np.array([one.draws for one in found]), tuple(one.n_seeds for one in found)
         )
 
-    def interval(self, size: int) -> stats.Interval:
+    def interval(self, size: int) -> intervals.Interval:
         """At a label budget; the ends lie within the metric's range."""
         i = self.sizes.index(size)
-        found = stats.percentile_interval(self.draws[i], float(self.values[i]))
-        return stats.Interval(found.estimate, float(np.clip(found.low, 0, 1)), float(np.clip(found.high, 0, 1)))
+        found = intervals.percentile_interval(self.draws[i], float(self.values[i]))
+        return intervals.Interval(found.estimate, float(np.clip(found.low, 0, 1)), float(np.clip(found.high, 0, 1)))
 
 
 def samples_to_target(
@@ -169,7 +160,7 @@ def samples_to_target(
     if baseline not in known:
         return rows
     base = known[baseline]
-    fitted = {arm: (stats.isotonic(one.values), stats.isotonic(one.draws.T)) for arm, one in known.items()}
+    fitted = {arm: (intervals.isotonic(one.values), intervals.isotonic(one.draws.T)) for arm, one in known.items()}
     goals: list[tuple[int | None, float, np.ndarray | float]] = []
     for size in target_sizes:
         if size in base.sizes:
@@ -177,13 +168,13 @@ def samples_to_target(
             goals.append((size, float(fitted[baseline][0][i]), fitted[baseline][1][:, i]))
     goals += [(None, float(score), float(score)) for score in scores]
     for target_size, score, drawn_score in goals:
-        base_n = float(stats.reached_at(base.sizes, fitted[baseline][0], score))
-        base_drawn = stats.reached_at(base.sizes, fitted[baseline][1], drawn_score)
+        base_n = float(intervals.reached_at(base.sizes, fitted[baseline][0], score))
+        base_drawn = intervals.reached_at(base.sizes, fitted[baseline][1], drawn_score)
         for arm, one in known.items():
-            n = float(stats.reached_at(one.sizes, fitted[arm][0], score))
-            drawn = stats.reached_at(one.sizes, fitted[arm][1], drawn_score)
+            n = float(intervals.reached_at(one.sizes, fitted[arm][0], score))
+            drawn = intervals.reached_at(one.sizes, fitted[arm][1], drawn_score)
             with np.errstate(invalid="ignore"):
-                ratio = stats.percentile_interval(base_drawn / drawn, base_n / n if np.isfinite(n) else float("nan"))
+                ratio = intervals.percentile_interval(base_drawn / drawn, base_n / n if np.isfinite(n) else float("nan"))
             reasons = []
             if not np.isfinite(n):
                 reasons.append(f"the curve of {arm} does not reach it with {one.sizes[-1]} labels (it ends at {fitted[arm][0][-1]:.3f})")
@@ -227,37 +218,23 @@ def compare(known: Mapping[str, Curve], baseline: str) -> dict[str, list[dict[st
         if shared:
             overall.append({"arm": first, "against": second, "sizes": shared, **_difference(known[first], known[second], shared)})
     for rows in (by_size, overall):
-        for row, corrected in zip(rows, stats.holm([row["p"] for row in rows]), strict=True):
+        for row, corrected in zip(rows, intervals.holm([row["p"] for row in rows]), strict=True):
             row["p_holm"] = float(corrected)
     return {"by_size": by_size, "overall": overall}
 
 
-def difference(first: Curve, second: Curve, size: int) -> stats.Interval:
+def difference(first: Curve, second: Curve, size: int) -> intervals.Interval:
     """First minus second at a label budget."""
     found = _difference(first, second, [size])
-    return stats.Interval(found["difference"], *found["ci"])
+    return intervals.Interval(found["difference"], *found["ci"])
 
 
 def _difference(first: Curve, second: Curve, sizes: Sequence[int]) -> dict[str, Any]:
     mine, theirs = ([one.sizes.index(size) for size in sizes] for one in (first, second))
     estimate = float(first.values[mine].mean() - second.values[theirs].mean())
     draws = first.draws[mine].mean(axis=0) - second.draws[theirs].mean(axis=0)
-    found = stats.percentile_interval(draws, estimate)
-    return {"difference": estimate, "ci": [found.low, found.high], "p": stats.bootstrap_p_value(estimate, draws)}
-
-
-def _shares(draws: stats.GroupDraws, values: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """(c, m) of 0 and 1, of m units -> (c, b) means in every redraw."""
-    return draws.totals(values, units) / draws.totals(np.ones((1, len(units))), units)
-
-
-def _auroc(unsafe: np.ndarray, safe: np.ndarray, unsafe_counts: np.ndarray, safe_counts: np.ndarray) -> np.ndarray:
-    """(b,) chances that an unsafe image scores above a safe one, ties counting half, with weights."""
-    order = np.argsort(safe, kind="stable")
-    below = np.concatenate([np.zeros((len(safe_counts), 1)), np.cumsum(safe_counts[:, order], axis=1)], axis=1)
-    first, last = (np.searchsorted(safe[order], unsafe, side=side) for side in ("left", "right"))
-    wins = (unsafe_counts * (below[:, first] + below[:, last])).sum(axis=1) / 2
-    return wins / (unsafe_counts.sum(axis=1) * safe_counts.sum(axis=1))
+    found = intervals.percentile_interval(draws, estimate)
+    return {"difference": estimate, "ci": [found.low, found.high], "p": intervals.bootstrap_p_value(estimate, draws)}
 
 
 def _finite(value: float) -> float | None:

@@ -12,16 +12,16 @@ import numpy as np
 
 from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import Cell
-from guardkit.efficiency.curves import METRICS, Curve, Point, Scores, Yardstick
+from guardkit.efficiency.curves import SWEPT, Curve, Point, Scores, Yardstick
 from guardkit.efficiency.plan import Plan
 from guardkit.efficiency.results import CellStore, CellTable, FinishedCell
-from guardkit.metrics import operating_points
+from guardkit.metrics.draws import GroupDraws
+from guardkit.metrics.operating_points import operating_points
 from guardkit.module import choose_threshold
 from guardkit.progress import progress
 from guardkit.schema import InputError
-from guardkit.stats import GroupDraws
 
-FIGURES = (*METRICS, "threshold_logit")
+FIGURES = (*SWEPT, "threshold_logit")
 
 
 class Yardsticks:
@@ -34,7 +34,7 @@ class Yardsticks:
     Attributes:
         overall: on all of it.
         by_source: where test images come from.
-        by_category: the unsafe images of a category against all safe ones, as `guardkit.metrics.by_category` has it.
+        by_category: the unsafe images of a category against all safe ones.
     """
 
     def __init__(self, plan: Plan, test: TestSet) -> None:
@@ -47,7 +47,7 @@ class Yardsticks:
         self.by_category = {
             str(name): Yardstick(plan.metric, test, draws, (categories == name) | safe) for name in sorted(set(categories) - {""})
         }
-        self._all = [Yardstick(metric, test) for metric in METRICS]
+        self._all = [Yardstick(metric, test) for metric in SWEPT]
 
     def figures(self, scores: Mapping[Cell, Scores]) -> dict[Cell, dict[str, float | None]]:
         """`FIGURES` of every cell."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from guardkit.efficiency.plan import in_sentences
+from guardkit.metrics.figures import METRICS
 
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1d232b; max-width: 64rem; margin: 2.5rem auto; padding: 0 1.25rem; }
@@ -99,7 +100,7 @@ def short_table(summary: dict[str, Any]) -> str:
 
 def _lead(summary: dict[str, Any]) -> list[str]:
     n_test, engine = summary["n_test"], summary["engine"]
-    what = "pairs" if summary["metric"] in ("pair_accuracy", "ranking_accuracy") else "images"
+    what = METRICS[summary["metric"]].of
     return [
         f"Mean over {len(summary['seeds'])} labelled subsets, {n_test['units']} test {what} ({n_test['pairs_made_by']}), 95 % intervals over "
         f"subsets and test images ({summary['n_resamples']} redraws of both). A budget counts every labelled unsafe image, validation included; "

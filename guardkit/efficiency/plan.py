@@ -8,7 +8,7 @@ from typing import Any
 
 from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import Cell
-from guardkit.efficiency.curves import METRICS, Yardstick
+from guardkit.efficiency.curves import SWEPT, Yardstick
 from guardkit.module import choose_threshold
 from guardkit.schema import InputError
 
@@ -20,7 +20,7 @@ class Plan:
     Attributes:
         arms, heads, sizes, seeds: the axes of the sweep.
         baseline: the arm that others are compared with.
-        metric: one of `guardkit.efficiency.curves.METRICS`.
+        metric: one of `guardkit.efficiency.curves.SWEPT`.
         target_sizes: targets are the baseline's scores at these sizes.
         target_scores: and these.
         table_size: size of the tables by category.
@@ -47,7 +47,7 @@ class Plan:
             choose_threshold(self.threshold, {})
         reason = Yardstick(self.metric, test).reason_against()
         if reason:
-            fits = [name for name in METRICS if Yardstick(name, test).reason_against() is None]
+            fits = [name for name in SWEPT if Yardstick(name, test).reason_against() is None]
             instead = f"choose sweep.metric from {', '.join(fits)}" if fits else "give a source with test images of both labels"
             raise InputError(f"sweep.metric={self.metric} is undefined: {reason} (pairs made by {test.pairs_made_by}); {instead}")
 

@@ -11,6 +11,8 @@ from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from guardkit.metrics.figures import METRICS
+
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the arms that ship have fixed ones
 _COLOURS = {
     "unpaired": "#6b7480",
@@ -24,13 +26,6 @@ _OTHERS = ("#56b4e9", "#d55e00", "#7b5ea7", "#444444", "#b8b000")
 _LINES = ("-", "--", ":", "-.")
 _INK, _FAINT = "#2a3038", "#8a939d"
 _DIVERGING = LinearSegmentedColormap.from_list("gain", ["#c2543d", "#f7f5f2", "#2f7d6b"])
-_NAMES = {
-    "pair_accuracy": "pair accuracy",
-    "ranking_accuracy": "ranking accuracy",
-    "auroc": "AUROC",
-    "balanced_accuracy": "balanced accuracy",
-    "f1": "F1",
-}
 
 
 def sample_efficiency(summary: dict[str, Any], path: Path) -> None:
@@ -82,7 +77,7 @@ def _curves(axis: Axes, summary: dict[str, Any]) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_xlabel("labelled unsafe images, validation included", color=_INK)
-    _title(axis, f"{_NAMES[summary['metric']]} against the label budget")
+    _title(axis, f"{METRICS[summary['metric']].title} against the label budget")
     _clean(axis)
     axis.grid(axis="y", color="#eceff2", linewidth=0.8)
     axis.set_axisbelow(True)

@@ -18,17 +18,19 @@ from typing import Any
 import numpy as np
 
 from guardkit.evaluation.benchmark import Benchmark
-from guardkit.evaluation.resampling import PAIRED, RANKING, decisions, resampled_metrics, resampled_pairs
 from guardkit.evaluation.scoring import Contender, Scored
+from guardkit.metrics.draws import GroupDraws
+from guardkit.metrics.figures import METRICS, OF_IMAGES, OF_PAIRS, Images, Metric, Pairs, weighted
+from guardkit.metrics.intervals import Interval, bootstrap_p_value, clopper_pearson, holm, percentile_interval
 from guardkit.schema import Record
-from guardkit.stats import GroupDraws, Interval, bootstrap_p_value, clopper_pearson, holm, percentile_interval
 
-COMPARED = ("f1", "balanced_accuracy", "auroc", "pair_accuracy")
+COMPARED = ("f1", "balanced_accuracy", "auroc", "pair_accuracy")  # chosen beforehand: each more costs certainty of the others
+# of the intervals, unless told otherwise; those of training are always these, so that both say the same of one guard
+N_RESAMPLES, SEED, PREVALENCE = 1000, 0, 0.01
 N_SIMILARITY_BINS = 4
 _MIN_PAIRS_PER_BIN = 5
-_WITHOUT_THRESHOLD = ("ranking_accuracy", "mean_margin")
-_SHARES = ("recall", "fpr", "precision", "pair_accuracy", "ranking_accuracy")
-_NEEDS_SCORES = (*RANKING, "mean_margin")  # over the images that a classifier answered
+# what a threshold decides; an interval of the rest for every small cut would take longer than the encoding
+_AT_THRESHOLD = tuple(name for name in OF_IMAGES if METRICS[name].at_threshold)
 Row = dict[str, Any]
 
 
@@ -127,29 +129,44 @@ def measure(sheet: Sheet, *, prevalence: float, n_resamples: int, seed: int) -> 
     Returns:
         Rows of effectiveness.parquet, and one row a test.
     """
-    weights = _weights(sheet, n_resamples, seed)
+    draws = GroupDraws([record.group for record in sheet.records], n_resamples=n_resamples, seed=seed)
     rows: list[Row] = []
     for column, contender in enumerate(sheet.contenders):
         covered = covered_rows(sheet, contender)
         for cut in _image_cuts(sheet, contender, covered):
-            # an interval for every ranking figure of every small cut would take longer than the encoding
-            ranking = cut.negatives == "all_safe" and not (cut.category and cut.source)
-            scores = sheet.scores[cut.rows, column]
-            draws = resampled_metrics(
-                sheet.labels[cut.rows], scores, contender.guard.threshold, weights[:, cut.rows], prevalence=prevalence, ranking=ranking
-            )
-            rows += _figures(sheet, column, cut, draws, contender.guard.threshold)
+            names = OF_IMAGES if cut.negatives == "all_safe" and not (cut.category and cut.source) else _AT_THRESHOLD
+            found = _on_images(names, sheet, column, cut.rows, draws, prevalence)
+            rows += _figures(sheet, column, cut, found, contender.guard.threshold)
             if cut.category is None and cut.source is None and cut.distribution is None:
-                for name, threshold in contender.points.items():
-                    with np.errstate(invalid="ignore"):
-                        flagged = scores >= threshold
-                    draws = decisions(sheet.labels[cut.rows], flagged, weights[:, cut.rows], prevalence=prevalence)
-                    rows += _figures(sheet, column, cut, draws, threshold, point=name)
+                for point, threshold in contender.points.items():
+                    found = _on_images(_AT_THRESHOLD, sheet, column, cut.rows, draws, prevalence, threshold)
+                    rows += _figures(sheet, column, cut, found, threshold, point=point)
         for cut in _pair_cuts(sheet, contender):
-            unsafe, twin = sheet.pair_rows[cut.rows].T
-            draws = resampled_pairs(sheet.scores[unsafe, column], sheet.scores[twin, column], contender.guard.threshold, weights[:, unsafe])
-            rows += _figures(sheet, column, cut, draws, contender.guard.threshold, pairs=True)
-    return rows, _tests(sheet, weights, prevalence)
+            rows += _figures(sheet, column, cut, _on_pairs(OF_PAIRS, sheet, column, cut.rows, draws), contender.guard.threshold)
+    return rows, _tests(sheet, draws, prevalence)
+
+
+def _on_images(
+    names: Sequence[str],
+    sheet: Sheet,
+    column: int,
+    rows: np.ndarray,
+    draws: GroupDraws,
+    prevalence: float,
+    threshold: float | None = None,
+) -> dict[str, np.ndarray]:
+    """(1 + n_resamples,) figures of one classifier, first of the images as they are."""
+    at = sheet.contenders[column].guard.threshold if threshold is None else threshold
+    images = Images(sheet.labels[rows], sheet.scores[None, rows, column], np.array([at]), draws, rows, prevalence)
+    return {name: values[0] for name, values in weighted(names, images).items()}
+
+
+def _on_pairs(names: Sequence[str], sheet: Sheet, column: int, rows: np.ndarray, draws: GroupDraws) -> dict[str, np.ndarray]:
+    """The same of pairs."""
+    unsafe, safe = sheet.pair_rows[rows].T
+    scores, at = sheet.scores[None, :, column], np.array([sheet.contenders[column].guard.threshold])
+    found = weighted(names, Pairs(scores[:, unsafe], scores[:, safe], at, draws, unsafe))
+    return {name: values[0] for name, values in found.items()}
 
 
 def covered_rows(sheet: Sheet, contender: Contender) -> np.ndarray:
@@ -169,13 +186,6 @@ def uncovered_categories(sheet: Sheet) -> dict[str, int]:
             name = sheet.records[row].category or "unknown"
             found[name] = found.get(name, 0) + 1
     return found
-
-
-def _weights(sheet: Sheet, n_resamples: int, seed: int) -> np.ndarray:
-    """(1 + n_resamples, n): how often each image is drawn, whole groups at a time; the first row is the data as they are."""
-    draws = GroupDraws([record.group for record in sheet.records], n_resamples=n_resamples, seed=seed)
-    # whole numbers, small ones: an eighth of the memory of floats
-    return np.concatenate([np.ones((1, len(sheet.records)), np.uint16), *(counts.astype(np.uint16) for _, counts in draws.chunks())])
 
 
 def _image_cuts(sheet: Sheet, contender: Contender, covered: np.ndarray) -> Iterator[Cut]:
@@ -230,25 +240,19 @@ def similarity_bins(sheet: Sheet, inside: np.ndarray) -> list[tuple[float, float
     return [(float(sheet.similarity[part].min()), float(sheet.similarity[part].max()), part) for part in parts]
 
 
-def _figures(
-    sheet: Sheet,
-    column: int,
-    cut: Cut,
-    draws: dict[str, np.ndarray],
-    threshold: float,
-    *,
-    point: str | None = None,
-    pairs: bool = False,
-) -> list[Row]:
+def _figures(sheet: Sheet, column: int, cut: Cut, found: dict[str, np.ndarray], threshold: float, *, point: str | None = None) -> list[Row]:
+    """Rows of the figures of one cut, all of images or all of pairs."""
     contender = sheet.contenders[column]
-    images = sheet.pair_rows[cut.rows].ravel() if pairs else cut.rows
+    of_pairs = any(METRICS[name].of == "pairs" for name in found)
+    images = sheet.pair_rows[cut.rows].ravel() if of_pairs else cut.rows
     abstained = int(np.isnan(sheet.scores[images, column]).sum())
     n_unsafe = int((sheet.labels[images] == 1).sum())
     answered = int((~np.isnan(sheet.scores[images, column])).reshape(len(cut.rows), -1).all(axis=1).sum()) if len(images) else 0
     rows = []
-    for metric, values in draws.items():
+    for name, values in found.items():
+        metric = METRICS[name]
         interval = percentile_interval(values[1:], float(values[0]))
-        if metric in _SHARES and interval.estimate in (0.0, 1.0):
+        if metric.share_of and interval.estimate in (0.0, 1.0):
             # no redraw of all right or all wrong is anything else: the number of groups has to say how sure that is
             n_groups = _n_groups(sheet, column, cut, metric, threshold)
             interval = Interval(interval.estimate, *clopper_pearson(interval.estimate * n_groups, n_groups))
@@ -256,18 +260,18 @@ def _figures(
         rows.append(
             {
                 "classifier": contender.name,
-                "part": "pairs" if pairs else "images",
-                "metric": metric,
+                "part": metric.of,
+                "metric": name,
                 "value": value,
                 "ci_low": low if value is not None else None,
                 "ci_high": high if value is not None else None,
-                "n": answered if metric in _NEEDS_SCORES else len(cut.rows),
+                "n": answered if metric.needs_answers else len(cut.rows),
                 "n_unsafe": n_unsafe,
                 "n_abstained": abstained,
-                "threshold": None if metric in RANKING or metric in _WITHOUT_THRESHOLD else float(threshold),
+                "threshold": float(threshold) if metric.at_threshold else None,
                 "point": point,
                 "scope": cut.scope,
-                "negatives": "twins" if pairs else cut.negatives,
+                "negatives": "twins" if of_pairs else cut.negatives,
                 "category": cut.category,
                 "source": cut.source,
                 "distribution": cut.distribution or _distribution(contender, cut.source),
@@ -275,23 +279,23 @@ def _figures(
                 "similarity_high": cut.similarity[1] if cut.similarity else None,
                 "reason": None
                 if value is not None
-                else _why_undefined(metric, len(cut.rows), n_unsafe, len(images) - n_unsafe, len(images) - abstained),
+                else _why_undefined(name, len(cut.rows), n_unsafe, len(images) - n_unsafe, len(images) - abstained),
             }
         )
     return rows
 
 
-def _n_groups(sheet: Sheet, column: int, cut: Cut, metric: str, threshold: float) -> int:
+def _n_groups(sheet: Sheet, column: int, cut: Cut, metric: Metric, threshold: float) -> int:
     """Groups of the units that a share is of."""
-    if metric in PAIRED:
+    if metric.share_of == "pairs":
         rows = sheet.pair_rows[cut.rows, 0]
     else:
         of = {
-            "recall": sheet.labels == 1,
-            "fpr": sheet.labels == 0,
-            "precision": np.nan_to_num(sheet.scores[:, column], nan=-1.0) >= threshold,
+            "unsafe": sheet.labels == 1,
+            "safe": sheet.labels == 0,
+            "flagged": np.nan_to_num(sheet.scores[:, column], nan=-1.0) >= threshold,
         }
-        rows = cut.rows[of[metric][cut.rows]]
+        rows = cut.rows[of[str(metric.share_of)][cut.rows]]
     return len({sheet.records[row].group for row in rows})
 
 
@@ -313,36 +317,35 @@ def _why_undefined(metric: str, n: int, n_unsafe: int, n_safe: int, n_answered: 
     return "nothing was flagged"
 
 
-def _tests(sheet: Sheet, weights: np.ndarray, prevalence: float) -> list[Row]:
+def _tests(sheet: Sheet, draws: GroupDraws, prevalence: float) -> list[Row]:
     """Every two classifiers on the images that both cover: difference, interval and p value by the same redrawn images."""
-    cache: dict[tuple[int, str, bytes], dict[str, np.ndarray]] = {}
+    cache: dict[tuple[int, str, bytes], np.ndarray] = {}
 
-    def drawn(column: int, part: str, rows: np.ndarray) -> dict[str, np.ndarray]:
-        key = (column, part, rows.tobytes())
+    def drawn(column: int, metric: str, rows: np.ndarray) -> np.ndarray:
+        key = (column, metric, rows.tobytes())
         if key not in cache:
-            threshold = sheet.contenders[column].guard.threshold
-            if part == "pairs":
-                unsafe, twin = sheet.pair_rows[rows].T
-                cache[key] = resampled_pairs(sheet.scores[unsafe, column], sheet.scores[twin, column], threshold, weights[:, unsafe])
-            else:
-                cache[key] = resampled_metrics(
-                    sheet.labels[rows], sheet.scores[rows, column], threshold, weights[:, rows], prevalence=prevalence
-                )
+            of_pairs = METRICS[metric].of == "pairs"
+            found = (
+                _on_pairs([metric], sheet, column, rows, draws)
+                if of_pairs
+                else _on_images([metric], sheet, column, rows, draws, prevalence)
+            )
+            cache[key] = found[metric]
         return cache[key]
 
     tests: list[Row] = []
     for metric in COMPARED:
-        part = "pairs" if metric in PAIRED else "images"
+        of_pairs = METRICS[metric].of == "pairs"
         mine: list[Row] = []
         for first, second in combinations(range(len(sheet.contenders)), 2):
             both = covered_rows(sheet, sheet.contenders[first]) & covered_rows(sheet, sheet.contenders[second])
-            rows = np.flatnonzero(both[sheet.pair_rows[:, 0]]) if part == "pairs" else np.flatnonzero(both & sheet.counted)
-            if part == "pairs" and not len(rows):
+            rows = np.flatnonzero(both[sheet.pair_rows[:, 0]]) if of_pairs else np.flatnonzero(both & sheet.counted)
+            if of_pairs and not len(rows):
                 continue
-            draws = drawn(first, part, rows)[metric] - drawn(second, part, rows)[metric]
-            estimate = float(draws[0])
+            differences = drawn(first, metric, rows) - drawn(second, metric, rows)
+            estimate = float(differences[0])
             is_defined = bool(np.isfinite(estimate))
-            interval = percentile_interval(draws[1:], estimate)
+            interval = percentile_interval(differences[1:], estimate)
             mine.append(
                 {
                     "metric": metric,
@@ -351,7 +354,7 @@ def _tests(sheet: Sheet, weights: np.ndarray, prevalence: float) -> list[Row]:
                     "difference": estimate if is_defined else None,
                     "ci_low": interval.low if is_defined else None,
                     "ci_high": interval.high if is_defined else None,
-                    "p": bootstrap_p_value(estimate, draws[1:]) if is_defined else None,
+                    "p": bootstrap_p_value(estimate, differences[1:]) if is_defined else None,
                     "n": len(rows),
                     "reason": None if is_defined else "undefined on the images that both cover",
                 }

@@ -18,29 +18,11 @@ from guardkit.artifacts import write_json, written
 from guardkit.evaluation.benchmark import Benchmark
 from guardkit.evaluation.effectiveness import Row, Sheet, uncovered_categories
 from guardkit.evaluation.held_out import Seen
-from guardkit.evaluation.resampling import DECIDING, PAIRED, RANKING
 from guardkit.evaluation.scoring import Contender, Scored
-from guardkit.metrics import always_unsafe_f1
+from guardkit.metrics.figures import METRICS, OF_IMAGES, OF_PAIRS, always_unsafe_f1
 from guardkit.policy import Policy
 
-TITLES = {
-    "f1": "F1",
-    "precision": "Precision",
-    "recall": "Recall",
-    "fpr": "False-positive rate",
-    "balanced_accuracy": "Balanced accuracy",
-    "average_precision": "Average precision",
-    "auroc": "AUROC",
-    "recall_at_fpr_0.01": "Recall at 1 % FPR",
-    "ece": "Calibration error",
-    "precision_at_prevalence": "Precision at prevalence",
-    "pair_accuracy": "Pair accuracy",
-    "ranking_accuracy": "Ranking accuracy",
-    "mean_margin": "Mean margin",
-    "robust_accuracy": "Robust accuracy",
-}
-RANKED = ("f1", "balanced_accuracy", "average_precision", "auroc")  # which a classifier that flags all or nothing does not lead
-GLANCE = ("f1", "precision", "recall", "fpr", "balanced_accuracy", "average_precision", "auroc", "ece", "precision_at_prevalence")
+TITLES = {name: metric.heading for name, metric in METRICS.items()}
 _TEXT, _SHARE, _COUNT = pa.string(), pa.float64(), pa.int64()
 EFFECTIVENESS = pa.schema(
     {
@@ -92,8 +74,8 @@ class Evaluation:
     def figure(self, classifier: str, metric: str, **cut: Any) -> Row | None:
         """The row of one figure: of all images a classifier covers, unless `cut` says otherwise. None: there is none."""
         wanted = {
-            "part": "pairs" if metric in PAIRED else "images",
-            "negatives": "twins" if metric in PAIRED else "all_safe",
+            "part": METRICS[metric].of,
+            "negatives": "twins" if METRICS[metric].of == "pairs" else "all_safe",
             "scope": "covered",
             "point": None,
             "category": None,
@@ -200,7 +182,6 @@ def _classifier_summary(evaluation: Evaluation, column: int) -> dict[str, Any]:
         found = {metric: evaluation.figure(contender.name, metric, **cut) for metric in metrics}
         return {metric: {key: row[key] for key in ("value", "ci_low", "ci_high", "n", "reason")} for metric, row in found.items() if row}
 
-    images = (*DECIDING, *RANKING)
     result = {
         "origin": contender.origin,
         "fingerprint": guard.fingerprint,
@@ -216,17 +197,17 @@ def _classifier_summary(evaluation: Evaluation, column: int) -> dict[str, Any]:
         "n_seen_unlabelled": seen.n_unlabelled if seen is not None else None,
         "n_abstained": len(scored.reasons[column]),
         "abstentions": scored.abstentions(column),
-        "effectiveness": figures(images),
-        "by_source": {source: figures(images, source=source) for source in evaluation.sources},
+        "effectiveness": figures(OF_IMAGES),
+        "by_source": {source: figures(OF_IMAGES, source=source) for source in evaluation.sources},
         "by_category": {
-            category: figures(images, category=category) | _unsafebench(figures(("f1",), category=category, negatives="same_category"))
+            category: figures(OF_IMAGES, category=category) | _unsafebench(figures(("f1",), category=category, negatives="same_category"))
             for category in evaluation.sheet.categories
             if evaluation.figure(contender.name, "f1", category=category)
         },
-        "pairs": figures(PAIRED),
+        "pairs": figures(OF_PAIRS),
     }
     if not evaluation.covers_all(contender):
-        result["outside_its_coverage_too"] = {"effectiveness": figures(images, scope="all"), "pairs": figures(PAIRED, scope="all")}
+        result["outside_its_coverage_too"] = {"effectiveness": figures(OF_IMAGES, scope="all"), "pairs": figures(OF_PAIRS, scope="all")}
     return result
 
 

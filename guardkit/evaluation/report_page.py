@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from guardkit.evaluation import report_parts as parts
-from guardkit.evaluation.report import GLANCE, TITLES, Evaluation
+from guardkit.evaluation.report import TITLES, Evaluation
 from guardkit.evaluation.report_mistakes import mistakes
-from guardkit.evaluation.report_parts import PAIR_METRICS, SOURCE_METRICS, plain
+from guardkit.evaluation.report_parts import SOURCE_METRICS, plain
+from guardkit.metrics.figures import OF_IMAGES, OF_PAIRS
 
 _SHORT_TITLES = {"fpr": "FPR", "balanced_accuracy": "Balanced accuracy", "ece": "Calib. error", "precision_at_prevalence": "Precision at"}
 
@@ -31,7 +32,7 @@ def html(evaluation: Evaluation, facts: dict[str, Any]) -> str:
         classifiers=parts.classifiers(evaluation),
         glance=parts.glance(evaluation, "covered"),
         outside=parts.glance(evaluation, "all"),
-        glance_metrics=GLANCE,
+        glance_metrics=OF_IMAGES,
         heats=parts.heats(evaluation),
         curves=parts.curves(evaluation),
         sources=parts.sources(evaluation),
@@ -56,7 +57,7 @@ def markdown(evaluation: Evaluation, facts: dict[str, Any]) -> str:
         "Intervals are 95 %, from a bootstrap of groups (a pair, near-duplicates).",
         *(f"\n**{note}**" for note in facts["notes"]),
     ]
-    header = ["classifier", "n", "threshold", *(TITLES[metric] for metric in GLANCE), "F1 of flagging everything", "abstained"]
+    header = ["classifier", "n", "threshold", *(TITLES[metric] for metric in OF_IMAGES), "F1 of flagging everything", "abstained"]
     for title, scope in (("What each classifier covers", "covered"), ("All images, whatever a classifier covers", "all")):
         rows = [
             [row["name"], row["n"], plain(row["threshold"]), *_texts(row), plain(row["always_unsafe"]), row["n_abstained"]]
@@ -72,7 +73,7 @@ def markdown(evaluation: Evaluation, facts: dict[str, Any]) -> str:
         lines += _section("By source", ["classifier", "source", "trained on it", "n", *(TITLES[metric] for metric in SOURCE_METRICS)], rows)
     if pairs := parts.pairs(evaluation):
         rows = [[row["name"], row["similarity"], row["n"], *_texts(row)] for row in pairs["rows"]]
-        lines += _section("Pairs", ["classifier", "cosine of the twins", "n", *(TITLES[metric] for metric in PAIR_METRICS)], rows)
+        lines += _section("Pairs", ["classifier", "cosine of the twins", "n", *(TITLES[metric] for metric in OF_PAIRS)], rows)
     if robustness := parts.robustness(evaluation):
         for part in robustness["tables"]:
             lines += _section(part["title"], [part["first"], *part["columns"]], [[row["name"], *_texts(row)] for row in part["rows"]])

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from guardkit.evaluation.effectiveness import Row, covered_rows
-from guardkit.evaluation.report import GLANCE, RANKED, TITLES, Evaluation, interval, shown
+from guardkit.evaluation.report import TITLES, Evaluation, interval, shown
 from guardkit.evaluation.report_charts import Dot, Line, dot_chart, line_chart
-from guardkit.stats import clopper_pearson
+from guardkit.metrics.figures import METRICS, OF_IMAGES, OF_PAIRS
+from guardkit.metrics.intervals import clopper_pearson
 
 _RELIABILITY_BINS = 10
 _MIN_SHARE_OF_BIN = 0.01
@@ -24,7 +25,6 @@ _HEATS = (
     ("recall", "Recall", "of the category's unsafe images"),
     ("auroc", "AUROC", "the category's unsafe images against all safe ones"),
 )
-PAIR_METRICS = ("pair_accuracy", "ranking_accuracy", "mean_margin")
 SOURCE_METRICS = ("f1", "recall", "fpr", "auroc")
 
 
@@ -54,7 +54,7 @@ def glance(evaluation: Evaluation, scope: str) -> list[dict[str, Any]]:
     """A row a classifier; the best of each column is marked among those measured on the same images."""
     rows = []
     for colour, one in enumerate(evaluation.contenders):
-        figures = [evaluation.figure(one.name, metric, scope=scope) for metric in GLANCE]
+        figures = [evaluation.figure(one.name, metric, scope=scope) for metric in OF_IMAGES]
         if figures[0] is None:
             continue
         first = figures[0]
@@ -71,12 +71,13 @@ def glance(evaluation: Evaluation, scope: str) -> list[dict[str, Any]]:
                 "always_unsafe": 2 * share / (1 + share) if share else None,
             }
         )
-    for i in (GLANCE.index(metric) for metric in RANKED):
+    for i, metric in enumerate(OF_IMAGES):
+        best = {"higher": max, "lower": min, None: None}[METRICS[metric].better]
         same = [row["cells"][i] for row in rows if (row["n"], row["n_unsafe"]) == (rows[0]["n"], rows[0]["n_unsafe"])]
         values = [cell["value"] for cell in same if cell["value"] is not None]
-        if len(values) > 1:
+        if best and len(values) > 1:
             for cell in same:
-                cell["is_best"] = cell["value"] == max(values)
+                cell["is_best"] = cell["value"] == best(values)
     return rows
 
 
@@ -178,7 +179,7 @@ def pairs(evaluation: Evaluation) -> dict[str, Any] | None:
         )
         places = []
         for low in [None, *cuts]:
-            figures = [evaluation.figure(one.name, metric, scope=scope, similarity_low=low) for metric in PAIR_METRICS]
+            figures = [evaluation.figure(one.name, metric, scope=scope, similarity_low=low) for metric in OF_PAIRS]
             first = figures[0]
             if first is None:
                 continue
@@ -217,7 +218,7 @@ def pairs(evaluation: Evaluation) -> dict[str, Any] | None:
             y_label="pair accuracy",
             x_range=(min(spread) - margin, max(spread) + margin),
         )
-    return {"rows": rows, "chart": chart, "metrics": PAIR_METRICS, "similarity_by": evaluation.sheet.similarity_by}
+    return {"rows": rows, "chart": chart, "metrics": OF_PAIRS, "similarity_by": evaluation.sheet.similarity_by}
 
 
 def points(evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -20,9 +20,9 @@ from guardkit.artifacts import written
 from guardkit.embeddings import EmbeddingStore
 from guardkit.evaluation.robustness_protocols import PROTOCOLS, Outcome, RobustnessSettings, n_outcomes
 from guardkit.evaluation.victim import Victim
+from guardkit.metrics.intervals import clopper_pearson
 from guardkit.progress import progress
 from guardkit.schema import Guard
-from guardkit.stats import clopper_pearson
 
 __all__ = ["COLUMNS", "RobustnessSettings", "SanityCheck", "measure_robustness", "sanity_checks", "write_robustness"]
 

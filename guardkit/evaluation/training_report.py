@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,17 @@ import pyarrow.parquet as pq
 
 from guardkit import __version__
 from guardkit.artifacts import written
+from guardkit.classifier import GuardClassifier
 from guardkit.data.controls import Control
 from guardkit.data.datamodule import GuardDataModule, TestSet
 from guardkit.evaluation import plots
-from guardkit.metrics import (
-    PROBE_MIN_IMAGES,
-    always_unsafe_f1,
-    by_category,
-    by_group,
-    classification_metrics,
-    edited_vs_original_auroc,
-    pair_metrics,
-)
+from guardkit.evaluation.effectiveness import N_RESAMPLES, PREVALENCE, SEED, Row, Sheet
+from guardkit.evaluation.effectiveness import measure as measure_sheet
+from guardkit.evaluation.scoring import Contender
+from guardkit.metrics.figures import METRICS, OF_IMAGES, OF_PAIRS, always_unsafe_f1
+from guardkit.metrics.probe import PROBE_MIN_IMAGES, edited_vs_original_auroc
 from guardkit.module import Fitted
-from guardkit.schema import Record
+from guardkit.schema import SAFE, Record
 
 N_PICTURED_PAIRS = 8
 
@@ -56,23 +54,24 @@ def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int
     guard, test = fitted.guard, data.test_set()
     scores = guard.probabilities(test.embeddings)
     twins = guard.probabilities(test.twins) if len(test.twins) else np.zeros((0, scores.shape[1]))
-    labels = np.array([record.label for record in test.records])
-    decision = scores[:, 0]
-    overall = classification_metrics(labels, decision, guard.threshold)
+    sheet = _sheet(fitted.guard, test, scores[:, 0], twins[:, 0])
+    rows, _ = measure_sheet(sheet, prevalence=PREVALENCE, n_resamples=N_RESAMPLES, seed=SEED)
     figures = {
-        **overall,
-        "by_category": by_category(labels, decision, [record.category for record in test.records], guard.threshold),
-        "by_source": by_group(labels, decision, [record.source for record in test.records], guard.threshold),
+        **_figures(rows, OF_IMAGES),
+        "stated_prevalence": PREVALENCE,
+        "safe_images_are_counterfactuals": bool(sheet.counted[sheet.n_natural :].any()),
+        "by_category": {
+            category: _figures(rows, OF_IMAGES, category=category)
+            for category in sheet.categories
+            if any(row["category"] == category for row in rows)
+        },
+        "by_source": {source: _figures(rows, OF_IMAGES, source=source) for source in _sources(rows, "images")},
     }
-    paired = pair_metrics(decision[test.pair_rows], twins[:, 0], guard.threshold)
-    pair_sources = np.array([test.records[row].source for row in test.pair_rows])
+    paired = _figures(rows, OF_PAIRS)
     pairs: dict[str, Any] = {
         **paired,
         "made_by": test.pairs_made_by,
-        "by_source": {
-            str(name): pair_metrics(decision[test.pair_rows][pair_sources == name], twins[pair_sources == name, 0], guard.threshold)
-            for name in sorted(set(pair_sources))
-        },
+        "by_source": {source: _figures(rows, OF_PAIRS, source=source) for source in _sources(rows, "pairs")},
     }
     if not paired["n"]:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in data.other_edits.rejected.items())
@@ -88,7 +87,7 @@ def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int
         "inputs": {"given": data.loaded.given, "rejected": [{"id": r.id, "reason": r.reason} for r in data.loaded.rejected]},
         "test": figures,
         "pairs": pairs,
-        "always_unsafe": {"f1": always_unsafe_f1(labels)},
+        "always_unsafe": {"f1": always_unsafe_f1(sheet.labels[sheet.counted])},
         "edits": data.edits.as_dict(),
         "edited_vs_original_auroc": controls["null_edit"]["auroc"],
         "controls": controls,
@@ -106,6 +105,49 @@ def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int
     if controls["null_edit"]["auroc"] is None:
         metrics["edited_vs_original_auroc_reason"] = controls["null_edit"]["reason"]
     return metrics, Measured(test, scores, twins, guard.policy.category_names)
+
+
+def _sheet(guard: GuardClassifier, test: TestSet, scores: np.ndarray, twins: np.ndarray) -> Sheet:
+    """The test set as an evaluation of this one guard has it."""
+    labels = np.array([record.label for record in test.records], int)
+    n, n_pairs = len(labels), len(test.pair_rows)
+    counted = np.arange(n + n_pairs) < n
+    if n_pairs and not (labels == SAFE).any():
+        counted[:] = True  # the counterfactuals stand for the safe images that there are not
+    return Sheet(
+        contenders=[Contender("guard", guard)],
+        records=[*test.records, *(replace(test.records[row], label=SAFE) for row in test.pair_rows)],
+        labels=np.concatenate([labels, np.full(n_pairs, SAFE)]),
+        scores=np.concatenate([scores, twins])[:, None],
+        n_natural=n,
+        pair_rows=np.stack([test.pair_rows, n + np.arange(n_pairs)], axis=1).astype(int),
+        similarity=None,
+        similarity_by=None,
+        counted=counted,
+        categories=guard.policy.category_names,
+    )
+
+
+def _figures(rows: Sequence[Row], names: Sequence[str], *, category: str | None = None, source: str | None = None) -> dict[str, Any]:
+    """Values, 95 % intervals and, where there is no value, reasons of one cut; how many images or pairs it holds."""
+    found = {
+        row["metric"]: row
+        for row in rows
+        if row["metric"] in names and row["negatives"] != "same_category" and (row["category"], row["source"]) == (category, source)
+    }
+    values: dict[str, Any] = {name: found[name]["value"] if found else None for name in names}
+    values["ci"] = {name: [row["ci_low"], row["ci_high"]] for name, row in found.items() if row["ci_low"] is not None}
+    values["reasons"] = {name: row["reason"] for name, row in found.items() if row["reason"] is not None}
+    first = next(iter(found.values()), None)
+    values["n"] = first["n"] if first else 0
+    if METRICS[names[0]].of == "images":
+        values["prevalence"] = first["n_unsafe"] / first["n"] if first and first["n"] else None
+        values["threshold"] = first["threshold"] if first else None  # F1 is the first, and has one
+    return values
+
+
+def _sources(rows: Sequence[Row], part: str) -> list[str]:
+    return sorted({row["source"] for row in rows if row["part"] == part and row["source"] is not None})
 
 
 def _control(control: Control) -> dict[str, Any]:
@@ -158,24 +200,30 @@ def summary_table(metrics: dict[str, Any]) -> str:
     """The main numbers in a few lines."""
     test, pairs, edits = metrics["test"], metrics["pairs"], metrics["edits"]
     rows = [
-        ("labelled unsafe images", metrics["n_unsafe"]),
-        ("natural safe images", metrics["n_safe"]),
-        ("counterfactuals", metrics["n_counterfactuals"]),
+        ("labelled unsafe images", str(metrics["n_unsafe"])),
+        ("natural safe images", str(metrics["n_safe"])),
+        ("counterfactuals", str(metrics["n_counterfactuals"])),
         ("edits rejected", f"{edits['requested'] - edits['accepted']} of {edits['requested']}"),
-        (f"pair accuracy (n={pairs['n']})", pairs["pair_accuracy"]),
-        ("ranking accuracy", pairs["ranking_accuracy"]),
-        (f"test AUROC (n={test['n']})", test["auroc"]),
-        ("test F1", test["f1"]),
-        ("F1 of flagging everything", metrics["always_unsafe"]["f1"]),
-        ("edited-versus-original AUROC", metrics["edited_vs_original_auroc"]),
-        *((f"{name}-versus-original AUROC", metrics["controls"][name]["auroc"]) for name in ("autoencoder", "jpeg")),
+        (f"pair accuracy (n={pairs['n']})", _with_interval(pairs, "pair_accuracy")),
+        ("ranking accuracy", _with_interval(pairs, "ranking_accuracy")),
+        (f"test AUROC (n={test['n']})", _with_interval(test, "auroc")),
+        ("test F1", _with_interval(test, "f1")),
+        ("F1 of flagging everything", _shown(metrics["always_unsafe"]["f1"])),
+        ("edited-versus-original AUROC", _shown(metrics["edited_vs_original_auroc"])),
+        *((f"{name}-versus-original AUROC", _shown(metrics["controls"][name]["auroc"])) for name in ("autoencoder", "jpeg")),
     ]
     width = max(len(name) for name, _ in rows)
-    lines = [f"{metrics['experiment']}, seed {metrics['seed']}"]
-    for name, value in rows:
-        text = "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-        lines.append(f"  {name:<{width}}  {text}")
+    lines = [f"{metrics['experiment']}, seed {metrics['seed']}", *(f"  {name:<{width}}  {text}" for name, text in rows)]
     return "\n".join([*lines, *(f"  note: {note}" for note in metrics["notes"])])
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _with_interval(figures: dict[str, Any], name: str) -> str:
+    ends = figures["ci"].get(name)
+    return _shown(figures[name]) + (f" ({ends[0]:.3f}–{ends[1]:.3f})" if ends else "")
 
 
 def _pictured_pairs(data: GuardDataModule, measured: Measured) -> list[plots.PicturedPair]:
