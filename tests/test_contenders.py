@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from tiny_models import write_clip, write_dinov2
 
 from guardkit import GuardClassifier
 from guardkit.heads import LinearHead
@@ -55,7 +56,7 @@ def other_policy(scenes_policy):
         ("[zero_shoot,zero_shot,{prevalence: {shares: 1}}]", ["2 of 3 classifiers", "'zero_shoot'", "baseline prevalence does not take"]),
         (
             "[zero_shot,{zero_shot: {encoder: open_clip}}]",
-            [r"baseline zero_shot needs encoder"],
+            [r"baseline zero_shot needs encoder.weights; give baselines=\[{zero_shot: {encoder: {open_clip: {weights: VALUE}}}}\]"],
         ),
     ],
 )  # fmt: skip
@@ -110,3 +111,15 @@ def test_another_policy_is_said_in_the_report(compose, guard, other_policy, tmp_
 def test_baselines_alone_are_measured_under_the_scenes_policy(compose):
     rules, _, notes = build_contenders(compose("evaluate", "baselines=[always_unsafe]"))
     assert (rules.name, notes) == ("scenes", [])
+
+
+def test_a_baseline_takes_any_encoder_with_its_settings(compose, tmp_path):
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "dino").mkdir()
+    write_clip(tmp_path / "clip")
+    write_dinov2(tmp_path / "dino")
+    of = "{zero_shot: {encoder: {transformers: {weights: '" + str(tmp_path) + "/%s', device: cpu}}}}"
+    _, (one,), _ = build_contenders(compose("evaluate", f"baselines=[{of % 'clip'}]"))
+    assert one.guard.encoder.weights == str(tmp_path / "clip")
+    with pytest.raises(InputError, match="baseline zero_shot needs an encoder that reads texts, and .*dino does not"):
+        build_contenders(compose("evaluate", f"baselines=[{of % 'dino'}]"))

@@ -144,7 +144,7 @@ def _encoder_of(folder: Path) -> str:
 
 
 def _named_baselines(value: Any) -> list[tuple[str, dict[str, Any]]]:
-    """baselines=[name, {name: {setting: value}}]."""
+    """baselines=[name, {name: {setting: value}}]; an encoder is a setting, encoder: name or encoder: {name: {setting: value}}."""
     plain = OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value
     if not isinstance(plain, list):
         raise InputError(f"baselines must be a list such as [zero_shot,always_unsafe], got {value!r}")
@@ -192,7 +192,14 @@ class _Baseline:
 
 def _composed(name: str, settings: dict[str, Any], cache: str | None) -> _Baseline:
     chosen = settings.pop("encoder") if isinstance(settings.get("encoder"), str) else None
-    cfg = compose_group("baseline", name, [f"encoder@baseline.encoder={chosen}"] if chosen else [], root={"cache_dir": cache})
+    root = {"cache_dir": cache}
+    cfg = compose_group("baseline", name, [f"encoder@baseline.encoder={chosen}"] if chosen else [], root=root)
+    inner = settings.get("encoder")
+    if isinstance(inner, dict) and len(inner) == 1 and "encoder" in cfg:
+        ((first, its),) = inner.items()
+        if isinstance(its, dict) and first not in cfg.encoder:  # no setting, but another encoder with settings of its own
+            chosen, settings = str(first), settings | {"encoder": its}
+            cfg = compose_group("baseline", name, [f"encoder@baseline.encoder={chosen}"], root=root)
     try:
         cfg.merge_with(settings)
     except OmegaConfBaseException as error:
@@ -202,7 +209,8 @@ def _composed(name: str, settings: dict[str, Any], cache: str | None) -> _Baseli
         ) from error
     missing = sorted(key.removeprefix("baseline.") for key in OmegaConf.missing_keys(cfg))
     if missing:
-        nested = f"{missing[0].replace('.', ': {')}: VALUE" + "}" * missing[0].count(".")
+        first = missing[0] if chosen is None else missing[0].replace("encoder.", f"encoder.{chosen}.", 1)
+        nested = f"{first.replace('.', ': {')}: VALUE" + "}" * first.count(".")
         raise InputError(f"baseline {name} needs {', '.join(missing)}; give baselines=[{{{name}: {{{nested}}}}}]")
     return _Baseline(name, cfg)
 
