@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from guardkit.api.embed import embed
+    from guardkit.api.evaluate import EvaluationReport, evaluate
     from guardkit.api.sweep import SweepReport, sweep
     from guardkit.api.synthesize import synthesize
     from guardkit.api.train import TrainingReport, train_guard
@@ -52,6 +53,8 @@ _HOMES = {
     "TrainingReport": "guardkit.api.train",
     "embed": "guardkit.api.embed",
     "synthesize": "guardkit.api.synthesize",
+    "evaluate": "guardkit.api.evaluate",
+    "EvaluationReport": "guardkit.api.evaluate",
     "sweep": "guardkit.api.sweep",
     "SweepReport": "guardkit.api.sweep",
     "Arm": "guardkit.data.arms",

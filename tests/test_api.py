@@ -112,6 +112,26 @@ def test_embed_synthesize_and_sweep_give_what_the_commands_give(compose, world, 
         assert report.summary[name] == other.summary[name], name
 
 
+def test_evaluate_gives_what_the_command_gives(compose, world, tmp_path):
+    from guardkit.runs.evaluate import run
+
+    guards = {
+        arm: guardkit.train_guard(**world, arm=arm, editor=guardkit.ScenesEditor(), n_unsafe=8, trainer={"max_epochs": 3}).guard
+        for arm in ("unpaired", "pairs_aug")
+    }
+    for name, guard in guards.items():
+        guard.save_pretrained(tmp_path / name)
+    report = guardkit.evaluate(guards, world["source"], output_dir=tmp_path / "out", n_resamples=100)
+    named = f"guard={{unpaired: {tmp_path / 'unpaired'}, pairs_aug: {tmp_path / 'pairs_aug'}}}"
+    other = run(compose("evaluate", named, "n_resamples=100", *SMALL), tmp_path / "by_command")
+    assert report.table.replace(str(tmp_path / "out"), "") == other.table.replace(str(tmp_path / "by_command"), "")
+    tables = [pq.read_table(tmp_path / who / "effectiveness.parquet") for who in ("out", "by_command")]
+    assert tables[0].equals(tables[1])
+    # a folder does as well as the guard itself
+    again = guardkit.evaluate(tmp_path / "unpaired", world["source"], output_dir=tmp_path / "again", n_resamples=100)
+    assert list(again.summary["classifiers"]) == ["unpaired"]
+
+
 # --- defaults ---------------------------------------------------------------------------------------------------------------
 
 
@@ -144,11 +164,12 @@ def test_defaults_of_a_sweep_are_those_of_the_command():
     assert _keywords(given["linear_optimizer"]) == plain(_arguments("optimizer/lbfgs.yaml"))
 
 
-@pytest.mark.parametrize("function", ["embed", "synthesize"])
+@pytest.mark.parametrize("function", ["embed", "synthesize", "evaluate"])
 def test_defaults_of_what_is_made_are_those_of_the_command(function):
     said, given = conf(f"{function}.yaml"), defaults(getattr(guardkit, function))
-    assert {name: said[name] for name in given if name in said and name != "cache_dir"} == {
-        name: given[name] for name in given if name in said and name != "cache_dir"
+    shared = [name for name in given if name in said and name != "cache_dir"]
+    assert {name: said[name] for name in shared} == {
+        name: list(given[name]) if isinstance(given[name], tuple) else given[name] for name in shared
     }
 
 

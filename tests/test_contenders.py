@@ -9,6 +9,7 @@ import pytest
 from tiny_models import write_clip, write_dinov2
 
 from guardkit import GuardClassifier
+from guardkit.api.evaluate import notes_on
 from guardkit.heads import LinearHead
 from guardkit.policy import Policy
 from guardkit.runs.contenders import build_contenders
@@ -75,10 +76,10 @@ def test_every_guard_that_is_none_is_named(compose, guard, tmp_path):
 
 
 def test_the_policy_of_the_guards_is_used(compose, guard, other_policy):
-    rules, contenders, notes = build_contenders(compose("evaluate", f"guard={guard('own', other_policy)}", "baselines=[zero_shot]"))
+    rules, contenders = build_contenders(compose("evaluate", f"guard={guard('own', other_policy)}", "baselines=[zero_shot]"))
     assert (rules.name, rules.digest) == ("others", other_policy.digest)
     assert [one.name for one in contenders] == ["own", "zero_shot"]
-    assert notes == []
+    assert notes_on(rules, contenders) == []
 
 
 def test_guards_of_several_policies_need_a_word(compose, guard, other_policy, scenes_policy, tmp_path):
@@ -86,10 +87,12 @@ def test_guards_of_several_policies_need_a_word(compose, guard, other_policy, sc
     asked = f"guard=[{first},{second}]"
     with pytest.raises(InputError, match=r"different policies \(first under scenes, second under others\); choose one with policy=NAME or"):
         build_contenders(compose("evaluate", asked))
-    rules, _, (note,) = build_contenders(compose("evaluate", asked, "policy=scenes"))
+    rules, contenders = build_contenders(compose("evaluate", asked, "policy=scenes"))
+    (note,) = notes_on(rules, contenders)
     assert rules.digest == scenes_policy.digest
     assert note.startswith("second was trained under the policy others, not under scenes as given")
-    rules, _, (note,) = build_contenders(compose("evaluate", asked, f"policy_file={second / 'policy.yaml'}"))
+    rules, contenders = build_contenders(compose("evaluate", asked, f"policy_file={second / 'policy.yaml'}"))
+    (note,) = notes_on(rules, contenders)
     assert rules.digest == other_policy.digest
     assert note.startswith("first was trained under the policy scenes, not under others")
 
@@ -109,8 +112,8 @@ def test_another_policy_is_said_in_the_report(compose, guard, other_policy, tmp_
 
 
 def test_baselines_alone_are_measured_under_the_scenes_policy(compose):
-    rules, _, notes = build_contenders(compose("evaluate", "baselines=[always_unsafe]"))
-    assert (rules.name, notes) == ("scenes", [])
+    rules, contenders = build_contenders(compose("evaluate", "baselines=[always_unsafe]"))
+    assert (rules.name, notes_on(rules, contenders)) == ("scenes", [])
 
 
 def test_a_baseline_takes_any_encoder_with_its_settings(compose, tmp_path):
@@ -119,7 +122,7 @@ def test_a_baseline_takes_any_encoder_with_its_settings(compose, tmp_path):
     write_clip(tmp_path / "clip")
     write_dinov2(tmp_path / "dino")
     of = "{zero_shot: {encoder: {transformers: {weights: '" + str(tmp_path) + "/%s', device: cpu}}}}"
-    _, (one,), _ = build_contenders(compose("evaluate", f"baselines=[{of % 'clip'}]"))
+    _, (one,) = build_contenders(compose("evaluate", f"baselines=[{of % 'clip'}]"))
     assert one.guard.encoder.weights == str(tmp_path / "clip")
     with pytest.raises(InputError, match="baseline zero_shot needs an encoder that reads texts, and .*dino does not"):
         build_contenders(compose("evaluate", f"baselines=[{of % 'dino'}]"))

@@ -8,40 +8,36 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from guardkit.artifacts import fingerprint, read_json
-from guardkit.checks import is_list
-from guardkit.classifier import GuardClassifier
+from guardkit.api.evaluate import common_policy, load_contender
+from guardkit.artifacts import fingerprint
 from guardkit.encoders.base import Encoder
 from guardkit.evaluation.scoring import Contender
 from guardkit.policy import Policy
-from guardkit.runs.hydra import compose_group, make, policy
+from guardkit.runs.hydra import compose_group, make, plain, policy
 from guardkit.schema import Guard, InputError
 
 _DEFAULT_POLICY = "scenes"
 T = TypeVar("T")
 
 
-def build_contenders(cfg: DictConfig) -> tuple[Policy, list[Contender], list[str]]:
-    """Guards and baselines that the configuration names, each under a name of its own; equal encoders are one object.
+def build_contenders(cfg: DictConfig) -> tuple[Policy, list[Contender]]:
+    """Guards and baselines that the configuration names; equal encoders are one object.
 
     What cannot be had is said of all of them at once, and before the encoder of any baseline is loaded.
 
     Returns:
-        The policy to measure under, the classifiers, and what a reader must know of them.
+        The policy to measure under, and the classifiers.
     Raises:
         InputError: nothing is named, a folder is no guard, there is no such baseline or no such weights, or guards were
             trained under different policies and none is chosen.
     """
-    if cfg.trained_on is not None and not is_list(cfg.trained_on):
-        raise InputError(f"trained_on must be a list of sources, as in trained_on=[{cfg.trained_on}], got {cfg.trained_on!r}")
     asked = _named_baselines(cfg.baselines)
     places = _named_guards(cfg.guard)
     if not asked and not places:
@@ -50,8 +46,7 @@ def build_contenders(cfg: DictConfig) -> tuple[Policy, list[Contender], list[str
     composed = [problems.catch(_composed, name, settings, cfg.cache_dir) for name, settings in asked]
     problems.check()
     encoders: dict[str, Encoder] = {}
-    trained_on = None if cfg.trained_on is None else frozenset(str(source) for source in cfg.trained_on)
-    guards = [problems.catch(_guard, name, place, encoders, trained_on, cfg.trust) for name, place in places]
+    guards = [problems.catch(load_contender, place, name, encoders, cfg.trained_on, cfg.trust) for name, place in places]
     found: list[Contender] = [guard for guard in guards if guard is not None]
     rules = _rules(cfg, found) if not problems.found else None
     baselines = [one for one in composed if one is not None]
@@ -62,48 +57,17 @@ def build_contenders(cfg: DictConfig) -> tuple[Policy, list[Contender], list[str
         found += [Contender(guard.name, guard, origin=f"baseline {one.name}") for one, guard in zip(baselines, built, strict=True) if guard]
     problems.check()
     assert rules is not None
-    names: set[str] = set()
-    unique = []
-    for one in found:
-        number = 2
-        name = one.name
-        while name in names:
-            name, number = f"{one.name} {number}", number + 1
-        names.add(name)
-        one.guard.name = name  # rows of robustness carry the guard's own
-        unique.append(replace(one, name=name))
-    return rules, unique, _notes(rules, unique)
+    return rules, found
 
 
 def _rules(cfg: DictConfig, guards: Sequence[Contender]) -> Policy:
     """The policy that was asked for, else that of the guards, else the scenes'."""
     if cfg.policy_file is not None or cfg.get("policy") is not None:
         return policy(cfg)
-    own = {one.policy.digest: (one.name, one.policy) for one in guards if one.policy is not None}
-    if len(own) > 1:
-        which = ", ".join(f"{name} under {rules.name}" for name, rules in own.values())
-        raise InputError(
-            f"the guards were trained under different policies ({which}); choose one with policy=NAME or policy_file=GUARD/policy.yaml"
-        )
-    if own:
-        return next(iter(own.values()))[1]
-    return Policy.from_dict(OmegaConf.to_container(compose_group("policy", _DEFAULT_POLICY, [], root={}), resolve=True))
-
-
-def _notes(rules: Policy, contenders: Sequence[Contender]) -> list[str]:
-    """Of guards whose figures have to be read with care."""
-    notes = []
-    for one in contenders:
-        if one.policy is not None and one.policy.digest != rules.digest:
-            notes.append(
-                f"{one.name} was trained under the policy {one.policy.name}, not under {rules.name} as given "
-                f"(digests {one.policy.digest[:12]} and {rules.digest[:12]}); without policy= and policy_file= it is measured under its own."
-            )
-        if isinstance(one.guard, GuardClassifier) and one.training_images is None:
-            notes.append(
-                f"{one.name} keeps no list of its training images, as guards of an earlier guardkit: whether it is tested on some of them is not known."
-            )
-    return notes
+    own = common_policy(guards)
+    if own is not None:
+        return own
+    return Policy.from_dict(plain(compose_group("policy", _DEFAULT_POLICY, [], root={})))
 
 
 def _named_guards(value: Any) -> list[tuple[str | None, str]]:
@@ -115,32 +79,6 @@ def _named_guards(value: Any) -> list[tuple[str | None, str]]:
     if isinstance(value, ListConfig):
         return [(None, str(place)) for place in value]
     return [(None, str(value))]
-
-
-def _guard(
-    name: str | None, place: str, encoders: dict[str, Encoder], trained_on: frozenset[str] | None, trust: Sequence[str]
-) -> Contender:
-    folder = Path(place).expanduser()
-    guard = GuardClassifier.from_pretrained(folder if folder.is_dir() else place, encoder=encoders.get(_encoder_of(folder)), trust=trust)
-    encoders.setdefault(guard.encoder.fingerprint, guard.encoder)
-    said = guard.training.get("sources")
-    return Contender(
-        name or guard.name,
-        guard,
-        {point: float(figures["threshold"]) for point, figures in guard.operating_points.items() if figures["threshold"] is not None},
-        frozenset(said) if said is not None else trained_on,
-        place,
-        guard.policy,
-        guard.training_images,
-    )
-
-
-def _encoder_of(folder: Path) -> str:
-    """The fingerprint of the encoder that a guard folder names, to load no encoder twice; "" where it cannot be told."""
-    try:
-        return str(read_json(folder / "config.json", "a guard's configuration")["encoder"]["fingerprint"])
-    except (InputError, KeyError, TypeError):
-        return ""  # `from_pretrained` says what is wrong
 
 
 def _named_baselines(value: Any) -> list[tuple[str, dict[str, Any]]]:

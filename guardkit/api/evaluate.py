@@ -1,0 +1,286 @@
+"""Measuring guards side by side on images that none of them was trained on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from guardkit.artifacts import read_json
+from guardkit.checks import check_choice, check_number, check_whole, is_list
+from guardkit.classifier import GuardClassifier
+from guardkit.data.sources.base import Source
+from guardkit.encoders.base import Encoder
+from guardkit.evaluation.benchmark import SPLITS, read_benchmark
+from guardkit.evaluation.effectiveness import Sheet, covered_rows, make_sheet, measure
+from guardkit.evaluation.held_out import leave_out_seen, sentences
+from guardkit.evaluation.report import Evaluation, short_table, write_report
+from guardkit.evaluation.robustness import RobustnessSettings, measure_robustness, write_robustness
+from guardkit.evaluation.scoring import Contender, LazyImages, embedding_stores, score
+from guardkit.folders import claim, refuse_others
+from guardkit.policy import Policy
+from guardkit.schema import Guard, InputError
+
+log = logging.getLogger(__name__)
+
+WRITTEN = ("effectiveness.parquet", "predictions.parquet", "robustness.parquet", "summary.json", "report.html", "report.md", "*.png")
+
+GuardLike = Guard | Contender | str | Path
+"""A guard, the folder or Hub id of a saved one, or a contender that says more of it."""
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What an evaluation leaves: its folder, the content of summary.json, and a table to print."""
+
+    folder: Path
+    summary: dict[str, Any]
+    table: str
+
+
+def evaluate(
+    guards: GuardLike | Sequence[GuardLike] | Mapping[str, GuardLike],
+    source: Source,
+    policy: Policy | None = None,
+    *,
+    output_dir: str | Path,
+    split: Literal["test", "all"] = "test",
+    test_share: float = 0.3,
+    split_seed: int = 0,
+    trained_on: Sequence[str] | None = None,
+    trust: Sequence[str] = (),
+    robustness: RobustnessSettings | None = None,
+    prevalence: float = 0.01,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    command: str = "guardkit.evaluate(...)",
+) -> EvaluationReport:
+    """Measures guards side by side, and writes tables, figures and a report.
+
+    The same as `python -m guardkit.evaluate`, with the same defaults and results. Images that a guard was trained or validated
+    on are left out for all, counted and named.
+
+    Args:
+        guards: what is measured: `GuardClassifier`s, folders or Hub ids of saved ones, or anything else that fulfils `Guard`,
+            such as the baselines; one, a list, or {name: guard}.
+        source: the benchmark.
+        policy: to measure under; None: the guards' own.
+        output_dir: of the results. An earlier evaluation there is replaced as a whole.
+        split: "test": the source's own test images, or the share that training holds out; "all": everything.
+        test_share, split_seed: of that share.
+        trained_on: sources of the guards' training images, where the guards do not say.
+        trust: packages that saved guards may take their heads and encoders from.
+        robustness: which attacks and everyday edits to try; None: none.
+        prevalence: share of unsafe images to state precision for, in (0, 1).
+        n_resamples: of the bootstrap.
+        seed: of the bootstrap.
+        cache_dir: where embeddings and judgments are kept for later runs; None keeps them in memory.
+        settings: what the report says of how it came about, in plain JSON types.
+        command: the same as a line to type.
+    Raises:
+        InputError: a wrong value, no guard, guards of different policies and none given, or nothing left to test on.
+    """
+    started = time.perf_counter()
+    check_settings(split=split, seed=seed, split_seed=split_seed, n_resamples=n_resamples, prevalence=prevalence, trained_on=trained_on)
+    folder, cache = Path(output_dir).expanduser(), None if cache_dir is None else Path(cache_dir).expanduser()
+    if folder.is_dir():
+        refuse_others(folder, "evaluate", replaces=True)
+    attacks = robustness or RobustnessSettings(protocols=())
+    found = unique(_contenders(guards, trained_on, trust))
+    rules = policy or common_policy(found)
+    if rules is None:
+        raise InputError("the guards name no policy to measure them under; give one")
+    notes = notes_on(rules, found)
+    everything = read_benchmark(source, split=split, test_share=test_share, split_seed=split_seed)
+    asked = (
+        dict(settings) if settings is not None else {"source": source.fingerprint, "split": split, "prevalence": prevalence, "seed": seed}
+    )
+    stores = embedding_stores(found, cache)
+    benchmark, seen = leave_out_seen(everything, found, stores)
+    notes += sentences(benchmark, seen)
+    for note in notes:
+        log.warning("%s", note)
+    built = time.perf_counter()
+    scored = score([*benchmark.records, *benchmark.twins], found, stores, cache, encoder_fingerprint=benchmark.encoder_fingerprint)
+    if not scored.records:
+        raise InputError(
+            f"none of the {len(scored.rejected)} images of source={benchmark.name} can be read, the first is {scored.rejected[0].id}: {scored.rejected[0].reason}"
+        )
+    sheet = make_sheet(benchmark, scored, found, rules.category_names)
+    at_scored = time.perf_counter()
+    rows, tests = measure(sheet, prevalence=float(prevalence), n_resamples=n_resamples, seed=seed)
+    measured = time.perf_counter()
+    robust = [row for one in found for row in _attack(one, sheet, attacks, stores)]
+    attacked = time.perf_counter()
+    evaluation = Evaluation(
+        benchmark=benchmark,
+        policy=rules,
+        scored=scored,
+        sheet=sheet,
+        rows=rows,
+        tests=tests,
+        robustness=robust,
+        seen=seen,
+        notes=notes,
+        prevalence=float(prevalence),
+        settings={**asked, "policy": rules.to_dict()},
+        command=command,
+        timing_s={
+            "load": built - started,
+            "score": at_scored - built,
+            "figures": measured - at_scored,
+            "robustness": attacked - measured,
+        },
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with claim(folder, "evaluate", evaluation.settings, replaces=WRITTEN):
+        write_robustness(folder / "robustness.parquet", robust)
+        return EvaluationReport(folder, write_report(folder, evaluation), short_table(evaluation))
+
+
+def check_settings(*, split: object, seed: object, split_seed: object, n_resamples: object, prevalence: object, trained_on: object) -> None:
+    """Raises InputError for a setting that is out of range."""
+    check_choice("split", split, SPLITS)
+    for name, value, least in (("seed", seed, 0), ("split_seed", split_seed, 0), ("n_resamples", n_resamples, 100)):
+        check_whole(name, value, least)
+    check_number("prevalence", prevalence, "(0, 1)")
+    if trained_on is not None and not is_list(trained_on):
+        raise InputError(f"trained_on must be a list of sources, as in trained_on=[{trained_on}], got {trained_on!r}")
+
+
+# --- who is measured --------------------------------------------------------------------------------------------------------
+
+
+def load_contender(
+    place: str | Path, name: str | None, encoders: dict[str, Encoder], trained_on: Sequence[str] | None, trust: Sequence[str]
+) -> Contender:
+    """A saved guard, with all that its folder says of it.
+
+    Args:
+        place: a folder or Hub id.
+        name: for tables; None: the guard's own.
+        encoders: by fingerprint, those that are loaded already; a new one is added.
+        trained_on: sources of its training images, where it does not say.
+        trust: packages that it may take its head and encoder from.
+    """
+    folder = Path(place).expanduser()
+    guard = GuardClassifier.from_pretrained(
+        folder if folder.is_dir() else str(place), encoder=encoders.get(_encoder_of(folder)), trust=trust
+    )
+    encoders.setdefault(guard.encoder.fingerprint, guard.encoder)
+    return _contender_of(guard, name, trained_on, str(place))
+
+
+def _contender_of(guard: Guard, name: str | None = None, trained_on: Sequence[str] | None = None, origin: str = "") -> Contender:
+    """A guard with all that it says of itself."""
+    if not isinstance(guard, GuardClassifier):
+        return Contender(name or guard.name, guard, origin=origin)
+    said = guard.training.get("sources", trained_on)
+    return Contender(
+        name or guard.name,
+        guard,
+        {point: float(figures["threshold"]) for point, figures in guard.operating_points.items() if figures["threshold"] is not None},
+        None if said is None else frozenset(map(str, said)),
+        origin,
+        guard.policy,
+        guard.training_images,
+    )
+
+
+def unique(contenders: Sequence[Contender]) -> list[Contender]:
+    """The contenders, each under a name of its own."""
+    names: set[str] = set()
+    found = []
+    for one in contenders:
+        number, name = 2, one.name
+        while name in names:
+            name, number = f"{one.name} {number}", number + 1
+        names.add(name)
+        one.guard.name = name  # rows of robustness carry the guard's own
+        found.append(replace(one, name=name))
+    return found
+
+
+def common_policy(contenders: Sequence[Contender]) -> Policy | None:
+    """The policy under which all guards were trained that name one; None where none does.
+
+    Raises:
+        InputError: they were trained under different ones.
+    """
+    own = {one.policy.digest: (one.name, one.policy) for one in contenders if one.policy is not None}
+    if len(own) > 1:
+        which = ", ".join(f"{name} under {rules.name}" for name, rules in own.values())
+        raise InputError(
+            f"the guards were trained under different policies ({which}); choose one with policy=NAME or policy_file=GUARD/policy.yaml"
+        )
+    return next(iter(own.values()))[1] if own else None
+
+
+def _contenders(
+    guards: GuardLike | Sequence[GuardLike] | Mapping[str, GuardLike], trained_on: Sequence[str] | None, trust: Sequence[str]
+) -> list[Contender]:
+    named: list[tuple[str | None, GuardLike]]
+    if isinstance(guards, Mapping):
+        named = list(guards.items())
+    else:
+        named = [(None, one) for one in (guards if isinstance(guards, Sequence) and not isinstance(guards, str) else [guards])]
+    if not named:
+        raise InputError("nothing to evaluate: give at least one guard")
+    encoders: dict[str, Encoder] = {}
+    found = []
+    for name, one in named:
+        if isinstance(one, Contender):
+            found.append(one)
+        elif isinstance(one, str | Path):
+            found.append(load_contender(one, name, encoders, trained_on, trust))
+        else:
+            found.append(_contender_of(one, name, trained_on))
+    return found
+
+
+def _encoder_of(folder: Path) -> str:
+    """The fingerprint of the encoder that a guard folder names, to load no encoder twice; "" where it cannot be told."""
+    try:
+        return str(read_json(folder / "config.json", "a guard's configuration")["encoder"]["fingerprint"])
+    except (InputError, KeyError, TypeError):
+        return ""  # `from_pretrained` says what is wrong
+
+
+def notes_on(rules: Policy, contenders: Sequence[Contender]) -> list[str]:
+    """Of guards whose figures have to be read with care."""
+    notes = []
+    for one in contenders:
+        if one.policy is not None and one.policy.digest != rules.digest:
+            notes.append(
+                f"{one.name} was trained under the policy {one.policy.name}, not under {rules.name} as given "
+                f"(digests {one.policy.digest[:12]} and {rules.digest[:12]}); without policy= and policy_file= it is measured under its own."
+            )
+        if isinstance(one.guard, GuardClassifier) and one.training_images is None:
+            notes.append(
+                f"{one.name} keeps no list of its training images, as guards of an earlier guardkit: whether it is tested on some of them is not known."
+            )
+    return notes
+
+
+def _attack(contender: Contender, sheet: Sheet, settings: RobustnessSettings, stores: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if not settings.protocols:
+        return []
+    covered = covered_rows(sheet, contender) & sheet.counted
+    chosen = [record for record, inside in zip(sheet.records, covered, strict=True) if inside and record.content is not None]
+    if not chosen:
+        log.warning("%s is not attacked: the benchmark holds no image that it covers", contender.name)
+        return []
+    encoder = contender.guard.encoder
+    return measure_robustness(
+        contender.guard,
+        LazyImages(chosen),
+        [record.label for record in chosen],
+        [record.group for record in chosen],
+        settings,
+        store=None if encoder is None else stores[encoder.fingerprint],
+    )
