@@ -29,7 +29,8 @@ from guardkit.data.sources.folder import FolderSource
 from guardkit.encoders.open_clip import OpenClipEncoder
 from guardkit.evaluation.benchmark import read_benchmark
 from guardkit.evaluation.effectiveness import make_sheet, measure
-from guardkit.evaluation.report import Evaluation, write_report
+from guardkit.evaluation.outcome import Evaluation
+from guardkit.evaluation.report import write_report
 from guardkit.evaluation.scoring import Contender, embedding_stores, score
 from guardkit.images import read_image
 from guardkit.runs.hydra import CONF_DIR

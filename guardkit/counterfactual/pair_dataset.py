@@ -31,6 +31,7 @@ from guardkit.counterfactual.review import REVIEWS, VERDICTS, ReviewLog, combine
 from guardkit.counterfactual.store import Try
 from guardkit.folders import LOCK, claim, is_unfinished
 from guardkit.images import encode_png
+from guardkit.pages import render
 from guardkit.progress import progress
 from guardkit.reading import read_table
 from guardkit.schema import ImageError, InputError, Record, Rejected
@@ -339,9 +340,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def gallery(rows: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> str:
     """A page of all tries; unsafe images are blurred until somebody clicks them."""
-    from jinja2 import Environment, PackageLoader
-
-    template = Environment(loader=PackageLoader("guardkit.counterfactual", "."), autoescape=True).get_template("gallery.html")
     reasons = sorted({row["reason"] for row in rows if row["reason"]})
     categories = sorted({row["category"] for row in rows if row["category"]})
-    return template.render(rows=rows, manifest=manifest, reasons=reasons, categories=categories)
+    return render("gallery.html", rows=rows, manifest=manifest, reasons=reasons, categories=categories)

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from typing import Any
 
 from guardkit.efficiency.plan import in_sentences
 from guardkit.metrics.figures import METRICS
+from guardkit.pages import render
 
-_STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #1d232b; max-width: 64rem; margin: 2.5rem auto; padding: 0 1.25rem; }
-h1 { font-size: 1.7rem; margin-bottom: 0.2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 0.6rem; }
-img { width: 100%; height: auto; } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.86rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.35rem 0.7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e3e6ea; }
-th:first-child, td:first-child { text-align: left; } th { color: #5b6570; font-weight: 600; }
-td.long { white-space: normal; text-align: left; min-width: 16rem; }
-p.note { color: #5b6570; font-size: 0.9rem; } code { background: #f2f4f6; padding: 0.05rem 0.3rem; border-radius: 3px; }
-@media (prefers-color-scheme: dark) {
-  body { background: #14181d; color: #e6e9ed; } th, p.note { color: #9aa5b1; } th, td { border-color: #2b323a; }
-  code { background: #20262d; } img { background: #fff; border-radius: 6px; } }
-"""
-
+_PICTURE_SAYS = "Learning curves, labels to a target, gain by category"
 _N_SAID = 8  # reasons for what was left out, at the terminal
 
 Table = tuple[str, str, list[str], list[list[str]]]
@@ -36,7 +23,7 @@ def markdown(summary: dict[str, Any], picture: str) -> str:
         "",
         *_lead(summary),
         "",
-        f"![Learning curves, labels to a target, gain by category]({picture})",
+        f"![{_PICTURE_SAYS}]({picture})",
     ]
     for heading, about, columns, rows in _tables(summary):
         parts += ["", f"## {heading}", ""]
@@ -49,21 +36,13 @@ def markdown(summary: dict[str, Any], picture: str) -> str:
 
 def page(summary: dict[str, Any], picture: str) -> str:
     """report.html; `picture` is a data URL, so that nothing else is needed."""
-    parts = [f"<h1>Sample efficiency: {html.escape(summary['metric'])}</h1>"]
-    parts += [f'<p class="note">{_inline(line)}</p>' for line in _lead(summary) if line]
-    parts.append(f'<img alt="Learning curves, labels to a target, gain by category" src="{picture}">')
-    for heading, about, columns, rows in _tables(summary):
-        parts.append(f"<h2>{html.escape(heading)}</h2>")
-        if about:
-            parts.append(f'<p class="note">{_inline(about)}</p>')
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-        body = "".join(
-            "<tr>" + "".join(f"<td{' class=long' if len(cell) > 40 else ''}>{_inline(cell)}</td>" for cell in row) + "</tr>" for row in rows
-        )
-        parts.append(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Sample efficiency</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    return render(
+        "sweep.html",
+        title=summary["metric"],
+        lead=_lead(summary),
+        picture=picture,
+        picture_says=_PICTURE_SAYS,
+        tables=_tables(summary),
     )
 
 
@@ -265,9 +244,3 @@ def _signed_interval(ends: Sequence[float]) -> str:
 
 def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _inline(text: str) -> str:
-    """Escaped, with `code` marked up."""
-    pieces = html.escape(text).split("`")
-    return "".join(f"<code>{piece}</code>" if i % 2 else piece for i, piece in enumerate(pieces))

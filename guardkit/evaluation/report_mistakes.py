@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from guardkit.evaluation.effectiveness import covered_rows
-from guardkit.evaluation.report import Evaluation
+from guardkit.evaluation.outcome import Evaluation
 from guardkit.schema import ImageError
 
 N_MISTAKES = 4  # of each kind and classifier

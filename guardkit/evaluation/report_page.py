@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from guardkit.evaluation import report_parts as parts
-from guardkit.evaluation.report import TITLES, Evaluation
+from guardkit.evaluation.outcome import TITLES, Evaluation, plain
 from guardkit.evaluation.report_mistakes import mistakes
-from guardkit.evaluation.report_parts import SOURCE_METRICS, plain
+from guardkit.evaluation.report_parts import SOURCE_METRICS
 from guardkit.metrics.figures import OF_IMAGES, OF_PAIRS
+from guardkit.pages import render
 
 _SHORT_TITLES = {"fpr": "FPR", "balanced_accuracy": "Balanced accuracy", "ece": "Calib. error", "precision_at_prevalence": "Precision at"}
 
@@ -21,13 +22,10 @@ def html(evaluation: Evaluation, facts: dict[str, Any]) -> str:
         evaluation: what was found.
         facts: the content of summary.json.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("guardkit.evaluation", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.globals |= {"titles": TITLES, "short_titles": TITLES | _SHORT_TITLES}
-    return environment.get_template("report.html").render(
+    return render(
+        "evaluation.html",
+        titles=TITLES,
+        short_titles=TITLES | _SHORT_TITLES,
         facts=facts,
         classifiers=parts.classifiers(evaluation),
         glance=parts.glance(evaluation, "covered"),

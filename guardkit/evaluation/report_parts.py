@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from guardkit.evaluation.effectiveness import Row, covered_rows
-from guardkit.evaluation.report import TITLES, Evaluation, interval, shown
+from guardkit.evaluation.outcome import TITLES, Evaluation, interval, plain, shown
 from guardkit.evaluation.report_charts import Dot, Line, dot_chart, line_chart
 from guardkit.metrics.figures import METRICS, OF_IMAGES, OF_PAIRS
 from guardkit.metrics.intervals import clopper_pearson
@@ -377,8 +377,3 @@ def _clean_cell(rows: Sequence[Row], name: str) -> dict[str, Any]:
         "value": row["clean_accuracy"],
         "is_best": False,
     }
-
-
-def plain(value: float | None, digits: int = 3) -> str:
-    """A number for a table, or a dash."""
-    return "–" if value is None else f"{value:.{digits}f}"

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-from jinja2 import Environment, PackageLoader
 
 from guardkit.checks import check_whole
 from guardkit.counterfactual.pair_dataset import read_pair_dataset, write_reviews
 from guardkit.counterfactual.review import MAX_NAME, MAX_REASON, VERDICTS, ReviewQueue, agreement, image_file, reviewer_name
 from guardkit.images import encode_png, read_image
 from guardkit.moderation.gate import Gate, page_address
+from guardkit.pages import fragments
 from guardkit.schema import ImageError, InputError
 
 log = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ class Screen:
     def __init__(self, queue: ReviewQueue, title: str) -> None:
         self.queue, self.title = queue, title
         # Jinja escapes every text that comes from outside
-        self._parts: Any = Environment(loader=PackageLoader("guardkit.moderation", "."), autoescape=True).get_template("review.html").module
+        self._parts: Any = fragments("review.html")
 
     def unknown(self, pair_id: Any) -> str | None:
         """What is wrong with the pair that an event names."""
