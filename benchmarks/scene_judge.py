@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
+from checkpoints.scenes_edit.recipe import CROP_PX, draw_pool, square_around
 from guardkit.artifacts import written
-from guardkit.scenes.train_edit import CROP_PX, draw_pool, square_around
 from guardkit.scenes.world import Scene, features
 from guardkit.schema import Region
 

@@ -175,7 +175,7 @@ def shipped(weights: str) -> Path | None:
         return None
     # a wheel carries the models inside the package, a checkout beside it
     root = next((path for path in (_PACKAGE / "_checkpoints", _PACKAGE.parent / "checkpoints") if path.is_dir()), None)
-    names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root else []
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("_")) if root else []
     name = weights.removeprefix(SHIPPED)
     if root is None or name not in names:
         raise InputError(f"guardkit ships no model {name!r}; it ships {', '.join(names) or 'none'}")

@@ -103,7 +103,9 @@ def test_a_wheel_runs_from_any_folder(tmp_path):
     target = tmp_path / "site"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)], check=True)
     assert (target / "guardkit/_conf/train.yaml").is_file()
-    assert not list(target.rglob("*extension*"))
+    assert (target / "guardkit/py.typed").is_file()
+    assert (target / "guardkit/_checkpoints/scenes_clip/open_clip_model.safetensors").is_file()
+    assert not [*target.rglob("*extension*"), *target.glob("guardkit/_checkpoints/**/*.py")]
     empty = tmp_path / "empty"
     empty.mkdir()
     done = call(

@@ -113,9 +113,9 @@ def test_heavy_libraries_have_one_place():
         "jinja2": {"pages.py"},
         "openai": {"vlm/endpoint.py", "vlm/outgoing.py"},
         "gradio": {"moderation/review_page.py"},
-        "diffusers": {"baselines/sd_safety_checker.py", "editors/diffusers.py", "editors/diffusers_pipelines.py", "scenes/train_edit.py"},
+        "diffusers": {"baselines/sd_safety_checker.py", "editors/diffusers.py", "editors/diffusers_pipelines.py"},
         "onnxruntime": {"encoders/onnx.py"},
-        "open_clip": {"encoders/open_clip.py", "scenes/train_clip.py", "scenes/train_edit.py"},
+        "open_clip": {"encoders/open_clip.py"},
     }
     for path in modules():
         tree = ast.parse(path.read_text())

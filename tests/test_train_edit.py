@@ -8,9 +8,9 @@ import torch
 from conftest import ROOT
 from test_editors_pipeline import unsafe_scene
 
+from checkpoints.scenes_edit.recipe import Recipe, text_tower, train
 from guardkit.editors.base import EditRequest
 from guardkit.editors.diffusers import DiffusersEditor
-from guardkit.scenes.train_edit import Recipe, text_tower, train
 
 TEXT = str(ROOT / "checkpoints/scenes_clip")
 

@@ -1,6 +1,6 @@
 """The recipe of `checkpoints/scenes_clip`: a small CLIP trained on drawn scenes and their captions.
 
-    python -m guardkit.scenes.train_clip out=checkpoints/scenes_clip
+    python -m checkpoints.scenes_clip.recipe out=checkpoints/scenes_clip
 
 Every batch holds scenes beside their twins, so that each image's hardest negative caption is in the same batch, and every
 image has two texts: its whole caption, and the bare name of its object. Captions name objects, actors, places and colours;
@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from guardkit.scenes.recipe import read_recipe
+from checkpoints.arguments import read_recipe
 from guardkit.scenes.stage import COLOURS
 from guardkit.scenes.world import RENDERINGS, Scene, ScenePool, draw
 

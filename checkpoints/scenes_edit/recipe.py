@@ -1,6 +1,6 @@
 """The recipe of `checkpoints/scenes_edit`: a small inpainting pipeline trained on drawn scenes and their counterfactuals.
 
-    python -m guardkit.scenes.train_edit out=checkpoints/scenes_edit
+    python -m checkpoints.scenes_edit.recipe out=checkpoints/scenes_edit
     python -m guardkit.train experiment=pairs_aug editor=scenes_edit
 
 A latent diffusion model in the parts and the layout of diffusers' `StableDiffusionInpaintPipeline`: an autoencoder, a
@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from guardkit.scenes.recipe import read_recipe
+from checkpoints.arguments import read_recipe
 from guardkit.scenes.stage import COLOURS
 from guardkit.scenes.world import RENDERINGS, Scene, ScenePool, draw
 from guardkit.schema import Region
