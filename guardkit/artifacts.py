@@ -165,6 +165,11 @@ def weights_variant(files: Iterable[str]) -> str | None:
     return next((one for one in _VARIANTS if any(one in found for found in only)), None)
 
 
+def brought_along(name: str) -> Path:
+    """A folder that comes with guardkit, "conf" or "checkpoints": inside the package in a wheel, beside it in a checkout."""
+    return next((path for path in (_PACKAGE / f"_{name}", _PACKAGE.parent / name) if path.is_dir()), _PACKAGE.parent / name)
+
+
 def shipped(weights: str) -> Path | None:
     """The folder of a model that comes with guardkit, for `weights` like "guardkit:scenes_clip"; None for all others.
 
@@ -173,10 +178,8 @@ def shipped(weights: str) -> Path | None:
     """
     if not weights.startswith(SHIPPED):
         return None
-    # a wheel carries the models inside the package, a checkout beside it
-    root = next((path for path in (_PACKAGE / "_checkpoints", _PACKAGE.parent / "checkpoints") if path.is_dir()), None)
-    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("_")) if root else []
-    name = weights.removeprefix(SHIPPED)
-    if root is None or name not in names:
+    root, name = brought_along("checkpoints"), weights.removeprefix(SHIPPED)
+    names = sorted(path.name for path in root.glob("*/") if not path.name.startswith("_"))
+    if name not in names:
         raise InputError(f"guardkit ships no model {name!r}; it ships {', '.join(names) or 'none'}")
     return root / name

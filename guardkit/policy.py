@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from guardkit.artifacts import fingerprint, written
+from guardkit.artifacts import SHIPPED, brought_along, fingerprint, written
 from guardkit.schema import InputError
 
 _RESERVED = ("safe", "unsafe", "decision")
@@ -102,9 +102,17 @@ class Policy:
     def load(cls, path: str | Path) -> Policy:
         """Reads a YAML file.
 
+        Args:
+            path: of the file, or "guardkit:NAME" for one that comes with guardkit, such as "guardkit:scenes".
         Raises:
             InputError: naming the file, the field and the fix.
         """
+        if str(path).startswith(SHIPPED):
+            folder, name = brought_along("conf") / "policy", str(path).removeprefix(SHIPPED)
+            names = sorted(file.stem for file in folder.glob("*.yaml"))
+            if name not in names:
+                raise InputError(f"guardkit ships no policy {name!r}; it ships {', '.join(names)}")
+            path = folder / f"{name}.yaml"
         try:
             data = _parsed(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError as error:

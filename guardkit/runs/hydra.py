@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from guardkit import __version__
-from guardkit.artifacts import fingerprint, write_json, written
+from guardkit.artifacts import brought_along, fingerprint, write_json, written
 from guardkit.folders import FINISHED, LOCK, UNFINISHED, locked, read_mark
 from guardkit.runs.errors import user_error
 from guardkit.runs.overrides import job_name, mended
@@ -35,9 +35,7 @@ from guardkit.terminal import complain, forgiving_streams, one_line, say
 if TYPE_CHECKING:
     from guardkit.policy import Policy
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-# a wheel carries the configuration inside the package, a checkout beside it
-CONF_DIR = next(path for path in (_PACKAGE / "_conf", _PACKAGE.parent / "conf") if path.is_dir())
+CONF_DIR = brought_along("conf")
 
 USER_ERROR = 2
 _ERROR, _JOBS = "error.txt", ".jobs"
