@@ -14,7 +14,7 @@ import torch
 
 from guardkit.artifacts import fingerprint
 from guardkit.encoders.base import Encoder
-from guardkit.encoders.lookup import ENCODERS, find_encoder
+from guardkit.encoders.lookup import ENCODER_KINDS, find_encoder
 from guardkit.guard_folder import read_guard, write_guard
 from guardkit.heads import Head
 from guardkit.images import read_image
@@ -204,7 +204,7 @@ class GuardClassifier:
         Raises:
             InputError: the folder holds something else, or head or encoder could not be built again.
         """
-        kind, built_of = ENCODERS.describe(self.encoder)
+        kind, built_of = ENCODER_KINDS.describe(self.encoder)
         config = {
             "threshold": self.threshold,
             "operating_points": self.operating_points,

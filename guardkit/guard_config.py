@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from guardkit.encoders.lookup import ENCODERS
-from guardkit.heads import HEADS
+from guardkit.encoders.lookup import ENCODER_KINDS
+from guardkit.heads import HEAD_KINDS
 from guardkit.kinds import MAX_WIDTH, is_width
 
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -38,7 +38,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         _object(encoder, key, "encoder.")
     _expect(policy, "name", _is_text, "a text", "policy.")
     _expect(policy, "digest", is_hash, "64 hex digits", "policy.")
-    for part, kinds in ((head, HEADS), (encoder, ENCODERS)):
+    for part, kinds in ((head, HEAD_KINDS), (encoder, ENCODER_KINDS)):
         _expect(part, "kind", kinds.is_name, f"one of {', '.join(kinds.ours)}, or package.module:Class", f"{kinds.part}.")
     settings = _object(head, "settings", "head.")
     for name, wanted in (("dim", dim), ("n_categories", len(names))):

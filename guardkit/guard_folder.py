@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 
 from guardkit import __version__
 from guardkit.artifacts import fingerprint, hash_file, read_json, written
-from guardkit.encoders.lookup import ENCODERS
+from guardkit.encoders.lookup import ENCODER_KINDS
 from guardkit.guard_config import check_config
 from guardkit.guard_parts import check_logits, filled, head_class, outlines, reason_of, tensors
-from guardkit.heads import HEADS, Head
+from guardkit.heads import HEAD_KINDS, Head
 from guardkit.kinds import require_trust
 from guardkit.policy import Policy
 from guardkit.schema import InputError
@@ -77,8 +77,8 @@ def read_guard(
         )
     if tuple(config["categories"]) != policy.category_names:
         raise InputError(f"{path / CONFIG}: categories must be those of {POLICY}, {', '.join(policy.category_names)}; {_MEND}")
-    named = [(HEADS, config["head"]["kind"])] if head is None else []
-    named += [(ENCODERS, config["encoder"]["kind"])] if needs_encoder else []
+    named = [(HEAD_KINDS, config["head"]["kind"])] if head is None else []
+    named += [(ENCODER_KINDS, config["encoder"]["kind"])] if needs_encoder else []
     require_trust(named, trust, needed_by=f"guard {path}")
     kind = head_class(config["head"]["kind"], head, trust)
     return Stored(path, config, policy, _read_head(path, config, kind), _read_seen(path, config.get("training_images_sha256")))
@@ -172,7 +172,7 @@ def write_guard(folder: str | Path, head: Head, policy: Policy, config: Mapping[
     """
     folder = Path(folder).expanduser()
     _check_free(folder)
-    kind, settings = HEADS.describe(head)
+    kind, settings = HEAD_KINDS.describe(head)
     with ExitStack() as files:
         # all are complete before the first gets its name; the one that is opened first gets it last
         new = {name: files.enter_context(written(folder / name)) for name in (CONFIG, CARD, POLICY, WEIGHTS)}
@@ -234,7 +234,7 @@ def _model_card(config: Mapping[str, Any], policy: Policy) -> str:
     rows = [(name, test.get(name)) for name in ("auroc", "average_precision", "f1", "recall", "fpr", "n")]
     rows += [(name, pairs.get(name)) for name in ("pair_accuracy", "ranking_accuracy")] + [("test pairs", pairs.get("n"))]
     table = "\n".join(f"| {name} | {figure(value)} |" for name, value in rows)
-    packages = dict.fromkeys(kinds.package(config[kinds.part]["kind"]) for kinds in (HEADS, ENCODERS))
+    packages = dict.fromkeys(kinds.package(config[kinds.part]["kind"]) for kinds in (HEAD_KINDS, ENCODER_KINDS))
     foreign = [package for package in packages if package is not None]
     trusted = f", trust={json.dumps(foreign)}" if foreign else ""
     points = "\n".join(

@@ -12,9 +12,9 @@ from safetensors.torch import load, save
 
 from guardkit.artifacts import fingerprint
 from guardkit.encoders.base import Encoder
-from guardkit.encoders.lookup import ENCODERS, build_encoder
+from guardkit.encoders.lookup import ENCODER_KINDS, build_encoder
 from guardkit.guard_config import is_hash
-from guardkit.heads import HEADS, Head
+from guardkit.heads import HEAD_KINDS, Head
 from guardkit.kinds import check_arguments
 from guardkit.schema import InputError
 
@@ -23,12 +23,12 @@ _NEARLY = 1e-3  # of a length, for encoders in half precision
 
 def head_class(name: str, given: Head | type[Head] | None, trust: Sequence[str]) -> type[Head]:
     """The class that is given, else the one that is named."""
-    kind: type = HEADS.load(name, trust) if given is None else given if isinstance(given, type) else type(given)
+    kind: type = HEAD_KINDS.load(name, trust) if given is None else given if isinstance(given, type) else type(given)
     if not issubclass(kind, Head):
-        raise InputError(f"head must be a subclass of guardkit.heads.Head, or an object of one, got {HEADS.name(kind)}")
+        raise InputError(f"head must be a subclass of guardkit.heads.Head, or an object of one, got {HEAD_KINDS.name(kind)}")
     # its module may have another name by now, as one that was a script or a notebook has
-    if HEADS.name(kind).rpartition(":")[2] != name.rpartition(":")[2]:
-        raise InputError(f"the guard has a head of kind {name}, got head={HEADS.name(kind)}; give the class that it was trained with")
+    if HEAD_KINDS.name(kind).rpartition(":")[2] != name.rpartition(":")[2]:
+        raise InputError(f"the guard has a head of kind {name}, got head={HEAD_KINDS.name(kind)}; give the class that it was trained with")
     return kind
 
 
@@ -43,7 +43,7 @@ def outlines(kind: type[Head], settings: Mapping[str, Any]) -> dict[str, torch.T
         with torch.device("meta"):
             return kind(**settings).state_dict()
     except Exception as error:  # whatever it is, it comes of these settings
-        raise ValueError(f"head.settings do not make a head of kind {HEADS.name(kind)!r} ({reason_of(error)})") from error
+        raise ValueError(f"head.settings do not make a head of kind {HEAD_KINDS.name(kind)!r} ({reason_of(error)})") from error
 
 
 def filled(kind: type[Head], settings: Mapping[str, Any], expected: Mapping[str, torch.Tensor], data: bytes) -> Head:
@@ -92,10 +92,10 @@ def check_head(head: Head, encoder: Encoder, n_categories: int) -> None:
     Raises:
         InputError: what is loaded would not be what was saved, or it gives something else than (n, 1 + k) logits.
     """
-    name = HEADS.name(type(head))
+    name = HEAD_KINDS.name(type(head))
     if not isinstance(head, Head):
         raise InputError(f"head {name} must be a subclass of guardkit.heads.Head")
-    _, settings = HEADS.describe(head)
+    _, settings = HEAD_KINDS.describe(head)
     try:
         logits = check_logits(head, encoder.dim, n_categories)
     except (ValueError, RuntimeError) as error:
@@ -114,8 +114,8 @@ def check_encoder(encoder: Encoder) -> None:
     Raises:
         InputError: it would be another one, or it does not give unit vectors.
     """
-    name, config = ENCODERS.describe(encoder)
-    if name in ENCODERS.ours:
+    name, config = ENCODER_KINDS.describe(encoder)
+    if name in ENCODER_KINDS.ours:
         return
     try:
         fingerprint(encoder.preprocessing)

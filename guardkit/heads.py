@@ -1,7 +1,7 @@
 """Heads: from (n, d) embeddings to (n, 1 + k) logits: the decision first, then one per category of the policy.
 
 A head knows no encoder and no image. `build` makes a new one for an encoder and a policy; a saved guard keeps `config` and
-the weights, and names the class as `HEADS` says.
+the weights, and names the class as `HEAD_KINDS` says.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from guardkit.schema import InputError, shortened
 
 _SAME_TEXT = 1e-6  # of the cosine, which rounding may keep below 1
 
-HEADS = Kinds("head", {"linear": "guardkit.heads:LinearHead", "mlp": "guardkit.heads:MLPHead", "prompt": "guardkit.heads:PromptHead"})
+HEAD_KINDS = Kinds("head", {"linear": "guardkit.heads:LinearHead", "mlp": "guardkit.heads:MLPHead", "prompt": "guardkit.heads:PromptHead"})
 
 
 class KnowsImages(Protocol):
@@ -48,8 +48,8 @@ class Head(nn.Module):
 
     @property
     def kind(self) -> str:
-        """What a saved guard calls its class: a name in `HEADS`, or "package.module:Class"."""
-        return HEADS.name(type(self))
+        """What a saved guard calls its class: a name in `HEAD_KINDS`, or "package.module:Class"."""
+        return HEAD_KINDS.name(type(self))
 
     def prepare(self, images: KnowsImages) -> None:
         """Called once before training. Most heads need nothing but labelled images."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import ROOT
 from omegaconf import OmegaConf
 
 from guardkit.policy import Category, Policy
@@ -353,3 +354,9 @@ def test_all_problems_of_a_policy_are_told_at_once():
         "categories[1].unsafe_texts must not be",
     ):
         assert part in told
+
+
+def test_policies_that_come_along_load_by_name():
+    assert Policy.load("guardkit:scenes").digest == Policy.load(ROOT / "conf/policy/scenes.yaml").digest
+    with pytest.raises(InputError, match="guardkit ships no policy 'scene'; it ships .*llavaguard.*scenes"):
+        Policy.load("guardkit:scene")

@@ -13,7 +13,7 @@ from guardkit.encoders.places import LOCAL
 from guardkit.kinds import Kinds, check_arguments
 from guardkit.schema import InputError, shortened
 
-ENCODERS = Kinds(
+ENCODER_KINDS = Kinds(
     "encoder",
     {
         "open_clip": "guardkit.encoders.open_clip:OpenClipEncoder",
@@ -91,7 +91,7 @@ def find_encoder(
         if options:
             raise InputError(f"{' and '.join(options)} belong to an encoder that is built here; set them where this one was made")
         return _checked(recorded, given, needed_by)
-    kind = ENCODERS.load(recorded["kind"], trust)
+    kind = ENCODER_KINDS.load(recorded["kind"], trust)
     try:
         if given is None:
             found = build_encoder(kind, recorded["config"], **options)
@@ -103,7 +103,7 @@ def find_encoder(
             found = build_encoder(kind, arguments, **options)
         found.fingerprint  # noqa: B018 - builds it, so that what is wrong is told here
     except Exception as error:
-        if not isinstance(error, InputError) and ENCODERS.package(recorded["kind"]) is None:
+        if not isinstance(error, InputError) and ENCODER_KINDS.package(recorded["kind"]) is None:
             raise  # a fault of ours; classes of other packages may say in any way that their files are not there
         where = "where it was recorded" if given is None else f"as encoder={given}"
         reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {shortened(str(error), 200)}"
@@ -118,9 +118,9 @@ def build_encoder(kind: type, config: Mapping[str, Any], **options: Any) -> Enco
         InputError: they are none of its constructor's.
     """
     if lacking := [name for name in _NEEDED if not callable(getattr(kind, name, None))]:
-        raise InputError(f"an encoder must have {', '.join(_NEEDED)}, and {ENCODERS.name(kind)} has no {', '.join(lacking)}")
+        raise InputError(f"an encoder must have {', '.join(_NEEDED)}, and {ENCODER_KINDS.name(kind)} has no {', '.join(lacking)}")
     if unknown := set(options) - set(inspect.signature(kind).parameters):
-        raise InputError(f"an encoder of kind {ENCODERS.name(kind)} has no {' and no '.join(sorted(unknown))} to set")
+        raise InputError(f"an encoder of kind {ENCODER_KINDS.name(kind)} has no {' and no '.join(sorted(unknown))} to set")
     try:
         check_arguments(kind, config, "encoder.config")
     except ValueError as error:
