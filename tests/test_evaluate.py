@@ -510,17 +510,6 @@ def test_the_text_says_the_same(report):
     assert "square 8, in 8 bits" not in robust
 
 
-def test_names_from_data_are_escaped(tmp_path):
-    from guardkit.evaluation.report_charts import Dot, Line, dot_chart, line_chart
-
-    name = "<script>alert(1)</script>"
-    chart = line_chart([Line(name, [(0, 0), (1, 1)], 0)], label=name, x_label=name, y_label=name) + dot_chart(
-        [(name, [Dot(0.5, None, None, 0, name)])], label=name, x_label=name
-    )
-    assert "<script" not in chart
-    assert "&lt;script" in chart
-
-
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 
 

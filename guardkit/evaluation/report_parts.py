@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from guardkit.charts import Dot, Line, dot_chart, line_chart
 from guardkit.evaluation.effectiveness import Row, covered_rows
 from guardkit.evaluation.outcome import TITLES, Evaluation, interval, plain, shown
-from guardkit.evaluation.report_charts import Dot, Line, dot_chart, line_chart
 from guardkit.metrics.figures import METRICS, OF_IMAGES, OF_PAIRS
 from guardkit.metrics.intervals import clopper_pearson
 
