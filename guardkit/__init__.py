@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from guardkit.encoders.open_clip import OpenClipEncoder
     from guardkit.encoders.transformers import TransformersEncoder
     from guardkit.heads import Head, LinearHead, MLPHead, PromptHead
-    from guardkit.module import GuardModule
+    from guardkit.losses import Objective
+    from guardkit.module import BestHead, GuardModule
     from guardkit.policy import Category, Policy
     from guardkit.schema import Decision, Guard, ImageError, InputError, Judgment, Record, Rejected
 
@@ -61,6 +62,8 @@ _HOMES = {
     "ARMS": "guardkit.data.arms",
     # Lightning
     "GuardModule": "guardkit.module",
+    "BestHead": "guardkit.module",
+    "Objective": "guardkit.losses",
     "GuardDataModule": "guardkit.data.datamodule",
     # images and embeddings
     "Encoder": "guardkit.encoders.base",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypeGuard
 
 from guardkit.schema import InputError
@@ -67,3 +67,20 @@ def check_choice(name: str, value: object, allowed: Collection[str | bool | None
         words = {None: "null", True: "true", False: "false"}  # as a command line writes them
         shown = ", ".join(one if isinstance(one, str) else words[one] for one in allowed)
         raise InputError(f"{name} must be one of {shown}, got {value!r}")
+
+
+def changes(before: object, now: object, name: str = "") -> Iterator[str]:
+    """What differs between settings, in words: "loss.l2 was 0.1, now 1.0"."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(set(before) | set(now)):
+            yield from changes(before.get(key), now.get(key), f"{name}{key}.")
+    elif before != now:
+        yield f"{name.rstrip('.')} was {before}, now {now}"
+
+
+def check_same(what: str, before: object, now: object) -> None:
+    """The settings of something that a run goes on from."""
+    found = list(changes(before, now))
+    if found:
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        raise InputError(f"{what} was made with other settings: {'; '.join(found[:3])}{more}; give those again, or start anew")

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,14 @@ class EmbeddingStore:
         """See above."""
         return self._opened.n_damaged if self._opened else 0
 
-    def stop(self) -> None:
-        """Ends an `embed` that another thread is in after its present chunk, with CancelledError. For good."""
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
+        """As long as the block lasts, an `embed` that another thread is in ends after its present chunk, with CancelledError."""
         self._stopped.set()
+        try:
+            yield
+        finally:
+            self._stopped.clear()
 
     def embed(self, contents: Sequence[Content]) -> np.ndarray:
         """(n, d) float32 unit vectors, in order.

@@ -1,10 +1,74 @@
-"""Losses on logits, as pure functions. Each class counts by a stated prevalence, not by how often it happens to occur."""
+"""The training objective, on logits. Each class counts by a stated prevalence, not by how often it happens to occur."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from guardkit.checks import check_number
+from guardkit.schema import InputError
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a head is trained for.
+
+    Attributes:
+        prevalence: share of unsafe images to train for, in (0, 1); classes are weighted to it.
+        pair_weight: of the pair loss beside cross-entropy, at least 0; 0 leaves it out.
+        pair_margin: between twins, in logits, at least 0.
+        category_weight: of the category loss, at least 0; 0 leaves it out.
+        l2: at least 0; half of it times the squared distance of the weights from where they started is added: from zero for
+            a linear head (ridge), from the policy's texts for a prompt head.
+    Raises:
+        InputError: a value out of range.
+    """
+
+    prevalence: float = 0.5
+    pair_weight: float = 1.0
+    pair_margin: float = 1.0
+    category_weight: float = 0.5
+    l2: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("loss.prevalence", self.prevalence, "(0, 1)")
+        for name in ("pair_weight", "pair_margin", "category_weight", "l2"):
+            check_number(f"loss.{name}", getattr(self, name), "[0, inf)")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, float]) -> Objective:
+        """The objective with these settings in place of the defaults.
+
+        Raises:
+            InputError: a name that there is not, or a value out of range.
+        """
+        names = [one.name for one in fields(cls)]
+        unknown = sorted(set(settings) - set(names))
+        if unknown:
+            raise InputError(f"there is no loss.{unknown[0]}; there are {', '.join(names)}")
+        return cls(**settings)
+
+    def loss(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Decision, category and pair loss.
+
+        Args:
+            logits: (n, 1 + k), the decision first.
+            batch: see `guardkit.data.arms.assemble`.
+        Returns:
+            A scalar.
+        """
+        decision = logits[:, 0]
+        total = decision_loss(decision, batch["labels"], self.prevalence)
+        if self.category_weight:
+            total = total + self.category_weight * category_loss(logits[:, 1:], batch["targets"])
+        if self.pair_weight:
+            pairs = pair_loss(decision[batch["unsafe_rows"]], decision[batch["twin_rows"]], self.pair_margin)
+            total = total + self.pair_weight * pairs
+        return total
 
 
 def decision_loss(logits: Tensor, labels: Tensor, prevalence: float) -> Tensor:

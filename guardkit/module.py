@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,16 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guardkit.checks import check_number
+from guardkit.checks import check_same
 from guardkit.classifier import GuardClassifier
 from guardkit.data.datamodule import Batch, GuardDataModule
-from guardkit.encoders.base import Encoder
 from guardkit.heads import Head
-from guardkit.losses import category_loss, decision_loss, pair_loss
+from guardkit.losses import Objective
 from guardkit.metrics.operating_points import operating_points, operating_threshold
-from guardkit.policy import Policy
 from guardkit.progress import progress
-from guardkit.schema import InputError
+from guardkit.schema import InputError, shortened
 
 DEFAULT_THRESHOLD = 0.5
 
@@ -46,105 +46,192 @@ def divergence(epoch: int, rate: float, l2: float) -> str:
     return f"training diverged: the loss is not finite in epoch {epoch}; lower optimizer.lr (now {rate:g}){pull}"
 
 
-def check_loss(prevalence: object, **weights: object) -> None:
-    """Raises InputError for settings of the loss that are out of range, or no finite numbers."""
-    check_number("loss.prevalence", prevalence, "(0, 1)")
-    for name, value in weights.items():
-        check_number(f"loss.{name}", value, "[0, inf)")
-
-
 class GuardModule(L.LightningModule):
     """A head under training.
+
+    `L.Trainer(callbacks=[BestHead()]).fit(module, datamodule=data)` trains it; without `BestHead` it keeps the weights of the
+    last step, as Lightning has it. `trainer.test(module, datamodule=data)` returns the figures of metrics.json that are
+    numbers. `GuardModule.load_from_checkpoint(path, head=..., optimizer=...)` takes a head that was built like the one that was
+    trained: a checkpoint holds weights, not classes.
 
     Args:
         head: (n, d) -> (n, 1 + k) logits.
         optimizer: makes an optimizer from parameters.
-        prevalence: share of unsafe images to train for, in (0, 1); classes are weighted to it.
-        pair_weight: of the pair loss beside cross-entropy; 0 leaves it out.
-        pair_margin: between twins, in logits.
-        category_weight: of the category loss.
-        l2: half of it times the squared distance of the weights from where they started is added: from zero for a
-            linear head (ridge), from the policy's texts for a prompt head.
-    Raises:
-        InputError: an argument out of range.
+        objective: what the head is trained for.
+        threshold: of the test figures, in [0, 1]: flag when score >= threshold.
+
+    Attributes:
+        test_figures: "test", "pairs" and "always_unsafe" as metrics.json has them, after a test.
     """
 
     def __init__(
         self,
         head: Head,
         optimizer: Callable[[Iterator[torch.nn.Parameter]], torch.optim.Optimizer],
+        objective: Objective | None = None,
         *,
-        prevalence: float = 0.5,
-        pair_weight: float = 1.0,
-        pair_margin: float = 1.0,
-        category_weight: float = 0.5,
-        l2: float = 0.0,
+        threshold: float = DEFAULT_THRESHOLD,
     ) -> None:
         super().__init__()
-        check_loss(prevalence, pair_weight=pair_weight, pair_margin=pair_margin, category_weight=category_weight, l2=l2)
         self.head = head
         self._optimizer = optimizer
-        self.prevalence, self.pair_weight, self.pair_margin, self.category_weight = prevalence, pair_weight, pair_margin, category_weight
-        self.l2 = l2
+        self.objective = objective or Objective()
+        self.threshold = threshold
+        self.test_figures: dict[str, Any] = {}
         self._start = {name: value.detach().clone() for name, value in head.named_parameters() if value.ndim > 1}
-        self.curve: list[dict[str, float]] = []
-        self._epoch_losses: list[float] = []
-        self._epoch = 0  # of the last step
-        self.best_state: dict[str, Tensor] | None = None
-        self.best_loss = float("inf")
-        self.best_epoch = -1
+        self._coins: Tensor | None = None
 
-    def check_finite(self, loss: float) -> None:
-        """Raises Diverged unless the loss is a finite number."""
+    def check_finite(self, loss: float, epoch: int) -> None:
+        """Raises Diverged unless the loss is a finite number; epochs are counted from 1."""
         if not math.isfinite(loss):
-            raise Diverged(divergence(self._epoch + 1, self.trainer.optimizers[0].param_groups[0]["lr"], self.l2))
+            raise Diverged(divergence(epoch, self.trainer.optimizers[0].param_groups[0]["lr"], self.objective.l2))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Decision, category and pair loss of a batch."""
-        logits = self.head(batch["embeddings"])
-        decision = logits[:, 0]
-        total = decision_loss(decision, batch["labels"], self.prevalence)
-        if self.category_weight:
-            total = total + self.category_weight * category_loss(logits[:, 1:], batch["targets"])
-        if self.pair_weight:
-            pairs = pair_loss(decision[batch["unsafe_rows"]], decision[batch["twin_rows"]], self.pair_margin)
-            total = total + self.pair_weight * pairs
-        return total
+        """Decision, category and pair loss of a batch: what validation compares."""
+        return self.objective.loss(self.head(batch["embeddings"]), batch)
 
     def penalty(self) -> Tensor:
         """The pull towards the start; it belongs to the training objective and not to what validation compares."""
-        distances = [(value - self._start[name]).square().sum() for name, value in self.head.named_parameters() if name in self._start]
-        return 0.5 * self.l2 * torch.stack(distances).sum()
+        pulled = [(value, self._start[name].to(value)) for name, value in self.head.named_parameters() if name in self._start]
+        return 0.5 * self.objective.l2 * torch.stack([(value - start).square().sum() for value, start in pulled]).sum()
+
+    # --- Lightning's hooks ----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:  # noqa: ARG002
-        """Lightning's: one batch's loss."""
+        """One batch's loss."""
         loss = self.loss(batch)
-        if self.l2:
+        if self.objective.l2:
             loss = loss + self.penalty()
-        self._epoch_losses.append(float(loss.detach()))
-        self._epoch = self.current_epoch
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["labels"]))
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:  # noqa: ARG002
-        """Lightning's: after a step. Some optimizers ask for several losses a step, and only the last one counts."""
-        self.check_finite(self._epoch_losses[-1])
+        """After a step. Some optimizers ask for several losses a step, and only the last one counts."""
+        self.check_finite(float(outputs["loss"]), self.current_epoch + 1)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:  # noqa: ARG002
-        """Lightning's: the loss on all validation images; the head with the smallest is kept."""
+        """The loss on all validation images, which are one batch."""
         loss = float(self.loss(batch))
-        self.check_finite(loss)
-        self.log("validation_loss", loss, batch_size=len(batch["labels"]))
-        train = float(np.mean(self._epoch_losses)) if self._epoch_losses else float("nan")
-        self.curve.append({"epoch": self.current_epoch, "train_loss": train, "validation_loss": loss})
-        self._epoch_losses.clear()
-        if loss < self.best_loss:
-            self.best_loss, self.best_epoch = loss, self.current_epoch
-            self.best_state = {name: value.clone() for name, value in self.head.state_dict().items()}
+        self.check_finite(loss, self.current_epoch + 1)
+        self.log("validation_loss", loss, batch_size=1)
+
+    def test_step(self, batch: Batch, batch_index: int) -> None:  # noqa: ARG002
+        """The figures of all test images and pairs, which are one batch."""
+        # heavy, and of use to tests only
+        from guardkit.evaluation.training_report import test_figures
+
+        data: GuardDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        guard = GuardClassifier(copy.deepcopy(self.head).cpu(), data.store.encoder, data.policy, threshold=self.threshold)
+        self.test_figures, _ = test_figures(guard, data)
+        # in double precision, as metrics.json has them
+        self.log_dict({name: torch.tensor(value, dtype=torch.double) for name, value in scalars(self.test_figures).items()}, batch_size=1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Lightning's: the optimizer over the head's parameters."""
+        """The optimizer over the head's parameters."""
         return self._optimizer(self.head.parameters())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what a resumed run needs to go on as if it had not been stopped: dropout's random numbers, and what it is trained for."""
+        checkpoint["guardkit"] = {"trained_for": self._trained_for(), "coins": torch.get_rng_state()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses weights of another head or objective."""
+        known = checkpoint.get("guardkit", {"trained_for": {}, "coins": None})
+        check_same("the checkpoint", known["trained_for"], self._trained_for())
+        self._coins = known["coins"]
+
+    def on_train_start(self) -> None:
+        """Goes on where a checkpoint was made."""
+        if not self.trainer.ckpt_path:
+            return
+        if self._coins is not None:
+            torch.set_rng_state(self._coins.cpu())
+        for one in self.trainer.early_stopping_callbacks:
+            # Lightning keeps how long it has waited, and forgets that the wait was over
+            self.trainer.should_stop |= one.wait_count >= one.patience
+
+    def on_train_end(self) -> None:
+        """Refuses what was learned from one class only."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, GuardDataModule):
+            data.check_both_sides()
+
+    # --- what came of it ------------------------------------------------------------------------------------------------
+
+    def to_guard(self, data: GuardDataModule, threshold: float | str = DEFAULT_THRESHOLD) -> GuardClassifier:
+        """The head as it is, with thresholds chosen on the validation images, which count in the label budget.
+
+        Args:
+            data: that it was trained on.
+            threshold: a number in [0, 1], or the name of an operating point.
+        Raises:
+            InputError: an unknown operating point.
+        """
+        batch = data.validation_batch()
+        noted = {"prevalence": self.objective.prevalence, "n_unsafe": len(data.choice.unsafe.train)}
+        guard = GuardClassifier(self.head.cpu().eval(), data.store.encoder, data.policy, threshold=DEFAULT_THRESHOLD, training=noted)
+        guard.operating_points = operating_points(batch["labels"].numpy(), guard.score_embeddings(batch["embeddings"].numpy()))
+        guard.threshold = self.threshold = choose_threshold(threshold, guard.operating_points)
+        return guard
+
+    def _trained_for(self) -> dict[str, Any]:
+        return {"head": {"kind": self.head.kind, **self.head.config}, "loss": asdict(self.objective)}
+
+
+class BestHead(L.Callback):
+    """Keeps the head with the smallest validation loss, and puts it into the module when training ends.
+
+    It keeps it in memory, and in every checkpoint, so that a resumed run knows what was best before.
+
+    Attributes:
+        loss: its validation loss; infinite before the first validation.
+        epoch: in which that was, counted from 0; -1 before the first validation.
+        curve: epoch, train_loss (the mean since the validation before) and validation_loss at every validation.
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self.loss, self.epoch = math.inf, -1
+        self.curve: list[dict[str, float]] = []
+        self._weights: dict[str, Tensor] | None = None
+        self._losses: list[float] = []
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002
+        """Forgets an earlier training."""
+        if stage == "fit":
+            self._forget()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        """Notes the loss of a step."""
+        self._losses.append(float(outputs["loss"]))
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Keeps the head, if it is the best so far."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        loss = float(trainer.callback_metrics["validation_loss"])
+        train = float(np.mean(self._losses)) if self._losses else math.nan
+        self.curve.append({"epoch": trainer.current_epoch, "train_loss": train, "validation_loss": loss})
+        self._losses.clear()
+        if loss < self.loss:
+            self.loss, self.epoch = loss, trainer.current_epoch
+            self._weights = {name: value.clone() for name, value in pl_module.head.state_dict().items()}
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+        """Puts the best head back, after the last checkpoint; without a validation the last head stays."""
+        if self._weights is not None:
+            pl_module.head.load_state_dict(self._weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of a checkpoint."""
+        return {"loss": self.loss, "epoch": self.epoch, "curve": self.curve, "weights": self._weights, "losses": self._losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.loss, self.epoch, self.curve = state_dict["loss"], state_dict["epoch"], list(state_dict["curve"])
+        self._weights, self._losses = state_dict["weights"], list(state_dict["losses"])
 
 
 @dataclass(frozen=True)
@@ -153,14 +240,18 @@ class Fitted:
 
     Attributes:
         guard: the trained classifier, thresholds chosen.
+        module: that was trained, with its best head.
         curve: epoch, train_loss and validation_loss at every validation.
         best_epoch: of the head that was kept; -1 when nothing was trained.
+        best_loss: its validation loss; infinite when nothing was validated.
         seconds: that fitting took, waiting for edits included.
     """
 
     guard: GuardClassifier
+    module: GuardModule
     curve: list[dict[str, float]]
     best_epoch: int
+    best_loss: float
     seconds: float
 
 
@@ -169,51 +260,63 @@ def fit(
     data: GuardDataModule,
     trainer: L.Trainer,
     *,
-    encoder: Encoder,
-    policy: Policy,
     threshold: float | str = DEFAULT_THRESHOLD,
+    ckpt_path: str | Path | None = None,
 ) -> Fitted:
     """Trains a head and chooses thresholds on the validation images, which count in the label budget.
 
     Args:
         module: the head with its losses.
         data: the labelled embeddings.
-        trainer: Lightning's; with `max_epochs=0` the head stays as it is (zero-shot).
-        encoder: that made the embeddings; it is named in the guard.
-        policy: that the guard enforces.
+        trainer: Lightning's, with a `BestHead` among its callbacks; with `max_epochs=0` the head stays as it is (zero-shot).
         threshold: a number in [0, 1], or the name of an operating point.
+        ckpt_path: a checkpoint of an earlier run with the same settings, to go on from.
     Raises:
         Diverged: a loss is not finite.
-        InputError: an unknown operating point, or no negative to train against.
+        InputError: an unknown operating point, no negative to train against, or a checkpoint of other settings.
     """
     started = time.perf_counter()
-    data.setup("fit")
     if isinstance(threshold, str):
         # with perfect scores: what the validation images allow at best, before the long part
         labels = data.validation_batch()["labels"].numpy()
         choose_threshold(threshold, operating_points(labels, labels.astype(float)))
+    (best,) = (one for one in trainer.callbacks if isinstance(one, BestHead))  # type: ignore[attr-defined]
     if trainer.max_epochs:
         with quiet_lightning():
             try:
-                trainer.fit(module, datamodule=data)
+                trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
             except SystemExit as ended:
                 # Lightning turns Ctrl-C into an exit with status 1
                 raise KeyboardInterrupt from ended
+        if best.epoch < 0:  # it was never validated
+            with torch.inference_mode():
+                module.check_finite(float(module.loss(data.validation_batch())), trainer.current_epoch)
+    else:
         data.check_both_sides()
-    head = module.head.cpu().eval()
-    batch = data.validation_batch()
-    if module.best_state is not None:
-        head.load_state_dict(module.best_state)
-    elif trainer.max_epochs:  # it was never validated
-        with torch.inference_mode():
-            module.check_finite(float(module.loss(batch)))
-    guard = GuardClassifier(
-        head, encoder, policy, threshold=DEFAULT_THRESHOLD, training={"prevalence": module.prevalence, "n_unsafe": len(data.unsafe_train)}
-    )
-    points = operating_points(batch["labels"].numpy(), guard.score_embeddings(batch["embeddings"].numpy()))
-    guard.operating_points = points
-    guard.threshold = choose_threshold(threshold, points)
-    return Fitted(guard, module.curve, module.best_epoch, time.perf_counter() - started)
+    return Fitted(module.to_guard(data, threshold), module, best.curve, best.epoch, best.loss, time.perf_counter() - started)
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Raises InputError unless the file holds tensors and plain values, as a checkpoint of `GuardModule` does."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"guardkit", "loops", "callbacks"} <= checkpoint.keys():
+            raise ValueError("it is none of a guard's training")
+    except Exception as error:  # whatever bytes it holds, torch has a kind of error for them
+        raise InputError(
+            f"ckpt_path={path} cannot be resumed from ({shortened(str(error), 120)}); give a file that train wrote into checkpoints/, or null"
+        ) from error
+
+
+def scalars(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers among nested figures, as loggers take them: {"test": {"f1": 0.5, "n": None}} -> {"test/f1": 0.5}."""
+    flat: dict[str, float] = {}
+    for key, value in figures.items():
+        if isinstance(value, Mapping):
+            flat |= scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)):
+            flat[f"{prefix}{key}"] = float(value)
+    return flat
 
 
 def choose_threshold(threshold: float | str, points: dict[str, dict]) -> float:
@@ -233,14 +336,15 @@ def choose_threshold(threshold: float | str, points: dict[str, dict]) -> float:
 
 
 class EpochProgress(L.Callback):
-    """Lightning's training in the same manner: epochs, rate, time left."""
+    """Lightning's training in the same manner as other work: epochs, rate, time left."""
 
     def __init__(self) -> None:
         self._epochs: Iterator[Any] | None = None
 
     def on_train_start(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
         """Starts counting epochs."""
-        self._epochs = progress(range(trainer.max_epochs), total=trainer.max_epochs, what="training epochs")
+        left = range(trainer.current_epoch, trainer.max_epochs)
+        self._epochs = progress(left, total=len(left), what="training epochs")
         next(self._epochs, None)
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:  # noqa: ARG002

@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -137,7 +138,6 @@ def test_evaluate_gives_what_the_command_gives(compose, world, tmp_path):
 
 def test_defaults_are_those_of_the_commands():
     from guardkit.api.fitting import TRAINER
-    from guardkit.module import GuardModule
 
     train, data, given = conf("train.yaml"), conf("data/default.yaml"), defaults(guardkit.train_guard)
     for name in ("seed", "threshold", "early_stopping_patience", "edit_batch_size", "edit_max_tries"):
@@ -146,7 +146,7 @@ def test_defaults_are_those_of_the_commands():
         assert given[name] == data[name], name
     chosen = {key: value for one in train["defaults"] if isinstance(one, dict) for key, value in one.items()}
     assert (given["head"], given["arm"]) == (chosen["head"], chosen["experiment"])
-    assert train["loss"] == {name: value for name, value in defaults(GuardModule.__init__).items() if name in train["loss"]}
+    assert train["loss"] == asdict(guardkit.Objective())
     assert dict(TRAINER) == conf("trainer/default.yaml")
     assert _keywords(given["optimizer"]) == plain(_arguments("optimizer/adamw.yaml"))
 

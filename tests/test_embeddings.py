@@ -468,14 +468,19 @@ def test_a_damaged_folder_says_where(tmp_path, how, message):
 
 def test_a_stopped_store_ends_after_its_chunk():
     from concurrent.futures import CancelledError
+    from contextlib import ExitStack
 
     encoder = CountingEncoder()
     store = EmbeddingStore(encoder, None)
     whole = encoder.encode_preprocessed
-    encoder.encode_preprocessed = lambda images, fixed_batch: (store.stop(), whole(images))[1]
-    with pytest.raises(CancelledError):
-        store.embed(CONTENTS)
+    with ExitStack() as stack:
+        encoder.encode_preprocessed = lambda images, fixed_batch: (stack.enter_context(store.stopping()), whole(images))[1]
+        with pytest.raises(CancelledError):
+            store.embed(CONTENTS)
     assert encoder.n == 4
+    encoder.encode_preprocessed = lambda images, fixed_batch: whole(images)
+    store.embed(CONTENTS)
+    assert encoder.n == len(CONTENTS)
 
 
 def test_a_store_that_may_only_be_read_is_read(shared):

@@ -150,9 +150,9 @@ def test_a_second_training_leaves_nothing_of_the_first(train, tmp_path):
     train("experiment=unpaired", "trainer.max_epochs=5", "seed=5", folder=tmp_path)
     assert json.loads((tmp_path / "metrics.json").read_text())["seed"] == 5
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
-    state = torch.load(checkpoint, weights_only=False)["state_dict"]
+    best = torch.load(checkpoint, weights_only=True)["callbacks"]["BestHead"]["weights"]
     for key, value in load_file(tmp_path / "guard/model.safetensors").items():
-        torch.testing.assert_close(state[f"head.{key}"], value, rtol=0, atol=0)
+        torch.testing.assert_close(best[key], value, rtol=0, atol=0)
     assert not (tmp_path / "mistakes.png").exists()
 
 

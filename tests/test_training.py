@@ -150,7 +150,7 @@ def test_a_slow_editor_changes_nothing(compose, tmp_path):
         data.pipeline.editor = editor
         data.setup("fit")
         try:
-            return [batch for epoch in range(3) for batch in data.batches(epoch)]
+            return [batch for epoch in (1, 2, 3) for batch in data.batches(epoch)]
         finally:
             data.close()
 
@@ -177,11 +177,11 @@ def test_training_starts_before_the_last_edit(compose, tmp_path):
     data.pipeline.editor = SlowEditor()
     data.setup("fit")
     try:
-        first = next(data.batches(0))
+        first = next(data.batches(1))
         n_edited = data.edits.requested
         assert len(first["twin_rows"]) == 6
         assert n_edited < 30
-        list(data.batches(0))
+        list(data.batches(1))
     finally:
         data.close()
     assert data.edits.requested >= 48
@@ -194,7 +194,7 @@ def test_variants_take_turns(compose, tmp_path):
     data = build(cfg).data
     data.setup("fit")
     try:
-        twins = [next(data.batches(epoch)) for epoch in range(3)]
+        twins = [next(data.batches(epoch)) for epoch in (1, 2, 3)]
         rows = [{tuple(vector[:8].tolist()) for vector in batch["embeddings"][batch["twin_rows"]]} for batch in twins]
         assert len(rows[0] | rows[1] | rows[2]) > len(rows[0])
     finally:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,8 +16,9 @@ import torch
 from guardkit.api.parts import Parts
 from guardkit.checks import check_choice, check_flag, check_whole
 from guardkit.heads import Head
+from guardkit.losses import Objective
 from guardkit.metrics.operating_points import operating_points
-from guardkit.module import DEFAULT_THRESHOLD, Fitted, GuardModule, check_loss, choose_threshold, fit, quiet_lightning
+from guardkit.module import DEFAULT_THRESHOLD, BestHead, Fitted, GuardModule, choose_threshold, fit, quiet_lightning
 from guardkit.schema import InputError, shortened
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
@@ -37,30 +39,24 @@ TRAINER: Mapping[str, Any] = {
 }
 
 
-LOSS: Mapping[str, float] = {"prevalence": 0.5, "pair_weight": 1.0, "pair_margin": 1.0, "category_weight": 0.5, "l2": 0.0}
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How heads are trained.
 
     Attributes:
-        loss: keyword arguments of `GuardModule` that differ from `LOSS`.
+        objective: what they are trained for.
         optimizer: makes an optimizer from parameters.
         trainer: keyword arguments of `lightning.Trainer` that differ from `TRAINER`.
         patience: validations without a better loss before training stops.
     """
 
-    loss: Mapping[str, float] = field(default_factory=dict)
+    objective: Objective = field(default_factory=Objective)
     optimizer: OptimizerFactory = ADAMW
     trainer: Mapping[str, Any] = field(default_factory=dict)
     patience: int = 12
 
     def check(self) -> None:
         """Raises InputError for what training would otherwise learn at its end, or midway."""
-        if unknown := sorted(set(self.loss) - set(LOSS)):
-            raise InputError(f"there is no loss.{unknown[0]}; there are {', '.join(LOSS)}")
-        check_loss(**{**LOSS, **self.loss})
         check_optimizer(self.optimizer)
         _check_trainer(self.trainer)
         check_whole("early_stopping_patience", self.patience, 0)
@@ -73,22 +69,22 @@ class Recipe:
         logger: Any = False,
         callbacks: Sequence[L.Callback] = (),
         threshold: float | str = DEFAULT_THRESHOLD,
-    ) -> tuple[GuardModule, Fitted]:
+        ckpt_path: str | Path | None = None,
+    ) -> Fitted:
         """Trains a head on the images of the data module.
 
         Args:
             head: new.
             parts: with the data.
             logger: Lightning's; False: none.
-            callbacks: beside early stopping.
+            callbacks: beside early stopping and the one that keeps the best head.
             threshold: a number in [0, 1], or the name of an operating point.
-        Returns:
-            The module that was trained, and what came of it.
+            ckpt_path: of an earlier run with the same settings, to go on from.
         """
-        module = GuardModule(head, self.optimizer, **self.loss)
+        module = GuardModule(head, self.optimizer, self.objective)
         stop = L.pytorch.callbacks.EarlyStopping("validation_loss", patience=self.patience)
-        trainer = make_trainer(self.trainer, logger=logger, callbacks=[*callbacks, stop])
-        return module, fit(module, parts.data, trainer, encoder=parts.encoder, policy=parts.policy, threshold=threshold)
+        trainer = make_trainer(self.trainer, logger=logger, callbacks=[BestHead(), *callbacks, stop])
+        return fit(module, parts.data, trainer, threshold=threshold, ckpt_path=ckpt_path)
 
 
 def make_trainer(settings: Mapping[str, Any], *, logger: Any = False, callbacks: Sequence[L.Callback] = ()) -> L.Trainer:

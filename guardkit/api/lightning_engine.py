@@ -72,19 +72,17 @@ class LightningEngine:
         parts = self._parts.rebuilt(self._arms[cell.arm], n_unsafe=cell.n_unsafe, seed=cell.seed, **self._data)
         guards, losses, objectives = [], [], []
         try:
-            parts.data.setup("fit")
             for l2 in self._objective.strengths:
-                parts.data.epoch = 0
                 head = new_head(self._heads[cell.head], parts, cell.seed)
                 recipe = self._linear if type(head) is LinearHead else self._recipe
-                module, fitted = replace(recipe, loss={**recipe.loss, "l2": l2}).fit(head, parts)
+                fitted = replace(recipe, objective=replace(recipe.objective, l2=l2)).fit(head, parts)
                 guards.append(fitted.guard)
-                losses.append(module.best_loss)
+                losses.append(fitted.best_loss)
                 with torch.no_grad():
-                    objectives.append(float(module.loss(next(parts.data.batches(0))) + module.penalty()))
+                    objectives.append(float(fitted.module.loss(next(parts.data.batches(1))) + fitted.module.penalty()))
             validation = parts.data.validation_batch()
         finally:
-            parts.data.close(stop_store=False)
+            parts.data.close()
         best = chosen(np.array(losses), self._objective.strengths)
         head = guards[best].head
         with torch.inference_mode():

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from guardkit import __version__
-from guardkit.api.fitting import ADAMW, LOSS, TRAINER, OptimizerFactory, Recipe, check_optimizer, check_threshold, named, opened_logger
+from guardkit.api.fitting import ADAMW, TRAINER, OptimizerFactory, Recipe, check_optimizer, check_threshold, named, opened_logger
 from guardkit.api.lightning_engine import LBFGS, LightningEngine
 from guardkit.api.parts import HeadFactory, VerifierFactory, check_parts, head_factory, make_parts, make_pipeline, new_head
 from guardkit.checks import check_choice, check_whole, is_list, is_number, is_whole
@@ -32,6 +32,7 @@ from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.folders import refuse_others
 from guardkit.heads import Head
+from guardkit.losses import Objective as Loss
 from guardkit.module import DEFAULT_THRESHOLD, quiet_lightning
 from guardkit.policy import Policy
 from guardkit.schema import InputError
@@ -140,11 +141,12 @@ def sweep(
         seed=seed,
     )
     check_choice("sweep.engine", engine, ENGINES)
-    recipe = Recipe({**(loss or {}), "category_weight": 0.0, "l2": 0.0}, optimizer, trainer or {}, early_stopping_patience)
+    without = Loss.of({**(loss or {}), "category_weight": 0.0, "l2": 0.0})
+    recipe = Recipe(without, optimizer, trainer or {}, early_stopping_patience)
     recipe.check()
     check_optimizer(linear_optimizer, "linear_optimizer")
     check_threshold(threshold)
-    objective = _objective(strengths, recipe.loss)
+    objective = _objective(strengths, recipe.objective)
     computes_on = _device(device)
     folder = Path(output_dir).expanduser()
     cache = None if cache_dir is None else Path(cache_dir).expanduser()
@@ -174,7 +176,7 @@ def sweep(
                 "verifier": pipeline.verifier.config,
                 "edit_max_tries": edit_max_tries,
                 "data": data,
-                "loss": dict(recipe.loss),
+                "loss": asdict(recipe.objective),
                 "optimizer": named(optimizer),
                 "trainer": {name: str(value) for name, value in recipe.trainer.items()},
                 "early_stopping_patience": early_stopping_patience,
@@ -304,13 +306,17 @@ def _default_targets(sizes: Sequence[int]) -> list[int]:
     return sorted({size for few in found for size in few}) or list(above_first[-1:])
 
 
-def _objective(strengths: Sequence[float], loss: Mapping[str, float]) -> Objective:
+def _objective(strengths: Sequence[float], loss: Loss) -> Objective:
     if not is_list(strengths):
         raise InputError(f"sweep.strengths must be a list, as in sweep.strengths=[{strengths}], got {strengths!r}")
     if not strengths or not all(map(is_number, strengths)) or min(strengths) <= 0 or len(set(strengths)) < len(strengths):
         raise InputError(f"sweep.strengths must be different numbers above 0, got {list(strengths)}")
-    known = {**LOSS, **loss}
-    return Objective(tuple(map(float, strengths)), float(known["prevalence"]), float(known["pair_weight"]), float(known["pair_margin"]))
+    return Objective(
+        tuple(map(float, strengths)),
+        loss.prevalence,
+        loss.pair_weight,
+        loss.pair_margin,
+    )
 
 
 def _device(name: str) -> str:

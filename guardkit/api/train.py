@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from guardkit.encoders.base import Encoder
 from guardkit.evaluation.training_report import measure, summary_table, write_pictures, write_predictions
 from guardkit.folders import claim, refuse_others
 from guardkit.heads import Head
-from guardkit.module import DEFAULT_THRESHOLD, EpochProgress
+from guardkit.losses import Objective
+from guardkit.module import DEFAULT_THRESHOLD, EpochProgress, check_checkpoint, scalars
 from guardkit.policy import Policy
+from guardkit.schema import InputError
 
 WRITTEN = ("guard", "metrics.json", "predictions.parquet", "*.png", "checkpoints", "csv", "wandb")
 
@@ -73,7 +75,8 @@ def train_guard(
     optimizer: OptimizerFactory = ADAMW,
     trainer: Mapping[str, Any] | None = None,
     early_stopping_patience: int = 12,
-    callbacks: Sequence[L.Callback] = (),
+    callbacks: Sequence[L.Callback] | None = None,
+    ckpt_path: str | Path | None = None,
     logger: Any = False,
     edit_batch_size: int = 16,
     edit_max_tries: int = 1,
@@ -102,22 +105,25 @@ def train_guard(
         split_seed: of that test set.
         seed: of the labelled subset, the order of batches and the head's first weights.
         threshold: a number in [0, 1], or an operating point: "balanced", "fpr_0.01", "fpr_0.05".
-        loss: keyword arguments of `GuardModule` that differ from its defaults, such as {"l2": 0.1}.
+        loss: arguments of `guardkit.losses.Objective` that differ from its defaults, such as {"l2": 0.1}.
         optimizer: a function of parameters.
         trainer: keyword arguments of `lightning.Trainer` that differ from `guardkit.api.fitting.TRAINER`.
         early_stopping_patience: validations without a better loss.
-        callbacks: Lightning's.
+        callbacks: Lightning's, beside early stopping and the one that keeps the best head. A ModelCheckpoint without a folder
+            writes into output_dir/checkpoints. None: one that writes last.ckpt there at every validation.
+        ckpt_path: such a checkpoint of an earlier run with the same settings, to go on from.
         logger: Lightning's, or a function that opens one; False: none.
         edit_batch_size: edits asked of the editor at once.
         edit_max_tries: how often a rejected edit is tried.
         cache_dir: where embeddings and edits are kept for later runs; None keeps them in memory.
         output_dir: where guard, figures and pictures go; None: nowhere.
     Raises:
-        InputError: a wrong value, named with what is allowed; too few images; a folder of another command.
+        InputError: a wrong value, named with what is allowed; too few images; a folder of another command; a checkpoint of
+            other settings.
     """
     started = time.perf_counter()
     check_whole("seed", seed, 0)
-    recipe = Recipe(loss or {}, optimizer, trainer or {}, early_stopping_patience)
+    recipe = Recipe(Objective.of(loss or {}), optimizer, trainer or {}, early_stopping_patience)
     recipe.check()
     check_threshold(threshold)
     chosen, make_head = arm_named(arm), head_factory(head)
@@ -125,6 +131,10 @@ def train_guard(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         refuse_others(folder, "train", replaces=True)
+    if ckpt_path is not None:
+        check_checkpoint(ckpt_path)
+        if folder is not None and folder.resolve() in Path(ckpt_path).resolve().parents:
+            raise InputError(f"ckpt_path={ckpt_path} lies in output_dir, where this run replaces what is there; choose another output_dir")
     torch.manual_seed(seed)
     store = EmbeddingStore(encoder, cache)
     pipeline = make_pipeline(
@@ -153,7 +163,7 @@ def train_guard(
     )
     try:
         check_parts(encoder, pipeline, policy, [make_head])
-        parts.data.setup("fit")
+        parts.data.setup()
         made = new_head(make_head, parts, seed)
         settings = {
             "source": source.fingerprint,
@@ -164,29 +174,23 @@ def train_guard(
             "head": [made.kind, made.config],
             "arm": [chosen.name, chosen.negatives, chosen.transform, chosen.variants_per_image or variants_per_image],
             "data": [n_unsafe, batch_size, all_views, test_share, split_seed, seed],
-            "loss": dict(recipe.loss),
+            "loss": asdict(recipe.objective),
             "trainer": {name: str(value) for name, value in recipe.trainer.items()},
             "optimizer": named(optimizer),
             "threshold": threshold,
         }
         owned = nullcontext() if folder is None else claim(folder, "train", settings, replaces=WRITTEN)
         with owned, opened_logger(logger) as log:
-            every = [EpochProgress(), *callbacks]
-            if folder is not None:
-                every.append(
-                    L.pytorch.callbacks.ModelCheckpoint(
-                        dirpath=folder / "checkpoints", monitor="validation_loss", save_last=False, filename="best"
-                    )
-                )
-            module, fitted = recipe.fit(made, parts, logger=log, callbacks=every, threshold=threshold)
+            every = [EpochProgress(), *_callbacks(callbacks, folder)]
+            fitted = recipe.fit(made, parts, logger=log, callbacks=every, threshold=threshold, ckpt_path=ckpt_path)
             metrics, measured = measure(fitted, parts.data, experiment=chosen.name, seed=seed)
             metrics["notes"] = [*parts.data.notes, *parts.unlabelled.notes]
             guard = fitted.guard
             guard.training = {
-                "prevalence": module.prevalence,
+                "prevalence": recipe.objective.prevalence,
                 "experiment": chosen.name,
                 "seed": seed,
-                "sources": sorted({record.source for record in parts.data.unsafe_train}),
+                "sources": sorted({record.source for record in parts.data.choice.unsafe.train}),
                 **{key: metrics[key] for key in ("n_unsafe", "n_safe", "n_counterfactuals")},
             }
             guard.training_images = training_images(parts.data, parts.unlabelled)
@@ -202,7 +206,7 @@ def train_guard(
                 "fit": fitted.seconds,
             }
             if log:
-                log.log_metrics(_scalars({key: metrics[key] for key in ("test", "pairs")}), step=len(fitted.curve))
+                log.log_metrics(scalars({key: metrics[key] for key in ("test", "pairs")}), step=len(fitted.curve))
             if folder is not None:
                 write_json(folder / "metrics.json", metrics)
     finally:
@@ -214,12 +218,11 @@ def _path(place: str | Path | None) -> Path | None:
     return None if place is None else Path(place).expanduser()
 
 
-def _scalars(value: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for key, item in value.items():
-        name = f"{prefix}{key}"
-        if isinstance(item, dict):
-            flat |= _scalars(item, f"{name}/")
-        elif isinstance(item, (int, float)):
-            flat[name] = float(item)
-    return flat
+def _callbacks(given: Sequence[L.Callback] | None, folder: Path | None) -> list[L.Callback]:
+    if given is None:
+        last = L.pytorch.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False)
+        given = [] if folder is None else [last]
+    for one in given:
+        if folder is not None and isinstance(one, L.pytorch.callbacks.ModelCheckpoint) and one.dirpath is None:
+            one.dirpath = str(folder.resolve() / "checkpoints")
+    return list(given)

@@ -1,32 +1,36 @@
 """The data module: it chooses the labelled images of an arm and asks for their counterfactuals on the fly.
 
 Edits and embeddings are made by one background thread, in chunks and in the order in which the first epoch needs
-them, ahead of the optimizer; training waits only for a chunk that is not there yet. Which images, variants and batches
-an epoch sees follows from the seed alone, never from who was faster, so a run is repeatable bit for bit whether the
-stores were cold or warm.
+them, ahead of the optimizer; training waits only for a chunk that is not there yet. The thread lives from `setup` to
+`teardown`; what it has not made by then is made when it is asked for. Which images, variants and batches an epoch sees
+follows from the seed alone, never from who was faster, so a run is repeatable bit for bit whether the stores were cold
+or warm.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import cached_property
+from itertools import zip_longest
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
+import torch
 
-from guardkit.checks import check_choice, check_flag, check_number, check_whole, is_list
+from guardkit.checks import check_choice, check_flag, check_number, check_same, check_whole, is_list
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
-from guardkit.data.arms import NEGATIVES, TRANSFORMS, Batch, Orders, assemble, category_numbers, every_turn
+from guardkit.data.arms import NEGATIVES, TRANSFORMS, Batch, Choice, Orders, Split, assemble, category_numbers, every_turn
 from guardkit.data.budget import check_edits, chosen_in_budget, edited
 from guardkit.data.controls import Control, make_controls
 from guardkit.data.grouping import load_source, why_rejected
 from guardkit.data.sources.base import Loaded, Source
 from guardkit.data.splits import split_test
-from guardkit.data.views import Pool, ViewMaker, Views
+from guardkit.data.views import Later, Pool, ViewMaker, Views
 from guardkit.embeddings import EmbeddingStore
 from guardkit.policy import Policy
 from guardkit.schema import Content, InputError, Record
@@ -98,26 +102,28 @@ class GuardDataModule(L.LightningDataModule):
         self.views = ViewMaker(store, pipeline, transform=transform, n_views=variants_per_image, counts=self.edits)
         self.other_edits = EditCounts()  # of the controls and of test pairs
         self.notes: list[str] = []  # what the source could not give this arm
-        self.epoch = 0
         self._candidates: list[Record] | None = None
         self._executor: ThreadPoolExecutor | None = None
+        self._stage: str | None = None  # that started it
+        self._tests = Later(self.make_test_set)
+        self._controls = Later(lambda: make_controls(self.views, self.choice.unsafe.train[:MAX_CONTROLS], self.other_edits))
 
     # --- choosing -----------------------------------------------------------------------------------------------------
 
-    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
-        """Chooses the images and starts the background work. A second call does nothing."""
-        if self._executor is not None:
-            return
+    @cached_property
+    def choice(self) -> Choice:
+        """The images of this arm.
+
+        Raises:
+            InputError: the source cannot serve it.
+        """
         orders = Orders.of(self.load(), self.seed)
         where = f"source={self.source.name}"
         choice, self.notes = chosen_in_budget(orders, self.n_unsafe, self.negatives, where, why_rejected(self.loaded))
         self.notes += check_edits(self.pipeline, edited(choice, self.negatives, self.transform), where)
         for note in self.notes:
             log.warning("%s", note)
-        self.unsafe_train, self.unsafe_validation = choice.unsafe.train, choice.unsafe.validation
-        self.safe_train, self.safe_validation = choice.natural.train, choice.natural.validation
-        self.others_train, self.others_validation = choice.others.train, choice.others.validation
-        self._start()
+        return choice
 
     def load(self) -> list[Record]:
         """Loads the source, once, sets the test images aside and returns the pool to train on."""
@@ -142,36 +148,74 @@ class GuardDataModule(L.LightningDataModule):
                 f"({encoder.dim}-d, {encoder.fingerprint[:12]}); choose the encoder= that made them"
             )
 
-    def _start(self) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guardkit-data")
-        self._train: dict[str, Pool] = {"unsafe": self._pool(self.unsafe_train, self.views.originals, 13)}
-        self._validation: dict[str, Pool] = {"unsafe": self._pool(self.unsafe_validation, self.views.originals, 13)}
-        sources = {
-            "natural": (self.safe_train, self.safe_validation, self.views.originals, 14),
-            "counterfactual": (self.unsafe_train, self.unsafe_validation, self.views.counterfactuals, 13),
-            "shuffled": (self.others_train, self.others_validation, self.views.counterfactuals, 14),
+    @cached_property
+    def _pools(self) -> tuple[dict[str, Pool], dict[str, Pool]]:
+        """Of training, and of validation."""
+        unsafe, natural, others = self.choice.unsafe, self.choice.natural, self.choice.others
+        kinds: dict[str, tuple[Split, Callable[[list[Record]], Views], int]] = {
+            "unsafe": (unsafe, self.views.originals, 13),
+            "natural": (natural, self.views.originals, 14),
+            "counterfactual": (unsafe, self.views.counterfactuals, 13),
+            "shuffled": (others, self.views.counterfactuals, 14),
         }
-        for name in self.negatives:
-            train, validation, make, stream = sources[name]
-            self._train[name] = self._pool(train, make, stream)
-            self._validation[name] = self._pool(validation, make, stream)
-        longest = max(len(pool.records) for pool in self._train.values())
-        for start in range(0, longest, self.batch_size):
-            for pool in self._train.values():
-                pool.submit(self._executor, start, start + self.batch_size)
-        for pool in self._validation.values():
-            pool.submit(self._executor, 0, len(pool.records))
-        self._controls = self._executor.submit(make_controls, self.views, self.unsafe_train[:MAX_CONTROLS], self.other_edits)
-        self._tests = self._executor.submit(self.make_test_set)
 
-    def _pool(self, records: list[Record], make: Callable[[list[Record]], Views], stream: int) -> Pool:
-        n_views = self.views.n_views if make == self.views.counterfactuals or self.transform == "classic" else 1
-        return Pool(records, n_views, self.store.encoder.dim, make, self._order(len(records), stream, 0))
+        def pool(records: list[Record], make: Callable[[list[Record]], Views], stream: int, chunk: int) -> Pool:
+            n_views = self.n_views if make == self.views.counterfactuals or self.transform == "classic" else 1
+            return Pool(records, n_views, self.store.encoder.dim, make, self._order(len(records), stream, 1), chunk)
+
+        wanted = {name: kinds[name] for name in ("unsafe", *self.negatives)}
+        return (
+            {name: pool(split.train, make, stream, self.batch_size) for name, (split, make, stream) in wanted.items()},
+            {name: pool(split.validation, make, stream, len(split.validation)) for name, (split, make, stream) in wanted.items()},
+        )
 
     def _order(self, n: int, stream: int, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, stream, epoch]).permutation(n)
 
     # --- what runs in the background ---------------------------------------------------------------------------------
+
+    def setup(self, stage: str | None = None) -> None:
+        """Chooses the images and starts the background work; while that goes on, a second call does nothing.
+
+        Args:
+            stage: Lightning's: "fit" starts with what training and validation need; others need nothing ahead. None, which is
+                nobody's but the caller's: all that a training report needs, until `close`.
+        Raises:
+            InputError: the source cannot serve this arm.
+        """
+        # loading weights draws random numbers: at a time of its own in a thread, it would change those of a head's dropout
+        with torch.random.fork_rng(devices=[]):
+            _ = self.store.encoder.dim, self.pipeline.editor.config, self.pipeline.verifier.config
+            getattr(self.pipeline.verifier, "prepare", lambda: None)()
+        train, validation = self._pools
+        if self._executor is not None or stage not in ("fit", None):
+            return
+        self._executor, self._stage = ThreadPoolExecutor(max_workers=1, thread_name_prefix="guardkit-data"), stage
+        # first what the first batch needs of each pool, then the second
+        in_turn = zip_longest(*(pool.chunks for pool in train.values()))
+        chunks = [chunk for turn in in_turn for chunk in turn if chunk is not None]
+        for later in [*chunks, *(chunk for pool in validation.values() for chunk in pool.chunks)]:
+            later.start(self._executor)
+        if stage is None:
+            self._controls.start(self._executor)
+            self._tests.start(self._executor)
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Ends the background work that `setup` began for this stage, once what is under way is done."""
+        if self._executor is not None and self._stage == stage:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor = None
+
+    def close(self) -> None:
+        """Ends all background work: what is queued is dropped, what is under way stops after its present batch."""
+        if self._executor is not None:
+            with self.store.stopping():
+                self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor = None
+
+    def on_exception(self, exception: BaseException) -> None:  # noqa: ARG002
+        """Lightning's: a training has failed, or was interrupted."""
+        self.close()
 
     def make_test_set(self) -> TestSet:
         """Embeds the test images and makes the test pairs."""
@@ -203,18 +247,16 @@ class GuardDataModule(L.LightningDataModule):
 
     def test_set(self) -> TestSet:
         """The test images and pairs, embedded."""
-        return self._tests.result()
+        return self._tests.get()
 
     def controls(self) -> dict[str, Control]:
         """Unsafe training images, untouched and after each step that should not matter; see guardkit.data.controls."""
-        return self._controls.result()
+        return self._controls.get()
 
     def used_images(self) -> list[tuple[str, Record]]:
         """("train" or "validation", image) of all that this arm was given, and of the counterfactuals that a source brought along."""
-        parts = {
-            "train": (self.unsafe_train, self.safe_train, self.others_train),
-            "validation": (self.unsafe_validation, self.safe_validation, self.others_validation),
-        }
+        kinds = self.choice.unsafe, self.choice.natural, self.choice.others
+        parts = {"train": [split.train for split in kinds], "validation": [split.validation for split in kinds]}
         used = [(split, record) for split, records in parts.items() for part in records for record in part]
         if {"counterfactual", "shuffled"} & set(self.negatives):
             twins = [(split, record, content) for split, record in used for content in record.twins]
@@ -223,35 +265,35 @@ class GuardDataModule(L.LightningDataModule):
 
     def labelled(self) -> tuple[np.ndarray, np.ndarray]:
         """All embeddings that training saw, (n, d), and their labels, (n,): the first view of each."""
-        batch = self._batch(self._train, np.arange(len(self.unsafe_train)), 0, 0, shuffle=False)
+        batch = self._batch(self._pools[0], np.arange(len(self.choice.unsafe.train)), 0, 0, shuffle=False)
         return batch["embeddings"].numpy(), batch["labels"].numpy().astype(int)
 
     def train_dataloader(self) -> Batches:
-        """Batches of one epoch after another; each pass over it is the next epoch."""
-        return Batches(self.n_batches, lambda: self.batches(self._next_epoch()))
+        """The batches of the trainer's present epoch, anew on every pass."""
+        return Batches(self.n_batches, lambda: self.batches(1 + (self.trainer.current_epoch if self.trainer else 0)))
 
     def val_dataloader(self) -> Batches:
         """One batch with all validation images."""
-        return Batches(1, lambda: iter([self.validation_batch()]))
+        return Batches(1, lambda: [self.validation_batch()])
 
-    def _next_epoch(self) -> int:
-        self.epoch += 1
-        return self.epoch - 1
+    def test_dataloader(self) -> Batches:
+        """One batch with all test images; their pairs are in `test_set`."""
+        return Batches(1, lambda: [{"embeddings": torch.from_numpy(self.test_set().embeddings)}])
 
     def validation_batch(self) -> Batch:
         """All validation images and their negatives, first view of each."""
-        return self._batch(self._validation, np.arange(len(self.unsafe_validation)), 0, 0, shuffle=False)
+        return self._batch(self._pools[1], np.arange(len(self.choice.unsafe.validation)), 0, 0, shuffle=False)
 
     @property
     def n_batches(self) -> int:
         """Batches in an epoch."""
-        return -(-len(self.unsafe_train) // self.batch_size)
+        return -(-len(self.choice.unsafe.train) // self.batch_size)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch, the same for the same seed and epoch."""
-        order = self._order(len(self.unsafe_train), 13, epoch)
+        """The batches of an epoch, counted from 1: the same for the same seed and epoch."""
+        order = self._order(len(self.choice.unsafe.train), 13, epoch)
         for start in range(0, len(order), self.batch_size):
-            yield self._batch(self._train, order[start : start + self.batch_size], start, epoch, shuffle=True)
+            yield self._batch(self._pools[0], order[start : start + self.batch_size], start, epoch, shuffle=True)
 
     def _batch(self, pools: dict[str, Pool], rows: np.ndarray, start: int, epoch: int, *, shuffle: bool) -> Batch:
         mine = {"unsafe": rows}
@@ -264,7 +306,7 @@ class GuardDataModule(L.LightningDataModule):
             elif n:
                 order = self._order(n, 14, epoch)
                 # a smaller pool goes round, so that every batch has negatives; a batch that is the whole epoch has all
-                mine[name] = order if len(rows) == len(self.unsafe_train) else order[(start + np.arange(len(rows))) % n]
+                mine[name] = order if len(rows) == len(self.choice.unsafe.train) else order[(start + np.arange(len(rows))) % n]
         turns: dict[str, np.ndarray] | int = epoch
         if self.all_views and shuffle:
             both = {name: every_turn(chosen, self.n_views) for name, chosen in mine.items()}
@@ -277,11 +319,11 @@ class GuardDataModule(L.LightningDataModule):
     def n_counterfactuals(self) -> int:
         """Accepted counterfactuals among training and validation images."""
         names = {"counterfactual", "shuffled"} & set(self.negatives)
-        return sum(int(pools[name].views().there.sum()) for pools in (self._train, self._validation) for name in names)
+        return sum(int(pools[name].views().there.sum()) for pools in self._pools for name in names)
 
     def check_both_sides(self) -> None:
         """Raises InputError when not a single unsafe image, or not a single negative, came through, with the reasons."""
-        unsafe, *others = (int(pool.views().there.sum()) for pool in self._train.values())
+        unsafe, *others = (int(pool.views().there.sum()) for pool in self._pools[0].values())
         for label, n in (("unsafe", unsafe), ("safe", sum(others))):
             if not n:
                 reasons = "; ".join(f"{count} x {reason}" for reason, count in self.edits.rejected.items())
@@ -290,19 +332,27 @@ class GuardDataModule(L.LightningDataModule):
                     "choose another editor or verifier, or experiment=unpaired, which edits none"
                 )
 
-    def teardown(self, stage: str | None = None) -> None:
-        """Nothing: the background work may outlive one stage; `close` ends it."""
+    # --- going on from a checkpoint -----------------------------------------------------------------------------------
 
-    def close(self, *, stop_store: bool = True) -> None:
-        """Cancels what is still queued, and stops what is under way after its present batch.
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's, for a checkpoint: what the batches depend on."""
+        settings = {
+            name: getattr(self, name)
+            for name in ("n_unsafe", "negatives", "transform", "batch_size", "all_views", "test_share", "split_seed")
+        }
+        return {
+            "data": settings | {"variants_per_image": self.n_views},
+            "seed": self.seed,
+            "source": self.source.fingerprint,
+            "encoder": self.store.encoder.fingerprint,
+            "policy": self.policy.digest,
+            "editor": self.pipeline.editor.config,
+            "verifier": self.pipeline.verifier.config,
+        }
 
-        Args:
-            stop_store: end the embedding store's work for good; False where others go on using it.
-        """
-        if stop_store:
-            self.store.stop()
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lightning's: refuses a checkpoint that was made with other images."""
+        check_same("the checkpoint", state_dict, self.state_dict())
 
 
 @dataclass(frozen=True)
@@ -329,13 +379,17 @@ class TestSet:
 
 
 class Batches:
-    """What Lightning needs of a data loader: a length, and a new pass on every iteration."""
+    """What Lightning needs of a data loader: a length, and a new pass on every iteration.
 
-    def __init__(self, n_batches: int, passes: Callable[[], Iterator[Batch]]) -> None:
-        self._n_batches, self._passes = n_batches, passes
+    A pass begins with its first batch: Lightning also makes iterators to see whether it can, long before the images are
+    there, and that of a resumed run before it knows the epoch.
+    """
+
+    def __init__(self, n_batches: int, batches: Callable[[], Iterable[Batch]]) -> None:
+        self._n_batches, self._batches = n_batches, batches
 
     def __len__(self) -> int:
         return self._n_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._passes()
+        yield from self._batches()

@@ -7,9 +7,11 @@ arms, splits or batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -18,6 +20,8 @@ from guardkit.data.augment import AugmentedContent
 from guardkit.editors.base import Kind
 from guardkit.embeddings import EmbeddingStore
 from guardkit.schema import Content, InputError, Record
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,22 +51,53 @@ class Views:
         return self.vectors[rows, wanted.argmax(axis=1)], counts > 0
 
 
-class Pool:
-    """Records whose views are made in the background, chunk by chunk."""
+class Later(Generic[T]):
+    """A value that is made once: in the background where there is time for it, else when it is asked for."""
 
-    def __init__(self, records: Sequence[Record], n_views: int, dim: int, make: Callable[[list[Record]], Views], order: np.ndarray) -> None:
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._future: Future[T] | None = None
+
+    def start(self, executor: Executor) -> None:
+        """Queues it, unless it is made or under way; what failed before is tried again."""
+        if self._future is None or self._future.cancelled() or (self._future.done() and self._future.exception()):
+            self._future = executor.submit(self._make)
+
+    def get(self) -> T:
+        """The value, or the error that it ended with in the background."""
+        if self._future is not None:
+            with suppress(CancelledError):  # the background work was ended before or while it was made
+                return self._future.result()
+        made: Future[T] = Future()
+        made.set_result(self._make())
+        self._future = made
+        return made.result()
+
+
+class Pool:
+    """Records whose views are made chunk by chunk.
+
+    Args:
+        records: whose views.
+        n_views: of each.
+        dim: d.
+        make: makes the views of some of them.
+        order: (n,) in which they are made.
+        chunk: how many at once.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], n_views: int, dim: int, make: Callable[[list[Record]], Views], order: np.ndarray, chunk: int
+    ) -> None:
         self.records = list(records)
-        self._make, self._order = make, order
+        self._make = make
         self._views = Views(np.zeros((len(records), n_views, dim), np.float32), np.zeros((len(records), n_views), bool))
         self._chunk_of = np.zeros(len(records), int)
-        self._futures: list[Future[None]] = []
-
-    def submit(self, executor: ThreadPoolExecutor, start: int, stop: int) -> None:
-        """Queues the records at positions start to stop of the order."""
-        rows = self._order[start:stop]
-        if len(rows):
-            self._chunk_of[rows] = len(self._futures)
-            self._futures.append(executor.submit(self._fill, rows))
+        self.chunks: list[Later[None]] = []
+        for start in range(0, len(order), max(1, chunk)):
+            rows = order[start : start + chunk]
+            self._chunk_of[rows] = len(self.chunks)
+            self.chunks.append(Later(partial(self._fill, rows)))
 
     def _fill(self, rows: np.ndarray) -> None:
         views = self._make([self.records[row] for row in rows])
@@ -70,8 +105,8 @@ class Pool:
 
     def views(self, rows: np.ndarray | None = None) -> Views:
         """The table, once the chunks that hold `rows` (all of them by default) are made."""
-        for chunk in np.unique(self._chunk_of if rows is None else self._chunk_of[rows]):
-            self._futures[chunk].result()
+        for number in np.unique(self._chunk_of if rows is None else self._chunk_of[rows]):
+            self.chunks[number].get()
         return self._views
 
 

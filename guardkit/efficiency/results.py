@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from safetensors.numpy import load, save
 
 from guardkit.artifacts import fingerprint, read_json, write_json
+from guardkit.checks import changes
 from guardkit.efficiency.cells import Cell, CellData, CellError, Stock
 from guardkit.efficiency.engine import Engine, FittedCell
 from guardkit.folders import claim
@@ -130,10 +131,10 @@ def _check(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS
     if path.exists():
         before = _read_settings(folder)
-        changed = list(_changes(before["shared"], settings["shared"]))
+        changed = list(changes(before["shared"], settings["shared"]))
         for group in ("arms", "heads"):
             for name in set(before[group]) & set(settings[group]):
-                changed += _changes(before[group][name], settings[group][name], f"{group}.{name}.")
+                changed += changes(before[group][name], settings[group][name], f"{group}.{name}.")
             settings[group] = before[group] | settings[group]
         if changed:
             shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
@@ -149,14 +150,6 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     if settings.keys() != set(_SETTINGS) or not all(isinstance(one, dict) for one in settings.values()):
         raise InputError(f"{folder / SETTINGS} is not {what}: it must hold {', '.join(_SETTINGS)}; {mend}")
     return settings
-
-
-def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(set(before) | set(now)):
-            yield from _changes(before.get(key), now.get(key), f"{name}{key}.")
-    elif before != now:
-        yield f"{name.rstrip('.')} was {before}, now {now}"
 
 
 def run_cells(cells: Sequence[Cell], stock: Stock, engine: Engine, store: CellStore) -> tuple[dict[Cell, str], int]:

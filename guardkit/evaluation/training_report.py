@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,6 @@ from guardkit.evaluation.effectiveness import measure as measure_sheet
 from guardkit.evaluation.scoring import Contender
 from guardkit.metrics.figures import METRICS, OF_IMAGES, OF_PAIRS, always_unsafe_f1
 from guardkit.metrics.probe import PROBE_MIN_IMAGES, edited_vs_original_auroc
-from guardkit.module import Fitted
 from guardkit.schema import SAFE, Record
 
 N_PICTURED_PAIRS = 8
@@ -45,16 +44,27 @@ class Measured:
     category_names: tuple[str, ...]
 
 
-def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int) -> tuple[dict[str, Any], Measured]:
-    """All figures of metrics.json but the timing.
+class Fitted(Protocol):
+    """What is told of a training: see `guardkit.module.Fitted`."""
+
+    @property
+    def guard(self) -> GuardClassifier: ...
+    @property
+    def curve(self) -> list[dict[str, float]]: ...
+    @property
+    def best_epoch(self) -> int: ...
+
+
+def test_figures(guard: GuardClassifier, data: GuardDataModule) -> tuple[dict[str, dict[str, Any]], Measured]:
+    """A guard on the test set of its data.
 
     Returns:
-        The figures, and the scores they come from.
+        "test", "pairs" and "always_unsafe" of metrics.json, and the scores they come from.
     """
-    guard, test = fitted.guard, data.test_set()
+    test = data.test_set()
     scores = guard.probabilities(test.embeddings)
     twins = guard.probabilities(test.twins) if len(test.twins) else np.zeros((0, scores.shape[1]))
-    sheet = _sheet(fitted.guard, test, scores[:, 0], twins[:, 0])
+    sheet = _sheet(guard, test, scores[:, 0], twins[:, 0])
     rows, _ = measure_sheet(sheet, prevalence=PREVALENCE, n_resamples=N_RESAMPLES, seed=SEED)
     figures = {
         **_figures(rows, OF_IMAGES),
@@ -76,18 +86,29 @@ def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int
     if not paired["n"]:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in data.other_edits.rejected.items())
         pairs["reason"] = f"no counterfactual of a test image was accepted ({reasons or 'no unsafe test image'})"
+    always = {"f1": always_unsafe_f1(sheet.labels[sheet.counted])}
+    return {"test": figures, "pairs": pairs, "always_unsafe": always}, Measured(test, scores, twins, guard.policy.category_names)
+
+
+def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int) -> tuple[dict[str, Any], Measured]:
+    """All figures of metrics.json but the timing.
+
+    Returns:
+        The figures, and the scores they come from.
+    """
+    guard = fitted.guard
+    tested, measured = test_figures(guard, data)
+    unsafe, natural = data.choice.unsafe, data.choice.natural
     controls = {name: _control(one) for name, one in data.controls().items()}
     metrics: dict[str, Any] = {
         "experiment": experiment,
         "seed": seed,
-        "n_unsafe": len(data.unsafe_train) + len(data.unsafe_validation),
-        "n_safe": len(data.safe_train) + len(data.safe_validation),
+        "n_unsafe": len(unsafe.train) + len(unsafe.validation),
+        "n_safe": len(natural.train) + len(natural.validation),
         "n_counterfactuals": data.n_counterfactuals,
-        "n_validation": {"unsafe": len(data.unsafe_validation), "safe": len(data.safe_validation)},
+        "n_validation": {"unsafe": len(unsafe.validation), "safe": len(natural.validation)},
         "inputs": {"given": data.loaded.given, "rejected": [{"id": r.id, "reason": r.reason} for r in data.loaded.rejected]},
-        "test": figures,
-        "pairs": pairs,
-        "always_unsafe": {"f1": always_unsafe_f1(sheet.labels[sheet.counted])},
+        **tested,
         "edits": data.edits.as_dict(),
         "edited_vs_original_auroc": controls["null_edit"]["auroc"],
         "controls": controls,
@@ -104,7 +125,7 @@ def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int
     }
     if controls["null_edit"]["auroc"] is None:
         metrics["edited_vs_original_auroc_reason"] = controls["null_edit"]["reason"]
-    return metrics, Measured(test, scores, twins, guard.policy.category_names)
+    return metrics, measured
 
 
 def _sheet(guard: GuardClassifier, test: TestSet, scores: np.ndarray, twins: np.ndarray) -> Sheet:

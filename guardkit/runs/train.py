@@ -38,6 +38,8 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> TrainingReport:
         optimizer=factory(cfg.optimizer),
         trainer=plain(cfg.trainer),
         early_stopping_patience=cfg.early_stopping_patience,
+        callbacks=[make(one) for one in cfg.callbacks.values() if one is not None],
+        ckpt_path=cfg.ckpt_path,
         logger=lambda: logger_of(cfg.logger, settings, folder),
         cache_dir=cache_dir(cfg),
         output_dir=folder,
