@@ -22,7 +22,7 @@ LEVELS = {
     "efficiency": 6,
     "api": 7,
     "runs": 8,
-    "__main__": 9, "train": 9, "embed": 9, "synthesize": 9, "sweep": 9, "evaluate": 9, "app": 9,
+    "__main__": 9, "_hydra": 9, "train": 9, "embed": 9, "synthesize": 9, "sweep": 9, "evaluate": 9, "app": 9,
 }  # fmt: skip
 # rooms of one level that may lean on each other, with the reason
 ALLOWED = {
