@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from guardkit.losses import Objective
     from guardkit.module import BestHead, GuardModule
     from guardkit.policy import Category, Policy
-    from guardkit.schema import Decision, Guard, ImageError, InputError, Judgment, Record, Rejected
+    from guardkit.schema import Decision, EmbeddingGuard, Guard, ImageError, ImageGuard, InputError, Judgment, Record, Rejected
 
 __version__ = "0.1.0"
 
@@ -99,6 +99,8 @@ _HOMES = {
     "PromptHead": "guardkit.heads",
     # other people's classifiers
     "Guard": "guardkit.schema",
+    "EmbeddingGuard": "guardkit.schema",
+    "ImageGuard": "guardkit.schema",
     "Judgment": "guardkit.schema",
     # errors
     "InputError": "guardkit.schema",

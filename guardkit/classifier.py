@@ -21,12 +21,12 @@ from guardkit.images import read_image
 from guardkit.inputs import each_image, readable
 from guardkit.metrics.operating_points import operating_threshold
 from guardkit.policy import Policy
-from guardkit.schema import Decision, ImageError, InputError, Judgment
+from guardkit.schema import Decision, ImageError, InputError
 from guardkit.seen import SeenImages
 
 
 class GuardClassifier:
-    """Tells images that a policy forbids from those it allows. Meets the `Guard` protocol.
+    """Tells images that a policy forbids from those it allows. Meets the `EmbeddingGuard` protocol.
 
     Args:
         head: trained, (n, d) -> (n, 1 + k) logits.
@@ -122,10 +122,6 @@ class GuardClassifier:
                 decisions += self._decide(batch, limit, max_pixels)
                 batch = []
         return decisions + self._decide(batch, limit, max_pixels)
-
-    def judge(self, images: Sequence[np.ndarray]) -> list[Judgment]:
-        """`predict`, as other people's classifiers answer."""
-        return [Judgment(decision.score, decision.error) for decision in self.predict(images)]
 
     def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(n, d) embeddings, on any device -> (n,) float32 logits of unsafe on the CPU, differentiable."""

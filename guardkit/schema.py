@@ -11,6 +11,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import TypeIs
 
 UNSAFE, SAFE = 1, 0
 UNLABELLED = -1
@@ -168,19 +169,14 @@ class Judgment:
     transient: bool = False
 
 
-class Guard(Protocol):
-    """Any classifier that evaluation measures: ours and other people's alike.
-
-    One with an `encoder` scores embeddings, so that one embedding of an image serves all guards on that encoder; one
-    without (`encoder` is None) looks at images itself. Only the methods of its kind are called.
+class _AnyGuard(Protocol):
+    """What evaluation needs of every classifier.
 
     Attributes:
         name: for tables.
+        threshold: flag when score >= threshold.
         fingerprint: a hash of everything its scores depend on, 64 hex digits.
         covers: the policy's categories it was made to find; None: all.
-        threshold: flag when score >= threshold.
-        encoder: the `Encoder` whose embeddings it takes, or None.
-        is_normalized: whether it takes unit vectors, or embeddings as the model gave them, norm included.
     """
 
     name: str
@@ -192,6 +188,16 @@ class Guard(Protocol):
     @property
     def covers(self) -> frozenset[str] | None: ...
 
+
+class EmbeddingGuard(_AnyGuard, Protocol):
+    """A classifier that scores embeddings, so that one embedding of an image serves all guards on its encoder.
+
+    Attributes:
+        name, threshold, fingerprint, covers: as every guard has them, see `ImageGuard`.
+        encoder: the `Encoder` whose embeddings it takes.
+        is_normalized: whether it takes unit vectors, or embeddings as the model gave them, norm included.
+    """
+
     @property
     def encoder(self) -> Any: ...
 
@@ -199,9 +205,29 @@ class Guard(Protocol):
     def is_normalized(self) -> bool: ...
 
     def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """(n, d) float -> (n,) unbounded; the score is their sigmoid. Differentiable. Only with an encoder."""
+        """(n, d) float -> (n,) unbounded; the score is their sigmoid. Differentiable."""
         ...
 
+
+class ImageGuard(_AnyGuard, Protocol):
+    """A classifier that looks at images itself, each one once: what it says is kept.
+
+    Attributes:
+        name: for tables.
+        threshold: flag when score >= threshold.
+        fingerprint: a hash of everything its scores depend on, 64 hex digits.
+        covers: the policy's categories it was made to find; None: all.
+    """
+
     def judge(self, images: Sequence[np.ndarray]) -> list[Judgment]:
-        """(h, w, 3) uint8 RGB images -> one judgment each. Never raises because of an image. Only without an encoder."""
+        """(h, w, 3) uint8 RGB images -> one judgment each. Never raises because of an image."""
         ...
+
+
+Guard = EmbeddingGuard | ImageGuard
+"""Any classifier that evaluation measures: ours and other people's alike."""
+
+
+def takes_embeddings(guard: Guard) -> TypeIs[EmbeddingGuard]:
+    """Which of the two a guard is: the one with an encoder scores embeddings, the other looks at images."""
+    return getattr(guard, "encoder", None) is not None

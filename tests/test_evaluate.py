@@ -76,8 +76,6 @@ class OnImages:
     say: object
     covers: frozenset | None = None
     threshold: float = 0.5
-    encoder: None = None
-    is_normalized: bool = True
     asked: list = field(default_factory=list)
 
     @property

@@ -521,4 +521,3 @@ def test_a_score_that_is_no_number_is_never_safe(scenes_encoder, scenes_policy, 
     for decision in guard.predict(IMAGES):
         assert (decision.action, decision.label) == ("error", None)
         assert "not a finite score" in decision.error
-    assert all(judgment.reason for judgment in guard.judge(IMAGES))

@@ -88,20 +88,14 @@ class TinyGuard:
         weights = torch.tensor([1.0, -0.5, 0.8, -1.2, 0.3, 0.6])
         return self.scale * (embeddings.to("cpu", torch.float32) @ weights + (-0.1 if self.is_normalized else 0.02))
 
-    def judge(self, images):
-        raise AssertionError("a guard with an encoder is asked for logits")
-
 
 class LookingGuard:
     """Scores the mean of red; abstains from dark images."""
 
-    name, fingerprint, covers, encoder, is_normalized, threshold = "looking", "1" * 64, None, None, True, 0.5
+    name, fingerprint, covers, threshold = "looking", "1" * 64, None, 0.5
 
     def __init__(self, dark=0.0):
         self.dark, self.n_asked = dark, 0
-
-    def logits(self, embeddings):
-        raise AssertionError("a guard without an encoder judges images")
 
     def judge(self, images):
         self.n_asked += len(images)

@@ -23,7 +23,7 @@ from guardkit.evaluation.robustness import RobustnessSettings, measure_robustnes
 from guardkit.evaluation.scoring import Contender, LazyImages, embedding_stores, score
 from guardkit.folders import claim, refuse_others
 from guardkit.policy import Policy
-from guardkit.schema import Guard, InputError
+from guardkit.schema import Guard, InputError, takes_embeddings
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ def evaluate(
     on are left out for all, counted and named.
 
     Args:
-        guards: what is measured: `GuardClassifier`s, folders or Hub ids of saved ones, or anything else that fulfils `Guard`,
-            such as the baselines; one, a list, or {name: guard}.
+        guards: what is measured: `GuardClassifier`s, folders or Hub ids of saved ones, or anything else that is an
+            `EmbeddingGuard` or `ImageGuard`, such as the baselines; one, a list, or {name: guard}.
         source: the benchmark.
         policy: to measure under; None: the guards' own.
         output_dir: of the results. An earlier evaluation there is replaced as a whole.
@@ -276,12 +276,12 @@ def _attack(contender: Contender, sheet: Sheet, settings: RobustnessSettings, st
     if not chosen:
         log.warning("%s is not attacked: the benchmark holds no image that it covers", contender.name)
         return []
-    encoder = contender.guard.encoder
+    guard = contender.guard
     return measure_robustness(
-        contender.guard,
+        guard,
         LazyImages(chosen),
         [record.label for record in chosen],
         [record.group for record in chosen],
         settings,
-        store=None if encoder is None else stores[encoder.fingerprint],
+        store=stores[guard.encoder.fingerprint] if takes_embeddings(guard) else None,
     )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -15,11 +13,11 @@ from guardkit.artifacts import fingerprint
 from guardkit.checks import check_number
 from guardkit.encoders.base import Encoder
 from guardkit.policy import Policy
-from guardkit.schema import InputError, Judgment
+from guardkit.schema import InputError
 
 
-class EmbeddingGuard:
-    """A classifier that is a head on an encoder's embeddings. Meets the `Guard` protocol.
+class HeadGuard:
+    """A classifier that is a head on an encoder's embeddings. Meets the `EmbeddingGuard` protocol.
 
     Args:
         name: for tables.
@@ -61,18 +59,6 @@ class EmbeddingGuard:
     def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(n, d) embeddings, on any device -> (n,) float32 logits on the CPU, differentiable."""
         return self.head(embeddings.to("cpu", torch.float32))
-
-    def judge(self, images: Sequence[np.ndarray]) -> list[Judgment]:
-        """(h, w, 3) uint8 RGB images -> one judgment each, through its own encoder."""
-        vectors = torch.from_numpy(self.encoder.encode_images(images, normalize=self.is_normalized))
-        with torch.inference_mode():
-            scores = torch.sigmoid(self.logits(vectors).double()).tolist()
-        return [judged(score) for score in scores]
-
-
-def judged(score: float) -> Judgment:
-    """A score as a judgment; one that is no number is an abstention."""
-    return Judgment(score) if math.isfinite(score) else Judgment(math.nan, "the score is not a number")
 
 
 def hash_weights(module: nn.Module) -> str:

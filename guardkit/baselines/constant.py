@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from guardkit.artifacts import fingerprint
 from guardkit.baselines.base import checked_share
@@ -14,7 +13,7 @@ from guardkit.schema import Judgment
 
 
 class ConstantGuard:
-    """Gives every image one score. Meets the `Guard` protocol.
+    """Gives every image one score. Meets the `ImageGuard` protocol.
 
     Args:
         name: for tables.
@@ -25,17 +24,11 @@ class ConstantGuard:
     """
 
     covers = None
-    encoder = None
-    is_normalized = True
 
     def __init__(self, name: str, score: float, *, threshold: float = 0.5) -> None:
         self.name = name
         self.score, self.threshold = checked_share(name, "score", score), checked_share(name, "threshold", threshold)
         self.fingerprint = fingerprint({"baseline": "constant", "score": self.score})
-
-    def logits(self, embeddings: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - the protocol
-        """It takes no embeddings."""
-        raise TypeError(f"baseline {self.name} has no encoder; ask it to judge images")
 
     def judge(self, images: Sequence[np.ndarray]) -> list[Judgment]:
         """One judgment per image, all alike."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from guardkit.baselines.base import EmbeddingGuard, covered
+from guardkit.baselines.base import HeadGuard, covered
 from guardkit.baselines.weights import load_into, locate_all
 from guardkit.encoders.base import Encoder
 from guardkit.policy import Policy
@@ -39,7 +39,7 @@ class MultiHead(nn.Module):
         return torch.cat([head(embeddings) for head in self.heads.values()], dim=1).amax(dim=1)
 
 
-def multi_headed(policy: Policy, weights: str, encoder: Encoder, *, covers: Sequence[str] | None, threshold: float = 0.5) -> EmbeddingGuard:
+def multi_headed(policy: Policy, weights: str, encoder: Encoder, *, covers: Sequence[str] | None, threshold: float = 0.5) -> HeadGuard:
     """The multi-headed classifier with its published weights.
 
     Args:
@@ -56,6 +56,6 @@ def multi_headed(policy: Policy, weights: str, encoder: Encoder, *, covers: Sequ
     paths = locate_all("multi_headed", weights, [(f"{name}.safetensors", f"{name}.pt") for name in HEADS])
     for name, path in zip(HEADS, paths, strict=True):
         load_into(head.heads[name], path)
-    return EmbeddingGuard(
+    return HeadGuard(
         "multi_headed", head, encoder, dim=_DIM, covers=covered("multi_headed", covers, policy), threshold=threshold, is_normalized=False
     )

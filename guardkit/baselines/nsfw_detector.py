@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from guardkit.baselines.base import EmbeddingGuard, covered
+from guardkit.baselines.base import HeadGuard, covered
 from guardkit.baselines.weights import load_into, locate
 from guardkit.encoders.base import Encoder
 from guardkit.policy import Policy
@@ -52,9 +52,7 @@ class NSFWHead(nn.Module):
         return self.linear_4(x)[:, 0]
 
 
-def nsfw_detector(
-    policy: Policy, weights: str, encoder: Encoder, *, covers: Sequence[str] | None, threshold: float = 0.5
-) -> EmbeddingGuard:
+def nsfw_detector(policy: Policy, weights: str, encoder: Encoder, *, covers: Sequence[str] | None, threshold: float = 0.5) -> HeadGuard:
     """LAION's NSFW detector.
 
     Args:
@@ -68,4 +66,4 @@ def nsfw_detector(
     """
     head = NSFWHead()
     load_into(head, locate("nsfw_detector", weights, _NAMES))
-    return EmbeddingGuard("nsfw_detector", head, encoder, dim=_DIM, covers=covered("nsfw_detector", covers, policy), threshold=threshold)
+    return HeadGuard("nsfw_detector", head, encoder, dim=_DIM, covers=covered("nsfw_detector", covers, policy), threshold=threshold)

@@ -15,7 +15,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import torch
 
 from guardkit.artifacts import fingerprint, hash_file
 from guardkit.baselines.base import checked_share, covered
@@ -39,7 +38,7 @@ class NudeNetGuard:
     """Scores an image by NudeNet's most confident detection of a class that counts, 0 without any.
 
     NudeNet reports detections of a confidence of 0.25 and more, so scores are 0 or at least 0.25. It has no gradients here.
-    Meets the `Guard` protocol.
+    Meets the `ImageGuard` protocol.
 
     Args:
         policy: of the evaluation.
@@ -53,8 +52,6 @@ class NudeNetGuard:
     """
 
     name = "nudenet"
-    encoder = None
-    is_normalized = True
 
     def __init__(
         self,
@@ -86,10 +83,6 @@ class NudeNetGuard:
                 "classes": sorted(self.classes),
             }
         )
-
-    def logits(self, embeddings: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - the protocol
-        """It takes no embeddings."""
-        raise TypeError(f"baseline {self.name} has no encoder; ask it to judge images")
 
     def judge(self, images: Sequence[np.ndarray]) -> list[Judgment]:
         """(h, w, 3) uint8 RGB images -> one judgment each; one longer than 8192 pixels is scaled down first."""

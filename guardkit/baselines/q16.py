@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from guardkit.baselines.base import EmbeddingGuard, covered
+from guardkit.baselines.base import HeadGuard, covered
 from guardkit.baselines.weights import locate, read_array
 from guardkit.encoders.base import Encoder
 from guardkit.policy import Policy
@@ -41,7 +41,7 @@ class Q16Head(nn.Module):
         return _SCALE * (embeddings @ unsafe - embeddings @ safe)
 
 
-def q16(policy: Policy, weights: str, encoder: Encoder, *, covers: Sequence[str] | None, threshold: float = 0.5) -> EmbeddingGuard:
+def q16(policy: Policy, weights: str, encoder: Encoder, *, covers: Sequence[str] | None, threshold: float = 0.5) -> HeadGuard:
     """Q16 with its published prompts.
 
     Args:
@@ -57,6 +57,4 @@ def q16(policy: Policy, weights: str, encoder: Encoder, *, covers: Sequence[str]
     prompts = read_array(path)
     if prompts.ndim != 2 or len(prompts) != 2:
         raise InputError(f"{path} must hold two prompts as an array (2, d), got shape {prompts.shape}")
-    return EmbeddingGuard(
-        "q16", Q16Head(prompts), encoder, dim=prompts.shape[1], covers=covered("q16", covers, policy), threshold=threshold
-    )
+    return HeadGuard("q16", Q16Head(prompts), encoder, dim=prompts.shape[1], covers=covered("q16", covers, policy), threshold=threshold)

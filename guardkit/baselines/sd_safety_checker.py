@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from guardkit.artifacts import fingerprint, weights_variant
-from guardkit.baselines.base import EmbeddingGuard, covered, hash_weights
+from guardkit.baselines.base import HeadGuard, covered, hash_weights
 from guardkit.baselines.weights import hub_folder
 from guardkit.checks import check_number
 from guardkit.encoders.base import encode_in_batches, prepare_pixels
@@ -152,7 +152,7 @@ def sd_filter(
     scale: float = 100.0,
     device: str = "auto",
     batch_size: int = 32,
-) -> EmbeddingGuard:
+) -> HeadGuard:
     """The Stable Diffusion safety checker.
 
     Args:
@@ -169,7 +169,7 @@ def sd_filter(
     check_number("baseline.sd_filter.scale", scale, "(0, inf)")
     encoder = SafetyCheckerEncoder(weights, device=device, batch_size=batch_size)
     head = ConceptHead(encoder.checker, scale)
-    return EmbeddingGuard("sd_filter", head, encoder, dim=encoder.dim, covers=covered("sd_filter", covers, policy), threshold=threshold)
+    return HeadGuard("sd_filter", head, encoder, dim=encoder.dim, covers=covered("sd_filter", covers, policy), threshold=threshold)
 
 
 def _load(folder: Path, processor: Path | None) -> tuple[Any, Any]:

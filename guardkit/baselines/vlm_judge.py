@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from guardkit.artifacts import fingerprint
 from guardkit.baselines.base import checked_share, covered
@@ -44,7 +43,7 @@ class VLMJudge:
 
     The score is the share of readable votes that say unsafe, if more than half of the three questions were answered one
     way; else it abstains. Answers are stored by the room `vlm`, so nothing is asked twice, and what lay outside the model
-    (no connection, a spent budget) makes a judgment transient: it is asked again in the next run. Meets the `Guard` protocol.
+    (no connection, a spent budget) makes a judgment transient: it is asked again in the next run. Meets the `ImageGuard` protocol.
 
     Args:
         policy: whose categories are asked about.
@@ -55,9 +54,6 @@ class VLMJudge:
     Raises:
         InputError: an argument out of range, or no category to ask about.
     """
-
-    encoder = None
-    is_normalized = True
 
     def __init__(
         self, policy: Policy, vlm: VLM, *, cache_dir: str | None, covers: Sequence[str] | None = None, threshold: float = 0.5
@@ -75,10 +71,6 @@ class VLMJudge:
     def fingerprint(self) -> str:
         """A hash over the model's configuration and the questions."""
         return fingerprint({"baseline": "vlm", "version": 1, "vlm": self._vlm.config, "system": _SYSTEM, "prompts": self._prompts})
-
-    def logits(self, embeddings: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - the protocol
-        """It takes no embeddings."""
-        raise TypeError(f"baseline {self.name} has no encoder; ask it to judge images")
 
     def judge(self, images: Sequence[np.ndarray]) -> list[Judgment]:
         """(h, w, 3) uint8 RGB images -> one judgment each.

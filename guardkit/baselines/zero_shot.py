@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from guardkit.baselines.base import EmbeddingGuard, covered
+from guardkit.baselines.base import HeadGuard, covered
 from guardkit.encoders.base import Encoder, require_texts
 from guardkit.heads import Head, PromptHead
 from guardkit.policy import Policy
@@ -23,9 +23,7 @@ class _Decision(nn.Module):
         return self.head(embeddings)[:, 0]
 
 
-def zero_shot(
-    policy: Policy, encoder: Encoder, *, covers: Sequence[str] | None, scale: float = 30.0, threshold: float = 0.5
-) -> EmbeddingGuard:
+def zero_shot(policy: Policy, encoder: Encoder, *, covers: Sequence[str] | None, scale: float = 30.0, threshold: float = 0.5) -> HeadGuard:
     """Compares the image with the policy's unsafe and safe texts by cosine; `PromptHead`, untrained.
 
     The threshold is not chosen on labels here, unlike in `experiment=zero_shot`; how often 0.5 flags depends on the
@@ -40,4 +38,4 @@ def zero_shot(
     """
     require_texts(encoder, needed_by="baseline zero_shot", instead="another baseline")
     head = _Decision(PromptHead.build(encoder, policy, scale=scale))
-    return EmbeddingGuard("zero_shot", head, encoder, dim=encoder.dim, covers=covered("zero_shot", covers, policy), threshold=threshold)
+    return HeadGuard("zero_shot", head, encoder, dim=encoder.dim, covers=covered("zero_shot", covers, policy), threshold=threshold)

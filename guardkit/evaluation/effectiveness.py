@@ -22,7 +22,7 @@ from guardkit.evaluation.scoring import Contender, Scored
 from guardkit.metrics.draws import GroupDraws
 from guardkit.metrics.figures import METRICS, OF_IMAGES, OF_PAIRS, Images, Metric, Pairs, weighted
 from guardkit.metrics.intervals import Interval, bootstrap_p_value, clopper_pearson, holm, percentile_interval
-from guardkit.schema import Record
+from guardkit.schema import Record, takes_embeddings
 
 COMPARED = ("f1", "balanced_accuracy", "auroc", "pair_accuracy")  # chosen beforehand: each more costs certainty of the others
 # of the intervals, unless told otherwise; those of training are always these, so that both say the same of one guard
@@ -77,7 +77,7 @@ def make_sheet(benchmark: Benchmark, scored: Scored, contenders: Sequence[Conten
         counted[:] = True
     similarity, name = None, None
     for contender in contenders:
-        encoder = contender.guard.encoder
+        encoder = contender.guard.encoder if takes_embeddings(contender.guard) else None
         if encoder is not None and len(pair_rows) and encoder.fingerprint in scored.embeddings:
             vectors = scored.embeddings[encoder.fingerprint]
             similarity, name = (vectors[pair_rows[:, 0]] * vectors[pair_rows[:, 1]]).sum(axis=1), encoder.name

@@ -17,7 +17,7 @@ from guardkit.embeddings import EmbeddingStore
 from guardkit.evaluation.benchmark import Benchmark
 from guardkit.evaluation.scoring import Contender, embed
 from guardkit.progress import progress
-from guardkit.schema import InputError, Record
+from guardkit.schema import InputError, Record, takes_embeddings
 from guardkit.seen import Known
 
 _BLOCK = 512
@@ -92,8 +92,10 @@ def sentences(benchmark: Benchmark, seen: Mapping[str, Seen]) -> list[str]:
 
 
 def _find(images: Sequence[Record], benchmark: Benchmark, contender: Contender, stores: Mapping[str, EmbeddingStore]) -> list[Known | None]:
+    guard = contender.guard
     assert contender.training_images is not None
-    store = stores[contender.guard.encoder.fingerprint]
+    assert takes_embeddings(guard)
+    store = stores[guard.encoder.fingerprint]
     is_comparable = benchmark.encoder_fingerprint in (None, store.encoder.fingerprint)
     # images are embedded only where the guard knows vectors alone; the scores will need them anyway
     wanted = [

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from guardkit.artifacts import parse_json
-from guardkit.schema import Content, Guard, ImageError, Judgment
+from guardkit.schema import Content, ImageError, ImageGuard, Judgment
 from guardkit.stores import KeyValueStore
 
 _JUDGED_AT_ONCE = 8  # images of full size in memory
@@ -24,14 +24,14 @@ class JudgmentStore:
     """Asks a guard that looks at images itself, each image once: what it said before is read from disk.
 
     Args:
-        guard: without an encoder.
+        guard: whose judgments.
         cache_dir: where judgments are kept, one file per guard; None keeps them in memory.
 
     Attributes:
         n_asked: images judged so far; n_found: judgments found in the store so far.
     """
 
-    def __init__(self, guard: Guard, cache_dir: Path | None) -> None:
+    def __init__(self, guard: ImageGuard, cache_dir: Path | None) -> None:
         self.guard = guard
         self.n_asked = self.n_found = 0
         path = None if cache_dir is None else Path(cache_dir) / "judgments" / f"{guard.fingerprint[:16]}.sqlite"

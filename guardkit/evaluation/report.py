@@ -16,6 +16,7 @@ from guardkit.evaluation.effectiveness import uncovered_categories
 from guardkit.evaluation.outcome import Evaluation, plain, shown
 from guardkit.evaluation.report_page import html, markdown
 from guardkit.metrics.figures import OF_IMAGES, OF_PAIRS, always_unsafe_f1
+from guardkit.schema import takes_embeddings
 
 _TEXT, _SHARE, _COUNT = pa.string(), pa.float64(), pa.int64()
 EFFECTIVENESS = pa.schema(
@@ -102,7 +103,7 @@ def _classifier_summary(evaluation: Evaluation, column: int) -> dict[str, Any]:
     result = {
         "origin": contender.origin,
         "fingerprint": guard.fingerprint,
-        "encoder": guard.encoder.name if guard.encoder is not None else None,
+        "encoder": guard.encoder.name if takes_embeddings(guard) else None,
         "covers": sorted(guard.covers) if guard.covers is not None else None,
         "threshold": float(guard.threshold),
         "points": {name: float(value) for name, value in contender.points.items()},

@@ -12,6 +12,7 @@ from guardkit.evaluation.effectiveness import Row, covered_rows
 from guardkit.evaluation.outcome import TITLES, Evaluation, interval, plain, shown
 from guardkit.metrics.figures import METRICS, OF_IMAGES, OF_PAIRS
 from guardkit.metrics.intervals import clopper_pearson
+from guardkit.schema import takes_embeddings
 
 _RELIABILITY_BINS = 10
 _MIN_SHARE_OF_BIN = 0.01
@@ -38,7 +39,7 @@ def classifiers(evaluation: Evaluation) -> list[dict[str, Any]]:
             "name": one.name,
             "colour": colour,
             "origin": one.origin,
-            "encoder": one.guard.encoder.name if one.guard.encoder is not None else None,
+            "encoder": one.guard.encoder.name if takes_embeddings(one.guard) else None,
             "covers": sorted(one.guard.covers) if one.guard.covers is not None else None,
             "covers_all": evaluation.covers_all(one),
             "threshold": one.guard.threshold,

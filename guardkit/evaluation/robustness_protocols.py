@@ -24,7 +24,7 @@ from guardkit.checks import check_flag, check_whole, is_list, is_number
 from guardkit.evaluation import attacks
 from guardkit.evaluation.perturbations import EDITS, STRENGTHS, PerturbedContent, PixelContent, check_edit
 from guardkit.evaluation.victim import Victim, to_images, to_pixels
-from guardkit.schema import InputError
+from guardkit.schema import InputError, takes_embeddings
 
 Attack = Callable[[attacks.Value, Tensor, Tensor, np.random.Generator], Tensor]
 """(value, pixels, labels, generator) -> changed pixels."""
@@ -162,8 +162,8 @@ class _Meter:
 def unsafebench(victim: Victim, images: Sequence[np.ndarray], labels: np.ndarray, settings: RobustnessSettings) -> Iterator[Outcome]:
     """The published protocol: one outcome for each of the four attacks; without gradients, four that say why there is none."""
     if not victim.has_gradients:
-        encoder = victim.guard.encoder
-        why = "it judges images itself" if encoder is None else f"encoder {encoder.name} has none"
+        guard = victim.guard
+        why = f"encoder {guard.encoder.name} has none" if takes_embeddings(guard) else "it judges images itself"
         yield from _unmeasured(f"the guard has no gradients: {why}")
         return
     rows, pixels, clean = _rightly_decided(victim, images, labels, settings)
@@ -207,7 +207,7 @@ def _rightly_decided(
     n = 0
     for start in range(0, len(order), settings.batch_size):
         part = order[start : start + settings.batch_size]
-        x = torch.stack([victim.guard.encoder.preprocess(images[row]) for row in part])
+        x = torch.stack([victim.on_embeddings.encoder.preprocess(images[row]) for row in part])
         with torch.no_grad():
             seen = victim.on_standardised(x.to(victim.device)).cpu()
         right = attacks.is_right(seen, torch.from_numpy(labels[part])).numpy()

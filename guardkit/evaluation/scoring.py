@@ -21,7 +21,7 @@ from guardkit.embeddings import EmbeddingStore
 from guardkit.evaluation.judgments import JudgmentStore
 from guardkit.policy import Policy
 from guardkit.progress import progress
-from guardkit.schema import Content, Guard, ImageError, Judgment, Record, Rejected
+from guardkit.schema import Content, EmbeddingGuard, Guard, ImageError, Judgment, Record, Rejected, takes_embeddings
 from guardkit.seen import SeenImages
 
 _BLOCK = 512  # records between two looks at the clock
@@ -80,7 +80,7 @@ class Scored:
 
 def embedding_stores(contenders: Sequence[Contender], cache_dir: Path | None) -> dict[str, EmbeddingStore]:
     """One store an encoder, by its fingerprint, however many guards and copies of the encoder there are."""
-    guards = [one.guard for one in contenders if one.guard.encoder is not None]
+    guards = [one.guard for one in contenders if takes_embeddings(one.guard)]
     raw = {guard.encoder.fingerprint for guard in guards if not guard.is_normalized}
     stores: dict[str, EmbeddingStore] = {}
     for guard in guards:
@@ -110,7 +110,7 @@ def score(
         InputError: an encoder returned values that are not finite, or a guard cannot work at all (an endpoint that
             stays away); what was made before is kept.
     """
-    judges = {one.guard.fingerprint: JudgmentStore(one.guard, cache_dir) for one in contenders if one.guard.encoder is None}
+    judges = {one.guard.fingerprint: JudgmentStore(one.guard, cache_dir) for one in contenders if not takes_embeddings(one.guard)}
     reads = _Reads()
     blocks: list[_Block] = []
     rejected: list[Rejected] = []
@@ -192,7 +192,7 @@ def _score_block(
     reasons: list[dict[int, str]] = [{} for _ in contenders]
     for column, contender in enumerate(contenders):
         guard = contender.guard
-        if guard.encoder is None:
+        if not takes_embeddings(guard):
             for row, judgment in judgments[guard.fingerprint].items():
                 scores[row, column], reason = _checked(judgment)
                 if reason:
@@ -247,7 +247,7 @@ def _judge(records: Sequence[Record], judge: JudgmentStore, unreadable: dict[int
 
 
 def _vectors_for(
-    guard: Guard,
+    guard: EmbeddingGuard,
     records: Sequence[Record],
     unit: np.ndarray,
     store: EmbeddingStore,
@@ -280,7 +280,7 @@ def _vectors_for(
     return matrix, chosen
 
 
-def _probabilities(guard: Guard, embeddings: np.ndarray) -> np.ndarray:
+def _probabilities(guard: EmbeddingGuard, embeddings: np.ndarray) -> np.ndarray:
     import torch
 
     with torch.inference_mode():
@@ -338,8 +338,4 @@ class _ReadOnce:
 
 def _on(contenders: Iterable[Contender], fingerprint: str) -> list[str]:
     """Names of the contenders on an encoder, or with a fingerprint of their own."""
-    return [
-        one.name
-        for one in contenders
-        if (one.guard.fingerprint if one.guard.encoder is None else one.guard.encoder.fingerprint) == fingerprint
-    ]
+    return [one.name for one in contenders if (one.guard.encoder if takes_embeddings(one.guard) else one.guard).fingerprint == fingerprint]

@@ -1,7 +1,7 @@
 """A guard as robustness sees it: from images or pixels to decision values, with a count of what was asked.
 
 A decision value is >= 0 exactly when the guard flags, and NaN when it abstains. For a guard with an encoder it is the logit
-less the threshold's logit; for one without it is the score less the threshold. Knows no attack.
+less the threshold's logit; for one that looks at images it is the score less the threshold. Knows no attack.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Differentiable
-from guardkit.schema import Content, Guard
+from guardkit.schema import Content, EmbeddingGuard, Guard, takes_embeddings
 
 
 class Victim:
@@ -39,7 +39,7 @@ class Victim:
         self.guard, self.batch_size = guard, batch_size
         self.n_passes = self.n_queries = 0
         self._store = store
-        if guard.encoder is None:
+        if not takes_embeddings(guard):
             return
         if store is not None and store.encoder.fingerprint != guard.encoder.fingerprint:
             raise ValueError(f"guard {guard.name} needs embeddings of {guard.encoder.name}, the store holds those of {store.encoder.name}")
@@ -49,29 +49,37 @@ class Victim:
     @property
     def has_gradients(self) -> bool:
         """Whether values can be differentiated with respect to pixels: where the guard stands on an encoder that can."""
-        return isinstance(self.guard.encoder, Differentiable)
+        return takes_embeddings(self.guard) and isinstance(self.guard.encoder, Differentiable)
+
+    @property
+    def on_embeddings(self) -> EmbeddingGuard:
+        """The guard, which must be one with an encoder: gradients go no other way."""
+        assert takes_embeddings(self.guard)
+        return self.guard
 
     # --- the way every image takes ------------------------------------------------------------------------------------
 
     def decide(self, contents: Sequence[Content]) -> np.ndarray:
         """(n,) float64 values of images that are kept in the store, such as edited ones."""
-        if self._store is None or self.guard.encoder is None:
+        guard = self.guard
+        if self._store is None or not takes_embeddings(guard):
             parts = range(0, len(contents), self.batch_size)
             return np.concatenate(
                 [np.zeros(0), *(self._judge([content.load() for content in contents[i : i + self.batch_size]]) for i in parts)]
             )
         self.n_queries += len(contents)
         vectors = self._store.embed(contents)
-        if not self.guard.is_normalized:
+        if not guard.is_normalized:
             vectors = vectors * self._store.norms(contents)[:, None]
         return self._values_of_vectors(vectors)
 
     def decide_images(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """(h, w, 3) uint8 RGB images, seen once and not kept -> (n,) float64 values."""
-        if self.guard.encoder is None:
+        guard = self.guard
+        if not takes_embeddings(guard):
             return self._judge(images)
         self.n_queries += len(images)
-        return self._values_of_vectors(self.guard.encoder.encode_images(images, normalize=self.guard.is_normalized))
+        return self._values_of_vectors(guard.encoder.encode_images(images, normalize=guard.is_normalized))
 
     # --- the way gradients take ---------------------------------------------------------------------------------------
 
@@ -86,13 +94,14 @@ class Victim:
 
     def _on_pixels(self, pixels: Tensor, *, prepared: bool) -> Tensor:
         self._count(pixels)
-        embeddings = self.guard.encoder.encode_pixels(pixels, normalize=self.guard.is_normalized, prepared=prepared)
+        guard = self.on_embeddings
+        embeddings = guard.encoder.encode_pixels(pixels, normalize=guard.is_normalized, prepared=prepared)
         # a head may stay on the CPU while its encoder is on a GPU
-        return self._margin(self.guard.logits(embeddings.cpu())).to(pixels.device)
+        return self._margin(guard.logits(embeddings.cpu())).to(pixels.device)
 
     def on_standardised(self, pixels: Tensor) -> Tensor:
         """(n, 3, height, width) as the encoder's `preprocess` gives them -> (n,) values; any real number is a pixel here."""
-        settings = self.guard.encoder.preprocessing
+        settings = self.on_embeddings.encoder.preprocessing
         mean, std = (torch.tensor(settings[key], device=pixels.device).view(1, 3, 1, 1) for key in ("mean", "std"))
         # of the model's own size, so that nothing is resized, clipped or cropped on the way
         return self._on_pixels(pixels * std + mean, prepared=True)
@@ -102,19 +111,22 @@ class Victim:
         """Where the encoder computes; pixels that lie there need not travel."""
         if not self.has_gradients:
             return torch.device("cpu")
-        height, width = self.guard.encoder.preprocessing["size"]
+        encoder = self.on_embeddings.encoder
+        height, width = encoder.preprocessing["size"]
         with torch.no_grad():
-            return self.guard.encoder.encode_pixels(torch.zeros(1, 3, height, width)).device
+            return encoder.encode_pixels(torch.zeros(1, 3, height, width)).device
 
     # --- values -------------------------------------------------------------------------------------------------------
 
     def _judge(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        guard = self.guard
+        assert not takes_embeddings(guard)
         self.n_queries += len(images)
-        return np.array([judgment.score for judgment in self.guard.judge(images)], np.float64) - self.guard.threshold
+        return np.array([judgment.score for judgment in guard.judge(images)], np.float64) - guard.threshold
 
     def _values_of_vectors(self, vectors: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return self._margin(self.guard.logits(torch.from_numpy(vectors))).double().numpy()
+            return self._margin(self.on_embeddings.logits(torch.from_numpy(vectors))).double().numpy()
 
     def _margin(self, logits: Tensor) -> Tensor:
         threshold = self.guard.threshold

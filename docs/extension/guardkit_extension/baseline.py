@@ -1,13 +1,12 @@
-"""A baseline: a classifier that an evaluation measures beside guards. This one looks at images itself.
+"""A baseline: a classifier that an evaluation measures beside guards. This one looks at images itself, as an `ImageGuard`.
 
-One that scores an encoder's embeddings instead takes `encoder` beside `policy`, keeps it as its attribute, and has `logits`.
+An `EmbeddingGuard` takes `encoder` beside `policy`, keeps it as its attribute, and has `is_normalized` and `logits`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import Any
 
 import numpy as np
 
@@ -23,8 +22,6 @@ class RednessGuard:
     """
 
     covers = None  # all categories of the policy
-    encoder = None  # it takes no embeddings
-    is_normalized = True
 
     def __init__(self, policy: Policy, *, threshold: float = 0.5) -> None:  # noqa: ARG002
         if not 0 <= threshold <= 1:
@@ -36,7 +33,3 @@ class RednessGuard:
         """(h, w, 3) uint8 RGB images -> one judgment each; one that cannot be judged has a NaN score and a reason."""
         pixels = (image.astype(float) / 255 for image in images)
         return [Judgment(float(np.clip((one[..., 0] - one[..., 1:].max(axis=2)).max(), 0, 1))) for one in pixels]
-
-    def logits(self, embeddings: Any) -> Any:  # noqa: ARG002
-        """Only of a guard with an encoder."""
-        raise TypeError("redness takes no embeddings; ask it to judge images")
