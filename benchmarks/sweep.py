@@ -35,9 +35,10 @@ from sklearn.linear_model import LogisticRegression
 from guardkit.api.fitting import Recipe
 from guardkit.api.lightning_engine import LBFGS, LightningEngine
 from guardkit.efficiency.cells import Cell, Stock
-from guardkit.efficiency.engine import BatchedEngine, Objective
+from guardkit.efficiency.engine import BatchedEngine
 from guardkit.efficiency.solver import Rows, fit_linear
 from guardkit.heads import LinearHead
+from guardkit.losses import Objective
 from guardkit.runs.hydra import CONF_DIR, default_cache_dir
 from guardkit.runs.objects import build
 from guardkit.runs.sweep import arms_of
@@ -127,7 +128,7 @@ def main(arguments: list[str]) -> None:
     stock = Stock(parts.data, arms_of(cfg), sizes, seeds)
     cells = [Cell(arm.name, "linear", size, seed) for arm in arms_of(cfg) for size in sizes for seed in seeds]
     plain = LinearHead(parts.encoder.dim, len(parts.policy.categories))
-    engine = BatchedEngine(Objective(tuple(strengths), 0.5, 0.0, 1.0), lambda *_: plain, None)
+    engine = BatchedEngine(Objective(pair_weight=0.0), strengths, lambda *_: plain, None)
     fitted_to = [engine.rows(stock.data_of(cell).train, plain) for cell in cells]
     labels = np.array([record.label for record in stock.test.records])
     n_fits = len(cells) * len(strengths)
@@ -167,10 +168,9 @@ def main(arguments: list[str]) -> None:
                 f"{theirs_over:.0e} of it above the engine's, the engine's up to {ours_over:.0e} above"
             )
         if width == parts.encoder.dim and int(settings["lightning"]):
-            goal = Objective((0.1,), 0.5, 0.0, 1.0)
-            recipe = Recipe({"pair_weight": 0.0, "category_weight": 0.0})
+            recipe = Recipe(Objective(pair_weight=0.0, category_weight=0.0))
             shared = {name: cfg.data[name] for name in ("batch_size", "all_views", "test_share", "split_seed")}
-            engine = LightningEngine(parts, arms_of(cfg), {"linear": LinearHead.build}, goal, recipe, LBFGS, shared)
+            engine = LightningEngine(parts, arms_of(cfg), {"linear": LinearHead.build}, (0.1,), recipe, LBFGS, shared)
             sample = [cell for cell in cells if cell.seed == 0 and cell.n_unsafe in (sizes[0], sizes[len(sizes) // 2], sizes[-1])]
             sample = sample[:: max(1, len(sample) // int(settings["lightning"]))]
             started = time.perf_counter()

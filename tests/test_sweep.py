@@ -17,9 +17,10 @@ from conftest import ROOT, strict_json
 from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import Arm, Cell, CellError, Stock
 from guardkit.efficiency.curves import SWEPT, Curve, Scores, Yardstick, compare, samples_to_target
-from guardkit.efficiency.engine import BatchedEngine, FittedCell, Objective, chosen
+from guardkit.efficiency.engine import BatchedEngine, FittedCell, chosen
 from guardkit.efficiency.results import CellStore, CellTable, FinishedCell, opened, run_cells
 from guardkit.heads import LinearHead
+from guardkit.losses import Objective
 from guardkit.metrics.draws import GroupDraws
 from guardkit.runs.hydra import user_error
 from guardkit.schema import InputError, Record
@@ -89,8 +90,7 @@ class World:
 
 
 def engine(strengths=(0.01, 0.1, 1.0), **settings):
-    objective = Objective(strengths, prevalence=0.5, pair_weight=1.0, pair_margin=1.0)
-    return BatchedEngine(objective, lambda name, seed: LinearHead(DIM, 2), None, **settings)
+    return BatchedEngine(Objective(), strengths, lambda name, seed: LinearHead(DIM, 2), None, **settings)
 
 
 def fitted(world, folder, sizes=(4, 8, 16), seeds=range(6), arms=ARMS):

@@ -16,7 +16,7 @@ from guardkit.api.parts import HeadFactory, Parts, new_head
 from guardkit.data.arms import Arm
 from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import Cell, CellData, CellError
-from guardkit.efficiency.engine import FittedCell, Objective, chosen
+from guardkit.efficiency.engine import FittedCell, chosen
 from guardkit.heads import LinearHead
 from guardkit.module import Diverged
 
@@ -33,7 +33,7 @@ class LightningEngine:
         parts: of the sweep.
         arms: of the sweep.
         heads: what makes them, by name.
-        objective: of every head.
+        strengths: of the regularisation, to choose from.
         recipe: of heads that are not linear.
         linear_optimizer: of linear ones.
         data: settings of `GuardDataModule` that all cells share.
@@ -46,13 +46,13 @@ class LightningEngine:
         parts: Parts,
         arms: Sequence[Arm],
         heads: Mapping[str, HeadFactory],
-        objective: Objective,
+        strengths: Sequence[float],
         recipe: Recipe,
         linear_optimizer: OptimizerFactory,
         data: Mapping[str, Any],
     ) -> None:
         self._parts, self._arms, self._heads = parts, {arm.name: arm for arm in arms}, heads
-        self._objective, self._data = objective, data
+        self._strengths, self._data = strengths, data
         self._recipe = recipe
         once = {"max_epochs": 1, "check_val_every_n_epoch": 1}
         self._linear = replace(recipe, optimizer=linear_optimizer, trainer={**recipe.trainer, **once})
@@ -72,7 +72,7 @@ class LightningEngine:
         parts = self._parts.rebuilt(self._arms[cell.arm], n_unsafe=cell.n_unsafe, seed=cell.seed, **self._data)
         guards, losses, objectives = [], [], []
         try:
-            for l2 in self._objective.strengths:
+            for l2 in self._strengths:
                 head = new_head(self._heads[cell.head], parts, cell.seed)
                 recipe = self._linear if type(head) is LinearHead else self._recipe
                 fitted = replace(recipe, objective=replace(recipe.objective, l2=l2)).fit(head, parts)
@@ -83,7 +83,7 @@ class LightningEngine:
             validation = parts.data.validation_batch()
         finally:
             parts.data.close()
-        best = chosen(np.array(losses), self._objective.strengths)
+        best = chosen(np.array(losses), self._strengths)
         head = guards[best].head
         with torch.inference_mode():
             logits, twins, on_validation = (

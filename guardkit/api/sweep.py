@@ -23,7 +23,7 @@ from guardkit.data.sources.base import Source
 from guardkit.editors.base import Editor
 from guardkit.efficiency.cells import Stock, chosen_sizes
 from guardkit.efficiency.curves import SWEPT
-from guardkit.efficiency.engine import BatchedEngine, Engine, Objective
+from guardkit.efficiency.engine import BatchedEngine, Engine
 from guardkit.efficiency.plan import Plan, in_sentences
 from guardkit.efficiency.report import write_report
 from guardkit.efficiency.results import opened, run_cells
@@ -32,7 +32,7 @@ from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.folders import refuse_others
 from guardkit.heads import Head
-from guardkit.losses import Objective as Loss
+from guardkit.losses import Objective
 from guardkit.module import DEFAULT_THRESHOLD, quiet_lightning
 from guardkit.policy import Policy
 from guardkit.schema import InputError
@@ -141,12 +141,13 @@ def sweep(
         seed=seed,
     )
     check_choice("sweep.engine", engine, ENGINES)
-    without = Loss.of({**(loss or {}), "category_weight": 0.0, "l2": 0.0})
-    recipe = Recipe(without, optimizer, trainer or {}, early_stopping_patience)
+    # the strengths are in place of loss.l2
+    objective = Objective.of({**(loss or {}), "category_weight": 0.0, "l2": 0.0})
+    recipe = Recipe(objective, optimizer, trainer or {}, early_stopping_patience)
     recipe.check()
     check_optimizer(linear_optimizer, "linear_optimizer")
     check_threshold(threshold)
-    objective = _objective(strengths, recipe.objective)
+    pulls = _strengths(strengths)
     computes_on = _device(device)
     folder = Path(output_dir).expanduser()
     cache = None if cache_dir is None else Path(cache_dir).expanduser()
@@ -176,11 +177,11 @@ def sweep(
                 "verifier": pipeline.verifier.config,
                 "edit_max_tries": edit_max_tries,
                 "data": data,
-                "loss": asdict(recipe.objective),
+                "loss": asdict(objective),
                 "optimizer": named(optimizer),
                 "trainer": {name: str(value) for name, value in recipe.trainer.items()},
                 "early_stopping_patience": early_stopping_patience,
-                "strengths": list(objective.strengths),
+                "strengths": list(pulls),
                 "engine": engine,
                 "guardkit": __version__,
                 **({"linear_optimizer": named(linear_optimizer)} if engine == "lightning" else {}),
@@ -193,11 +194,11 @@ def sweep(
         }
         runs: Engine
         if engine == "lightning":
-            runs = LightningEngine(parts, wanted, made, objective, recipe, linear_optimizer, data)
+            runs = LightningEngine(parts, wanted, made, pulls, recipe, linear_optimizer, data)
         else:
             limits = {**TRAINER, **recipe.trainer}
             schedule = Schedule(optimizer, limits["max_epochs"], limits["check_val_every_n_epoch"], early_stopping_patience)
-            runs = BatchedEngine(objective, lambda name, cell: new_head(made[name], parts, cell), schedule, device=computes_on)
+            runs = BatchedEngine(objective, pulls, lambda name, cell: new_head(made[name], parts, cell), schedule, device=computes_on)
         with opened(folder, settings) as cells_on_disk:
             stock = Stock(parts.data, wanted, plan.sizes, plan.seeds)
             plan.check(stock.test)
@@ -211,10 +212,10 @@ def sweep(
             fitted = time.perf_counter()
             about = {
                 "name": runs.name,
-                "fits_now": (len(cells) - len(failed) - n_found) * len(objective.strengths),
+                "fits_now": (len(cells) - len(failed) - n_found) * len(pulls),
                 "seconds_now": {"embeddings and edits": prepared - started, "fitting": fitted - prepared},
             }
-            summary, table = write_report(folder, plan, cells_on_disk, failed, stock, objective.strengths, about, parts.unlabelled.notes)
+            summary, table = write_report(folder, plan, cells_on_disk, failed, stock, pulls, about, parts.unlabelled.notes)
             with quiet_lightning(), opened_logger(logger) as told:
                 if told:
                     _log_results(told, folder, summary)
@@ -306,17 +307,12 @@ def _default_targets(sizes: Sequence[int]) -> list[int]:
     return sorted({size for few in found for size in few}) or list(above_first[-1:])
 
 
-def _objective(strengths: Sequence[float], loss: Loss) -> Objective:
+def _strengths(strengths: Sequence[float]) -> tuple[float, ...]:
     if not is_list(strengths):
         raise InputError(f"sweep.strengths must be a list, as in sweep.strengths=[{strengths}], got {strengths!r}")
     if not strengths or not all(map(is_number, strengths)) or min(strengths) <= 0 or len(set(strengths)) < len(strengths):
         raise InputError(f"sweep.strengths must be different numbers above 0, got {list(strengths)}")
-    return Objective(
-        tuple(map(float, strengths)),
-        loss.prevalence,
-        loss.pair_weight,
-        loss.pair_margin,
-    )
+    return tuple(map(float, strengths))
 
 
 def _device(name: str) -> str:

@@ -21,24 +21,7 @@ from guardkit.efficiency.cells import Cell, CellData, CellError
 from guardkit.efficiency.solver import Rows, decision_rows, fit_linear
 from guardkit.efficiency.stacked import Schedule, StackedHeads
 from guardkit.heads import Head, LinearHead
-from guardkit.losses import decision_loss, pair_loss
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What heads are fitted to; see `guardkit.module.GuardModule`.
-
-    Attributes:
-        strengths: of the regularisation, l2 above 0, to choose from.
-        prevalence: share of unsafe images to train for, in (0, 1).
-        pair_weight: of the pair loss beside cross-entropy.
-        pair_margin: between twins, in logits.
-    """
-
-    strengths: tuple[float, ...]
-    prevalence: float
-    pair_weight: float
-    pair_margin: float
+from guardkit.losses import Objective
 
 
 @dataclass(frozen=True)
@@ -81,7 +64,8 @@ class BatchedEngine:
     """Fits cells side by side, on a CPU or a GPU, in bounded memory.
 
     Args:
-        objective: of every head.
+        objective: of every head; its category loss and its l2 are left out.
+        strengths: of the regularisation, l2 above 0, to choose from.
         make_head: a new head by its name and a cell's seed.
         schedule: how heads that are not linear are trained.
         device: where to compute.
@@ -93,13 +77,16 @@ class BatchedEngine:
     def __init__(
         self,
         objective: Objective,
+        strengths: Sequence[float],
         make_head: Callable[[str, int], Head],
         schedule: Schedule,
         *,
         device: str = "cpu",
         tolerance: float = 1e-6,
     ) -> None:
-        self._objective, self._make_head, self._schedule = objective, make_head, schedule
+        # categories have outputs of their own: those of a linear head do not touch its decision
+        self._objective, self._strengths = replace(objective, category_weight=0.0, l2=0.0), tuple(strengths)
+        self._make_head, self._schedule = make_head, schedule
         self._device, self._tolerance = device, tolerance
 
     def fit(self, cells: Sequence[tuple[Cell, CellData]], test: TestSet) -> list[FittedCell | CellError]:
@@ -119,7 +106,7 @@ class BatchedEngine:
     def _fit_linear(self, head: LinearHead, data: Sequence[CellData], test: TestSet) -> list[FittedCell | CellError]:
         start = head.linear.weight[0].detach().double().numpy()
         problems = [self.rows(one.train, head) for one in data]
-        solved = fit_linear(problems, np.array(self._objective.strengths), start=start, device=self._device, tolerance=self._tolerance)
+        solved = fit_linear(problems, np.array(self._strengths), start=start, device=self._device, tolerance=self._tolerance)
         # of the embeddings themselves: features are a linear map of them
         weights = solved.weights @ head.features(torch.eye(len(start), dtype=torch.double)).numpy().T
         bias = solved.bias
@@ -128,7 +115,7 @@ class BatchedEngine:
             np.array([self.loss(torch.from_numpy(logits[:, j].copy()), one.validation) for j in range(logits.shape[1])])
             for logits, one in zip(on_validation, data, strict=True)
         ]
-        best = [chosen(mine, self._objective.strengths) for mine in losses]
+        best = [chosen(mine, self._strengths) for mine in losses]
         rows = np.arange(len(data))
         # in single precision, as the embeddings are: what is kept of a cell is mostly this
         on_test, on_twins = (
@@ -152,15 +139,12 @@ class BatchedEngine:
         ]
 
     def _fit_stacked(self, heads: Sequence[Head], data: Sequence[CellData], test: TestSet) -> list[FittedCell | CellError]:
-        goal = self._objective
-        stacked = StackedHeads(
-            self._schedule, prevalence=goal.prevalence, pair_weight=goal.pair_weight, pair_margin=goal.pair_margin, device=self._device
-        )
-        n = len(goal.strengths)
+        stacked = StackedHeads(self._schedule, self._objective, device=self._device)
+        n = len(self._strengths)
         trained = stacked.train(
             [head for head in heads for _ in range(n)],
             [cell for cell in data for _ in range(n)],
-            list(goal.strengths) * len(data),
+            list(self._strengths) * len(data),
             [test.embeddings, test.twins],
         )
         fitted: list[FittedCell | CellError] = []
@@ -171,7 +155,7 @@ class BatchedEngine:
                 fitted.append(CellError(reason))
                 continue
             losses = np.array([one.validation_loss for one in mine])
-            best = chosen(losses, goal.strengths)
+            best = chosen(losses, self._strengths)
             logits, twins = mine[best].test_logits
             fitted.append(
                 FittedCell(
@@ -205,12 +189,8 @@ class BatchedEngine:
         )
 
     def loss(self, logits: torch.Tensor, batch: Batch) -> float:
-        """The loss that chooses the strength: that of `GuardModule` on the decision."""
-        total = decision_loss(logits, batch["labels"].to(logits), self._objective.prevalence)
-        if self._objective.pair_weight:
-            pairs = pair_loss(logits[batch["unsafe_rows"]], logits[batch["twin_rows"]], self._objective.pair_margin)
-            total = total + self._objective.pair_weight * pairs
-        return float(total)
+        """The loss that chooses the strength: that of `GuardModule` on the decision, of (n,) logits."""
+        return float(self._objective.loss(logits[:, None], {**batch, "labels": batch["labels"].to(logits)}))
 
 
 def chosen(losses: np.ndarray, strengths: Sequence[float]) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from torch.nn import functional
 from guardkit.data.arms import Batch
 from guardkit.efficiency.cells import CellData
 from guardkit.heads import Head
+from guardkit.losses import Objective
 from guardkit.module import divergence
 
 _CHUNK_BYTES = 384 << 20
@@ -51,7 +51,7 @@ class Schedule:
 class _Problems:
     """Batches of several models, padded to one shape; padding has no weight."""
 
-    def __init__(self, batches: Sequence[Batch], prevalence: float, pair_weight: float, pair_margin: float, device: str) -> None:
+    def __init__(self, batches: Sequence[Batch], objective: Objective, device: str) -> None:
         n = max(len(one["labels"]) for one in batches)
         p = max(1, max(len(one["unsafe_rows"]) for one in batches))
         d = batches[0]["embeddings"].shape[1]
@@ -59,15 +59,15 @@ class _Problems:
         self.labels, self.shares = torch.zeros(len(batches), n, device=device), torch.zeros(len(batches), n, device=device)
         self.pairs = torch.zeros(len(batches), p, 2, dtype=torch.long, device=device)
         self.pair_shares = torch.zeros(len(batches), p, device=device)
-        self.margin = pair_margin
+        self.margin = objective.pair_margin
         for i, one in enumerate(batches):
             labels, pairs = one["labels"], torch.stack([one["unsafe_rows"], one["twin_rows"]], dim=1)
             unsafe = labels == 1
             self.embeddings[i, : len(labels)], self.labels[i, : len(labels)] = one["embeddings"], labels
-            each = prevalence / unsafe.sum().clamp(min=1), (1 - prevalence) / (~unsafe).sum().clamp(min=1)
+            each = objective.prevalence / unsafe.sum().clamp(min=1), (1 - objective.prevalence) / (~unsafe).sum().clamp(min=1)
             self.shares[i, : len(labels)] = torch.where(unsafe, *each)
             self.pairs[i, : len(pairs)] = pairs
-            self.pair_shares[i, : len(pairs)] = pair_weight / max(1, len(pairs))
+            self.pair_shares[i, : len(pairs)] = objective.pair_weight / max(1, len(pairs))
 
     def losses(self, logits: Tensor) -> Tensor:
         """(m, n) decision logits -> (m,) losses."""
@@ -100,13 +100,12 @@ class StackedHeads:
 
     Args:
         schedule: optimizer, epochs, validations.
-        prevalence, pair_weight, pair_margin: as `guardkit.module.GuardModule` has them.
+        objective: of every head; its category loss is left out, and each head has an l2 of its own.
         device: where to compute.
     """
 
-    def __init__(self, schedule: Schedule, *, prevalence: float, pair_weight: float, pair_margin: float, device: str) -> None:
-        self._schedule, self._device = schedule, device
-        self._loss: dict[str, Any] = {"prevalence": prevalence, "pair_weight": pair_weight, "pair_margin": pair_margin, "device": device}
+    def __init__(self, schedule: Schedule, objective: Objective, *, device: str) -> None:
+        self._schedule, self._objective, self._device = schedule, objective, device
 
     def train(
         self, heads: Sequence[Head], data: Sequence[CellData], strengths: Sequence[float], test: Sequence[np.ndarray]
@@ -146,8 +145,8 @@ class StackedHeads:
             return functional_call(base, {**values, **shared}, (embeddings,))[:, 0]
 
         forward = vmap(one, randomness="different")
-        train = _Problems([cell.train for cell in data], **self._loss)
-        validation = _Problems([cell.validation for cell in data], **self._loss)
+        train = _Problems([cell.train for cell in data], self._objective, self._device)
+        validation = _Problems([cell.validation for cell in data], self._objective, self._device)
 
         def objective() -> Tensor:
             losses = train.losses(forward(state, train.embeddings))
