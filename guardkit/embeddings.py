@@ -207,18 +207,16 @@ class EmbeddingStore:
     def _store(self) -> KeyValueStore:
         # opened at first use: an encoder's fingerprint may cost a hash over its weights
         if self._opened is None:
-            self._opened = KeyValueStore(None, {}) if self._cache_dir is None else self._on_disk(Path(self._cache_dir))
+            encoder = self.encoder
+            about = {
+                "encoder": encoder.fingerprint,
+                "preprocessing": encoder.preprocessing,
+                "dtype": "float32",
+                "batch_size": encoder.batch_size,
+            }
+            # another batch size may round differently, so it has a file of its own
+            self._opened = KeyValueStore(self._cache_dir, f"embeddings/{encoder.fingerprint[:16]}_{encoder.batch_size}.sqlite", about)
         return self._opened
-
-    def _on_disk(self, cache_dir: Path) -> KeyValueStore:
-        about = {
-            "encoder": self.encoder.fingerprint,
-            "preprocessing": self.encoder.preprocessing,
-            "dtype": "float32",
-            "batch_size": self.encoder.batch_size,
-        }
-        # another batch size may round differently, so it has a file of its own
-        return KeyValueStore(cache_dir / "embeddings" / f"{self.encoder.fingerprint[:16]}_{self.encoder.batch_size}.sqlite", about)
 
 
 def _are_unit(vectors: np.ndarray) -> bool:

@@ -47,7 +47,8 @@ class KeyValueStore:
     A file that may only be read is used as it is; what it lacks is kept in memory, and a warning says so once.
 
     Args:
-        path: of the SQLite file, whose folder is made; None keeps everything in memory.
+        folder: where the file is; it is made. None keeps everything in memory.
+        name: of the SQLite file below it.
         about: what the stored bytes depend on besides their key. It is kept in the file in readable form, and a
             file that was made with other inputs is refused.
         place: the setting that says where such files are, for messages.
@@ -58,8 +59,8 @@ class KeyValueStore:
         InputError: the file is damaged, was made with other inputs, or is held by another process.
     """
 
-    def __init__(self, path: Path | None, about: Mapping[str, Any], *, place: str = "cache_dir (or GUARDKIT_CACHE)") -> None:
-        self.path, self._place = None if path is None else Path(path), place
+    def __init__(self, folder: Path | None, name: str, about: Mapping[str, Any], *, place: str = "cache_dir (or GUARDKIT_CACHE)") -> None:
+        self.path, self._place = None if folder is None else Path(folder) / name, place
         self._about = json.dumps(about, sort_keys=True)
         self._seed = hashlib.sha256(_measured(self._about.encode()))
         self._memory: dict[str, bytes] = {}

@@ -62,7 +62,7 @@ def resign(path: Path, key: str, value: bytes) -> None:
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("DELETE FROM entries WHERE key = ?", (key,))
         (about,) = connection.execute("SELECT inputs FROM purpose").fetchone()
-    KeyValueStore(path, json.loads(about)).put({key: value})
+    KeyValueStore(path.parent, path.name, json.loads(about)).put({key: value})
 
 
 def stored(path: Path) -> dict[str, bytes]:

@@ -21,6 +21,10 @@ from guardkit.stores import KeyValueStore
 ABOUT = {"encoder": "a"}
 
 
+def opened(path: Path, about: dict[str, str] = ABOUT) -> KeyValueStore:
+    return KeyValueStore(path.parent, path.name, about)
+
+
 def number(value: bytes) -> int:
     return int(value)
 
@@ -34,7 +38,7 @@ def change(path: Path, *statements: str) -> None:
 @pytest.fixture
 def filled(tmp_path):
     path = tmp_path / "s.sqlite"
-    KeyValueStore(path, ABOUT).put({"a": b"1", "b": b"2", "c": b"3"})
+    opened(path).put({"a": b"1", "b": b"2", "c": b"3"})
     return path
 
 
@@ -42,7 +46,7 @@ def filled(tmp_path):
 
 
 def test_a_value_once_stored_stays(filled):
-    store = KeyValueStore(filled, ABOUT)
+    store = opened(filled)
     store.put({"a": b"4", "d": b"5"})
     assert store.get(["a", "b", "e"], number) == {"a": 1, "b": 2}
     assert store.known(["d", "e"], number) == {"d"}
@@ -62,7 +66,7 @@ def test_a_value_once_stored_stays(filled):
 )
 def test_a_changed_value_is_found_and_made_anew(filled, caplog, tampering):
     change(filled, tampering)
-    store = KeyValueStore(filled, ABOUT)
+    store = opened(filled)
     with caplog.at_level(logging.WARNING):
         assert store.get(["a", "b"], number) == {"b": 2}
     assert store.n_damaged == 1
@@ -70,21 +74,21 @@ def test_a_changed_value_is_found_and_made_anew(filled, caplog, tampering):
         f"1 stored value(s) of {filled} did not pass their check; they are made anew"
     ]
     store.put({"a": b"1"})
-    again = KeyValueStore(filled, ABOUT)
+    again = opened(filled)
     assert again.get(["a", "b"], number) == {"a": 1, "b": 2}
     assert again.n_damaged == 0
 
 
 def test_a_value_from_a_store_with_another_purpose_is_found(filled, tmp_path):
     other = tmp_path / "other.sqlite"
-    KeyValueStore(other, {"encoder": "b"}).put({"a": b"9"})
+    opened(other, {"encoder": "b"}).put({"a": b"9"})
     change(filled, f"ATTACH '{other}' AS other", "REPLACE INTO entries SELECT * FROM other.entries")
-    store = KeyValueStore(filled, ABOUT)
+    store = opened(filled)
     assert store.known(["a", "b"], number) == {"b"}
 
 
 def test_a_value_that_does_not_parse_counts_as_damaged(tmp_path):
-    store = KeyValueStore(tmp_path / "s.sqlite", ABOUT)
+    store = opened(tmp_path / "s.sqlite")
     store.put({"a": b"1", "b": b"one"})
     with store:
         assert store.get(["a", "b"], number) == {"a": 1}
@@ -96,13 +100,13 @@ def test_a_value_that_does_not_parse_counts_as_damaged(tmp_path):
 
 @pytest.mark.parametrize("name", ["a?b#c%20 ü", "x\ny", os.fsdecode(b"\xff\xfe"), "mode=ro&immutable=1", "'"], ids=ascii)
 def test_any_path_works(tmp_path, name):
-    KeyValueStore(tmp_path / name / "s.sqlite", ABOUT).put({"a": b"1"})
-    assert KeyValueStore(tmp_path / name / "s.sqlite", ABOUT).get(["a"], number) == {"a": 1}
+    opened(tmp_path / name / "s.sqlite").put({"a": b"1"})
+    assert opened(tmp_path / name / "s.sqlite").get(["a"], number) == {"a": 1}
     assert [path.name for path in (tmp_path / name).iterdir()] == ["s.sqlite"]
 
 
 def test_in_memory_it_is_the_same(tmp_path):
-    store = KeyValueStore(None, ABOUT)
+    store = KeyValueStore(None, "s.sqlite", ABOUT)
     store.put({"a": b"1", "b": b"2"})
     store.put({"a": b"3"})
     assert store.get(["a", "c"], number) == {"a": 1}
@@ -120,10 +124,10 @@ def test_what_an_earlier_version_stored_is_made_anew(tmp_path):
         'INSERT INTO about VALUES (1, \'{"encoder": "a"}\')',
         "INSERT INTO items VALUES ('a', CAST('1' AS BLOB))",
     )
-    store = KeyValueStore(path, ABOUT)
+    store = opened(path)
     assert store.get(["a"], number) == {}
     store.put({"a": b"2"})
-    assert KeyValueStore(path, ABOUT).get(["a"], number) == {"a": 2}
+    assert opened(path).get(["a"], number) == {"a": 2}
 
 
 # --- three things that may be wrong with a file, and what to do ---------------------------------------------------------
@@ -132,24 +136,24 @@ def test_what_an_earlier_version_stored_is_made_anew(tmp_path):
 def test_a_damaged_file_may_be_deleted(tmp_path, filled):
     (tmp_path / "edits.sqlite").write_bytes(b"this is no database, but long enough to be taken for one" * 20)
     with pytest.raises(InputError, match=r"edits.sqlite is damaged \(file is not a database\); delete it, it will be made anew"):
-        KeyValueStore(tmp_path / "edits.sqlite", ABOUT)
+        opened(tmp_path / "edits.sqlite")
     data = bytearray(filled.read_bytes())
     data[4096:] = b"\xff" * (len(data) - 4096)
     filled.write_bytes(data)
     with pytest.raises(InputError, match=r"is damaged \(.*\); delete it"):
-        KeyValueStore(filled, ABOUT).get(["a"], number)
+        opened(filled).get(["a"], number)
 
 
 def test_a_file_with_another_purpose_is_sound(filled):
     with pytest.raises(InputError, match=r'holds results for \{"encoder": "a"\}, not for \{"encoder": "b"\}; choose another cache_dir'):
-        KeyValueStore(filled, {"encoder": "b"})
+        opened(filled, {"encoder": "b"})
 
 
 def test_a_file_that_another_process_holds(filled, monkeypatch):
     monkeypatch.setattr(stores, "BUSY_TIMEOUT_S", 0.05)
     with closing(sqlite3.connect(filled, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        store = KeyValueStore(filled, ABOUT)
+        store = opened(filled)
         with pytest.raises(InputError, match=r"is held by another process \(database is locked\); wait .*choose another cache_dir"):
             store.put({"d": b"4"})
         other.execute("ROLLBACK")
@@ -158,7 +162,7 @@ def test_a_file_that_another_process_holds(filled, monkeypatch):
 
 
 def test_a_full_disk_is_named_and_what_was_stored_is_safe(filled):
-    store = KeyValueStore(filled, ABOUT)
+    store = opened(filled)
     with store:
         (pages,) = store._connection.execute("PRAGMA page_count").fetchone()
         store._connection.execute(f"PRAGMA max_page_count={pages}")
@@ -172,11 +176,11 @@ def test_a_full_disk_is_named_and_what_was_stored_is_safe(filled):
 def test_a_cache_that_may_only_be_read_is_read(shared, caplog):
     folder, become_a_guest = shared
     path = folder / "cache" / "s.sqlite"
-    KeyValueStore(path, ABOUT).put({"a": b"1"})
+    opened(path).put({"a": b"1"})
     before = path.read_bytes()
     become_a_guest()
     with caplog.at_level(logging.WARNING):
-        store = KeyValueStore(path, ABOUT)
+        store = opened(path)
         assert store.get(["a", "b"], number) == {"a": 1}
         store.put({"b": b"2"})
         assert store.get(["a", "b"], number) == {"a": 1, "b": 2}
@@ -190,7 +194,7 @@ def test_a_cache_that_may_only_be_read_is_read(shared, caplog):
 def test_where_nothing_can_be_written_everything_is_kept_in_memory(shared, caplog):
     folder, become_a_guest = shared
     become_a_guest()
-    store = KeyValueStore(folder / "cache" / "s.sqlite", ABOUT)
+    store = opened(folder / "cache" / "s.sqlite")
     store.put({"a": b"1"})
     assert store.get(["a"], number) == {"a": 1}
     assert caplog.text.count("cannot be written") == 1
@@ -199,13 +203,13 @@ def test_where_nothing_can_be_written_everything_is_kept_in_memory(shared, caplo
 def test_a_file_alone_may_be_read_only(shared, caplog):
     folder, become_a_guest = shared
     path = folder / "s.sqlite"
-    KeyValueStore(path, ABOUT).put({"a": b"1"})
+    opened(path).put({"a": b"1"})
     become_a_guest()
     os.seteuid(os.getuid())
     folder.chmod(0o777)
     if os.geteuid() == 0:
         os.seteuid(65534)
-    store = KeyValueStore(path, ABOUT)
+    store = opened(path)
     store.put({"b": b"2"})
     assert store.get(["a", "b"], number) == {"a": 1, "b": 2}
     assert caplog.text.count("cannot be written") == 1
@@ -214,7 +218,7 @@ def test_a_file_alone_may_be_read_only(shared, caplog):
 def test_a_cache_below_a_file_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file cannot be made .*choose another cache_dir"):
-        KeyValueStore(tmp_path / "file" / "s.sqlite", ABOUT)
+        opened(tmp_path / "file" / "s.sqlite")
 
 
 # --- nothing is left open -----------------------------------------------------------------------------------------------
@@ -225,7 +229,7 @@ def interrupted(value: bytes) -> int:
 
 
 def test_no_connection_outlives_its_work_whoever_opened_it(filled, recwarn):
-    store = KeyValueStore(filled, ABOUT)
+    store = opened(filled)
     ready, go_on = threading.Event(), threading.Event()
 
     def work():
@@ -254,7 +258,7 @@ def in_a_child(store, results):
 
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 def test_a_forked_process_opens_its_own(filled):
-    store = KeyValueStore(filled, ABOUT)
+    store = opened(filled)
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     with store:

@@ -77,7 +77,7 @@ class TryStore:
     """
 
     def __init__(self, cache_dir: Path | None) -> None:
-        self._store = KeyValueStore(None if cache_dir is None else Path(cache_dir) / "edits.sqlite", {"format": 2})
+        self._store = KeyValueStore(cache_dir, "edits.sqlite", {"format": 2})
 
     def __enter__(self) -> TryStore:
         self._store.__enter__()

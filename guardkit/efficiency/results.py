@@ -64,7 +64,7 @@ class CellStore:
 
     def __init__(self, folder: Path) -> None:
         self._settings = _read_settings(folder)
-        self._store = KeyValueStore(folder / CELLS, {"format": 2}, place="output_dir")
+        self._store = KeyValueStore(folder, CELLS, {"format": 2}, place="output_dir")
 
     def __enter__(self) -> CellStore:
         self._store.__enter__()

@@ -34,8 +34,7 @@ class JudgmentStore:
     def __init__(self, guard: ImageGuard, cache_dir: Path | None) -> None:
         self.guard = guard
         self.n_asked = self.n_found = 0
-        path = None if cache_dir is None else Path(cache_dir) / "judgments" / f"{guard.fingerprint[:16]}.sqlite"
-        self._store = KeyValueStore(path, {"guard": guard.fingerprint})
+        self._store = KeyValueStore(cache_dir, f"judgments/{guard.fingerprint[:16]}.sqlite", {"guard": guard.fingerprint})
 
     @property
     def n_damaged(self) -> int:

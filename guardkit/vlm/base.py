@@ -115,7 +115,7 @@ class StoredVLM:
 
     def __init__(self, vlm: VLM, cache_dir: Path | None) -> None:
         self.vlm, self.name = vlm, vlm.name
-        self._store = KeyValueStore(None if cache_dir is None else Path(cache_dir) / "answers.sqlite", {"format": 1})
+        self._store = KeyValueStore(cache_dir, "answers.sqlite", {"format": 1})
 
     @property
     def config(self) -> dict[str, Any]:
