@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from guardkit.efficiency.solver import NumpyProducts, TorchProducts, decision_rows, fit_linear
-from guardkit.losses import decision_loss, pair_loss
+from guardkit.efficiency.solver import NumpyProducts, TorchProducts, decision_rows, fit_linear, logistic
+from guardkit.losses import Objective, decision_loss, pair_loss
 
 
 def problem(n=40, d=16, seed=0, pairs=True):
@@ -28,6 +28,33 @@ def test_agrees_with_scikit_learn():
         reference = LogisticRegression(C=1 / l2, tol=1e-10, max_iter=10_000).fit(embeddings, labels, sample_weight=rows.shares)
         np.testing.assert_allclose(solved.weights[0, i], reference.coef_[0], atol=2e-5)
         np.testing.assert_allclose(solved.bias[0, i], reference.intercept_[0], atol=2e-5)
+
+
+def test_the_solvers_terms_are_those_of_training():
+    """Value, gradient and curvature with respect to the decision logits: written by hand there, by autograd here."""
+    n = 12
+    labels, pairs = np.repeat([1, 0], n // 2), np.array([[0, 6], [1, 7], [1, 8]])
+    goal = Objective(prevalence=0.3, pair_weight=0.7, pair_margin=1.5, category_weight=0.0)
+    logits = np.random.default_rng(0).normal(size=n) * 3
+    batch = {
+        "labels": torch.from_numpy(labels).double(),
+        "unsafe_rows": torch.from_numpy(pairs[:, 0]),
+        "twin_rows": torch.from_numpy(pairs[:, 1]),
+    }
+    # the weights of a head on unit vectors are the logits themselves
+    settings = {"prevalence": goal.prevalence, "pair_weight": goal.pair_weight, "pair_margin": goal.pair_margin}
+    rows = decision_rows(np.eye(n), labels, pairs, **settings)
+    losses, slopes = logistic(rows.margins - rows.vectors @ logits)
+
+    def loss(values):
+        return goal.loss(values[:, None], batch)
+
+    values = torch.from_numpy(logits).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(values), values)
+    curvature = torch.autograd.functional.hessian(loss, values)
+    assert rows.shares @ losses == pytest.approx(float(loss(values).detach()), rel=1e-12)
+    np.testing.assert_allclose(-(rows.shares * slopes) @ rows.vectors, gradient.numpy(), atol=1e-14)
+    np.testing.assert_allclose((rows.vectors.T * (rows.shares * slopes * (1 - slopes))) @ rows.vectors, curvature.numpy(), atol=1e-14)
 
 
 @pytest.mark.parametrize(("n", "d"), [(40, 16), (4, 64)])

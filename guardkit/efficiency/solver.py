@@ -174,6 +174,12 @@ def decision_rows(
     return Rows(vectors, bias, margins, shares)
 
 
+def logistic(lack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """softplus(lack), and its slope s, the sigmoid; its curvature is s (1 - s)."""
+    small = np.exp(-np.abs(lack))
+    return np.log1p(small) + np.maximum(lack, 0), np.where(lack > 0, 1, small) / (1 + small)
+
+
 def fit_linear(
     problems: Sequence[Rows], l2: np.ndarray, *, start: np.ndarray | None = None, device: str = "cpu", tolerance: float = 1e-16
 ) -> Solution:
@@ -292,10 +298,7 @@ class _Search:
 
     def _value(self, ridge: np.ndarray, theta: np.ndarray, pull: np.ndarray) -> tuple[float, np.ndarray]:
         """J, and the (m,) sigmoids of m_i - pull_i, which are the slopes of the rows' losses."""
-        lack = self._margins - pull
-        small = np.exp(-np.abs(lack))
-        losses = np.log1p(small) + np.maximum(lack, 0)
-        sigmoid = np.where(lack > 0, 1, small) / (1 + small)
+        losses, sigmoid = logistic(self._margins - pull)
         return float(self._shares @ losses + 0.5 * (ridge * theta) @ theta), sigmoid
 
     def _gradient(self, ridge: np.ndarray, sigmoid: np.ndarray) -> np.ndarray:
