@@ -20,6 +20,7 @@ from guardkit.encoders.lookup import ENCODER_KINDS
 from guardkit.guard_config import check_config
 from guardkit.guard_parts import check_logits, filled, head_class, outlines, reason_of, tensors
 from guardkit.heads import HEAD_KINDS, Head
+from guardkit.hub import hub_folder, is_hub_id
 from guardkit.kinds import require_trust
 from guardkit.policy import Policy
 from guardkit.schema import InputError
@@ -93,15 +94,13 @@ def _locate(folder: str | Path) -> Path:
         if not (path / "guard" / CONFIG).exists():
             raise InputError(f"{name} holds no guard (no {CONFIG}, nor guard/{CONFIG}); give the folder `guard/` that training wrote")
         return path / "guard"  # the folder of a training run holds its guard
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(name, allow_patterns=sorted(FILES - {CARD})))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{name!r} is neither a folder here nor a guard on the Hub that can be reached ({reason})") from error
+    if is_hub_id(name):
+        return hub_folder(
+            name,
+            sorted(FILES - {CARD}),
+            refusal=f"{name!r} is neither a folder here nor a guard on the Hub that can be reached",
+            remedy="without a network give its folder",
+        )
     raise InputError(f"guard folder {name!r} does not exist; give the folder `guard/` that training wrote, or a Hub id like org/name")
 
 

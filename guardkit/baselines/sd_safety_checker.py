@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from guardkit.artifacts import fingerprint, weights_variant
 from guardkit.baselines.base import HeadGuard, covered, hash_weights
-from guardkit.baselines.weights import hub_folder
+from guardkit.baselines.weights import weights_folder
 from guardkit.checks import check_number
 from guardkit.encoders.base import encode_in_batches, prepare_pixels
 from guardkit.policy import Policy
@@ -91,7 +91,7 @@ class SafetyCheckerEncoder:
         self._weights, self.batch_size = weights, batch_size
         self.name = f"Stable Diffusion safety checker ({Path(weights).name if Path(weights).exists() else weights})"
         root = Path(weights).expanduser()
-        root = root if root.is_dir() else hub_folder("sd_filter", weights, _PATTERNS)
+        root = root if root.is_dir() else weights_folder("sd_filter", weights, _PATTERNS)
         folder = root / _CHECKER if (root / _CHECKER).is_dir() else root
         processors = [one for one in (folder / _PROCESSOR, root / _EXTRACTOR / _PROCESSOR) if one.is_file()]
         self.checker, self._processor = _load(folder, processors[0].parent if processors else None)

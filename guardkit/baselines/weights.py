@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from guardkit.hub import hub_folder, is_hub_id
 from guardkit.reading import read_array as read_npy
 from guardkit.schema import InputError
 
@@ -45,7 +46,7 @@ def locate_all(baseline: str, weights: str, groups: Sequence[Sequence[str]]) -> 
     path = Path(weights).expanduser()
     if path.is_file() and len(groups) == 1:
         return [path]
-    folder = path if path.exists() else hub_folder(baseline, weights, [name for names in groups for name in names])
+    folder = path if path.exists() else weights_folder(baseline, weights, [name for names in groups for name in names])
     if not folder.is_dir():
         raise InputError(f"baseline.{baseline}.weights must be a folder of {len(groups)} files, got the file {weights}")
     found = [next((folder / name for name in names if (folder / name).is_file()), None) for names in groups]
@@ -55,25 +56,20 @@ def locate_all(baseline: str, weights: str, groups: Sequence[Sequence[str]]) -> 
     return [file for file in found if file is not None]
 
 
-def hub_folder(baseline: str, weights: str, patterns: Sequence[str]) -> Path:
+def weights_folder(baseline: str, weights: str, patterns: Sequence[str]) -> Path:
     """Fetches the files of a Hub id that match, or finds them among those fetched before.
 
     Raises:
         InputError: not a Hub id, or not to be had.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if weights.count("/") != 1 or weights.startswith((".", "/", "~")):
+    if not is_hub_id(weights):
         raise InputError(f"baseline.{baseline}.weights {weights} does not exist; give a file, a folder or a Hub id ORG/NAME")
-    try:
-        return Path(snapshot_download(weights, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"baseline.{baseline}.weights {weights} is no file or folder here and could not be fetched from the Hub ({reason}); "
-            "without a network give a file or folder"
-        ) from error
+    return hub_folder(
+        weights,
+        patterns,
+        refusal=f"baseline.{baseline}.weights {weights} is no file or folder here and could not be fetched from the Hub",
+        remedy="without a network give a file or folder",
+    )
 
 
 def read_array(path: Path) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from guardkit.artifacts import fingerprint, hash_file
 from guardkit.encoders.base import checked_preprocess, prepare_image
 from guardkit.encoders.frozen import Built, FrozenEncoder, checked_device, trial
-from guardkit.encoders.places import HUB, hub_folder
+from guardkit.encoders.places import HUB, encoder_folder
 from guardkit.schema import InputError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class OnnxEncoder(FrozenEncoder):
             return Path(self.weights).expanduser()
         organisation, name, path = self.weights.removeprefix(HUB).split("/", 2)
         # what a large model keeps outside itself is by habit named after it: model.onnx_data, model.onnx.data
-        return hub_folder(f"{HUB}{organisation}/{name}", [path, f"{path}?*"]) / path
+        return encoder_folder(f"{HUB}{organisation}/{name}", [path, f"{path}?*"]) / path
 
     def _build(self) -> Built:
         path, device = self._find(), checked_device(self.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from guardkit.hub import hub_folder
 from guardkit.schema import InputError
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
@@ -31,7 +32,7 @@ def named_folder(weights: object, *, holds: str) -> Path | None:
     return folder
 
 
-def hub_folder(weights: str, patterns: Sequence[str]) -> Path:
+def encoder_folder(weights: str, patterns: Sequence[str]) -> Path:
     """Fetches files of a model on the Hub, or finds those that were fetched before.
 
     Args:
@@ -40,14 +41,9 @@ def hub_folder(weights: str, patterns: Sequence[str]) -> Path:
     Raises:
         InputError: no such id, or not to be had.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(weights.removeprefix(HUB), allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"encoder.weights {weights} could not be fetched from the Hub ({reason}); without a network, save the model's files in a "
-            f"folder and give {LOCAL}FOLDER"
-        ) from error
+    return hub_folder(
+        weights.removeprefix(HUB),
+        patterns,
+        refusal=f"encoder.weights {weights} could not be fetched from the Hub",
+        remedy=f"without a network, save the model's files in a folder and give {LOCAL}FOLDER",
+    )

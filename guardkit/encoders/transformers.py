@@ -20,7 +20,7 @@ from guardkit.artifacts import read_json, weights_variant
 from guardkit.checks import check_choice
 from guardkit.encoders.base import CutTexts
 from guardkit.encoders.frozen import Built, FrozenEncoder, checked_device, hash_state, trial
-from guardkit.encoders.places import HUB, LOCAL, hub_folder, named_folder
+from guardkit.encoders.places import HUB, LOCAL, encoder_folder, named_folder
 from guardkit.progress import bars_on_terminals_only
 from guardkit.schema import InputError, shortened
 
@@ -123,7 +123,7 @@ class TransformersEncoder(FrozenEncoder):
 
     @cached_property
     def _folder(self) -> Path:
-        return named_folder(self.weights, holds=_CONFIG) or hub_folder(self.weights, _PATTERNS)
+        return named_folder(self.weights, holds=_CONFIG) or encoder_folder(self.weights, _PATTERNS)
 
     @cached_property
     def _family(self) -> _Family:

@@ -13,6 +13,7 @@ from typing import Any
 
 from guardkit.artifacts import fingerprint, hash_file, weights_variant
 from guardkit.checks import check_choice, check_whole
+from guardkit.hub import hub_folder
 from guardkit.limits import shrink
 from guardkit.progress import bars_on_terminals_only
 from guardkit.schema import InputError
@@ -130,15 +131,13 @@ class TransformersVLM:
             if not (folder / "config.json").is_file():
                 raise InputError(f"{folder} holds no config.json; give a folder that save_pretrained wrote for model and processor")
             return folder
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(snapshot_download(self.model, revision=self.revision, allow_patterns=list(_MODEL_FILES)))
-        except Exception as error:
-            raise InputError(
-                f"vlm.model {self.model} is no folder and cannot be had from the Hub ({type(error).__name__}: {one_line(str(error))}); "
-                "without a network, save the model's files in a folder and give that"
-            ) from error
+        return hub_folder(
+            self.model,
+            _MODEL_FILES,
+            refusal=f"vlm.model {self.model} is no folder and cannot be had from the Hub",
+            remedy="without a network, save the model's files in a folder and give that",
+            revision=self.revision,
+        )
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
