@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import picture
 
+from guardkit import images
 from guardkit.counterfactual.instructor import Instruction, TemplateInstructor
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.counterfactual.verifier import NoVerifier, Verdict
@@ -16,7 +17,7 @@ from guardkit.editors.imperfect import ImperfectEditor
 from guardkit.editors.inpaint import InpaintEditor
 from guardkit.editors.none import NoEditor
 from guardkit.editors.scenes import ScenesEditor
-from guardkit.images import ArrayContent
+from guardkit.images import ArrayContent, read_image
 from guardkit.scenes.content import SceneContent
 from guardkit.scenes.world import ScenePool
 from guardkit.schema import InputError, Record
@@ -182,6 +183,29 @@ def test_another_verifier_or_policy_judges_anew_and_edits_nothing(scenes_policy,
     make(scenes_policy, down)
     make(scenes_policy, down)
     assert (down.n, len(editor.asked)) == (2, 1)
+
+
+def test_a_new_edit_is_judged_on_the_pixels_at_hand_and_a_stored_one_is_decoded_once(scenes_policy, tmp_path, monkeypatch):
+    class Looking(NoVerifier):
+        def verify(self, candidates):
+            seen.extend(candidate.edited for candidate in candidates)
+            return super().verify(candidates)
+
+    def counting(source, **settings):
+        decoded.extend([source] if isinstance(source, bytes) else [])
+        return read_image(source, **settings)
+
+    seen, decoded, editor = [], [], CountingEditor(darker)
+    monkeypatch.setattr(images, "read_image", counting)
+    first = CounterfactualPipeline(scenes_policy, TemplateInstructor(), editor, Looking(), cache_dir=tmp_path)
+    (made,) = first.make([photograph()], [0])
+    assert decoded == []
+    np.testing.assert_array_equal(seen[0], made.load())
+    assert len(decoded) == 1
+    renamed = replace(scenes_policy, description="changed")  # judged anew
+    CounterfactualPipeline(renamed, TemplateInstructor(), editor, Looking(), cache_dir=tmp_path).make([photograph()], [0])
+    np.testing.assert_array_equal(seen[1], seen[0])
+    assert len(decoded) == 2
 
 
 @pytest.mark.parametrize(

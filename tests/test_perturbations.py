@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, picture
 
-from guardkit.evaluation.perturbations import EDITS, STRENGTHS, PerturbedContent, PixelContent, gaussian_noise, perturb
+from guardkit.evaluation.perturbations import EDITS, STRENGTHS, PerturbedContent, gaussian_noise, perturb
+from guardkit.images import ArrayContent
 from guardkit.schema import InputError
 
 IMAGE = np.asarray(picture(3, (120, 90)))
@@ -132,21 +133,21 @@ def test_noise_has_the_stated_deviation_and_scales():
 
 
 def test_edited_contents_load_what_perturb_gives_and_have_keys_of_their_own():
-    original = PixelContent(IMAGE)
+    original = ArrayContent(IMAGE)
     content = PerturbedContent(original, "jpeg", 3, 1)
     np.testing.assert_array_equal(content.load(), perturb(IMAGE, "jpeg", 3, seed=1))
     np.testing.assert_array_equal(PerturbedContent(original, "noise", 8, 1).load(), gaussian_noise(IMAGE, 8, seed=1))
     others = [
         original,
-        PixelContent(IMAGE.reshape(120, 90, 3)),
+        ArrayContent(IMAGE.reshape(120, 90, 3)),
         content,
         PerturbedContent(original, "blur", 3, 1),
         PerturbedContent(original, "jpeg", 4, 1),
         PerturbedContent(original, "jpeg", 3, 2),
-        PerturbedContent(PixelContent(TEXTURED), "jpeg", 3, 1),
+        PerturbedContent(ArrayContent(TEXTURED), "jpeg", 3, 1),
     ]
     assert len({one.key for one in others}) == len(others)
-    assert PixelContent(IMAGE.copy()).key == original.key
+    assert ArrayContent(IMAGE.copy()).key == original.key
     np.testing.assert_array_equal(original.load(), IMAGE)
 
 

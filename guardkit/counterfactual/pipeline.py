@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from guardkit.policy import Policy
 from guardkit.schema import ImageError, Record
 
 _NO_IMAGE = "no image: the source holds embeddings only"
+_Pixels = tuple[np.ndarray, np.ndarray]  # of an original and its edit, (h, w, 3) uint8 RGB
 
 
 @dataclass
@@ -206,11 +207,12 @@ class CounterfactualPipeline:
         edits = self._store.edits(wanted)
         stored = set(edits)
         missing = {key: what for key, what in wanted.items() if key not in edits}
+        pixels: dict[str, _Pixels] = {}
         if missing:
-            made = self._edit(missing)
+            made, pixels = self._edit(missing)
             self._store.put_edits(made)
             edits |= {one.key: one for one in made}
-        verdicts = self._judge(wanted, edits)
+        verdicts = self._judge(wanted, edits, pixels)
         for key, (_, request) in wanted.items():
             tries[key] = Try(key, request.seed, request.instruction, verdicts[key], edits[key].png)
         return [tries[key] for key in keys], stored
@@ -230,20 +232,27 @@ class CounterfactualPipeline:
             }
         )
 
-    def _edit(self, wanted: dict[str, tuple[Record, EditRequest]]) -> list[Edit]:
-        edits = []
+    def _edit(self, wanted: dict[str, tuple[Record, EditRequest]]) -> tuple[list[Edit], dict[str, _Pixels]]:
+        """New edits, and the pixels of those that can be judged, which need not be read and decoded again."""
+        edits: list[Edit] = []
+        pixels: dict[str, _Pixels] = {}
         for key, result in self._results(wanted).items():
             image = result.image
             if image is None:
                 edits.append(Edit(key, None, result.reason or "editor gave no reason"))
                 continue
-            reason = sanity(wanted[key][1].content.load(), image)
+            original = wanted[key][1].content.load()
+            reason = sanity(original, image)
             storable = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size > 0
             edits.append(Edit(key, encode_png(image) if storable else None, reason))
-        return edits
+            if reason is None:
+                pixels[key] = original, np.ascontiguousarray(image)
+        return edits, pixels
 
-    def _judge(self, wanted: dict[str, tuple[Record, EditRequest]], edits: dict[str, Edit]) -> dict[str, Verdict]:
-        """A verdict for each edit, found or new."""
+    def _judge(
+        self, wanted: dict[str, tuple[Record, EditRequest]], edits: dict[str, Edit], pixels: Mapping[str, _Pixels]
+    ) -> dict[str, Verdict]:
+        """A verdict for each edit, found or new; `pixels` are those at hand."""
         verdicts = {key: Verdict(edits[key].reason) for key in wanted if edits[key].reason is not None}
         judge = {"policy": self.policy.digest, "verifier": self.verifier.config}
         names = {
@@ -257,7 +266,8 @@ class CounterfactualPipeline:
         for key, (record, request) in wanted.items():
             png = edits[key].png
             if key not in verdicts and png is not None:
-                candidates.append(Candidate(key, record, request, request.content.load(), decode_png(png)))
+                original, edited = pixels[key] if key in pixels else (request.content.load(), decode_png(png))
+                candidates.append(Candidate(key, record, request, original, edited))
         new = dict(zip((one.key for one in candidates), self.verifier.verify(candidates), strict=True)) if candidates else {}
         self._store.put_verdicts({names[key]: verdict for key, verdict in new.items()})
         return verdicts | new

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import cv2
 import numpy as np
 
+from guardkit.images import ArrayContent
 from guardkit.limits import shrink
 from guardkit.schema import InputError
 
@@ -85,22 +85,6 @@ def check_edit(edit: str, strength: int) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class PixelContent:
-    """Pixels that are at hand, as a content."""
-
-    image: np.ndarray
-
-    @cached_property
-    def key(self) -> str:
-        """A hash of shape and pixels."""
-        return f"pixels-1:{_digest(self.image).hex()}"
-
-    def load(self) -> np.ndarray:
-        """(h, w, 3) uint8 RGB."""
-        return self.image
-
-
-@dataclass(frozen=True, eq=False)
 class PerturbedContent:
     """A content after an edit, or after noise.
 
@@ -111,7 +95,7 @@ class PerturbedContent:
         seed: of what is drawn at random.
     """
 
-    original: PixelContent
+    original: ArrayContent
     edit: str
     strength: float
     seed: int
@@ -124,8 +108,8 @@ class PerturbedContent:
     def load(self) -> np.ndarray:
         """(h', w', 3) uint8 RGB."""
         if self.edit == "noise":
-            return gaussian_noise(self.original.image, self.strength, seed=self.seed)
-        return perturb(self.original.image, self.edit, int(self.strength), seed=self.seed)
+            return gaussian_noise(self.original.array, self.strength, seed=self.seed)
+        return perturb(self.original.array, self.edit, int(self.strength), seed=self.seed)
 
 
 # --- the edits --------------------------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from guardkit.checks import check_flag, check_whole, is_list, is_number
 from guardkit.evaluation import attacks
-from guardkit.evaluation.perturbations import EDITS, STRENGTHS, PerturbedContent, PixelContent, check_edit
+from guardkit.evaluation.perturbations import EDITS, STRENGTHS, PerturbedContent, check_edit
 from guardkit.evaluation.victim import Victim, to_images, to_pixels
+from guardkit.images import ArrayContent
 from guardkit.schema import InputError, takes_embeddings
 
 Attack = Callable[[attacks.Value, Tensor, Tensor, np.random.Generator], Tensor]
@@ -228,7 +229,7 @@ def pixels(victim: Victim, images: Sequence[np.ndarray], labels: np.ndarray, set
     """What one should measure: edits, noise, and attacks in the maximum norm on [0, 1] pixels."""
     rows = np.sort(np.random.default_rng([settings.seed, 42]).permutation(len(images))[: settings.n_pixels])
     chosen = [_at_most(images[row], settings.max_side_px) for row in rows]
-    contents = [PixelContent(image) for image in chosen]
+    contents = [ArrayContent(image) for image in chosen]
     clean = victim.decide(contents)
     edits = [("noise", float(std), "standard deviation in 8-bit levels") for std in settings.noise_stds]
     edits += [(edit, float(strength), EDITS[edit].parameter) for edit, strength in product(settings.edits, settings.strengths)]
