@@ -91,7 +91,7 @@ class Listed:
     """A source of given records."""
 
     def __init__(self, test, *, train=(), rejected=(), name="listed", check_images=True):
-        self.name, self.fingerprint, self.check_images = name, {"source": name}, check_images
+        self.name, self.asked, self.check_images = name, {"source": name}, check_images
         self.loaded = Loaded(list(train), test, list(rejected), len(test or ()) + len(train) + len(rejected))
 
     def load(self):

@@ -232,7 +232,7 @@ def test_images_seen_without_labels_are_counted_and_tested_on(album, compose, tm
 class Listed:
     """A source of given records."""
 
-    name, fingerprint = "listed", {}
+    name, asked = "listed", {}
 
     def __init__(self, records):
         self.records = records

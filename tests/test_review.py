@@ -312,7 +312,7 @@ def test_training_leaves_out_what_people_rejected(scenes_policy, tmp_path):
     names, reasons = used(keep_unsure=False, reviewed_only=True)
     assert names == {accepted[2], rejected[0]}
     assert reasons[accepted[3]] == "nobody reviewed it"
-    assert PairsSource(scenes_policy, str(folder)).fingerprint != untouched.fingerprint
+    assert PairsSource(scenes_policy, str(folder)).asked != untouched.asked
     with pytest.raises(InputError, match="source.keep_unsure must be true or false, got 'no'"):
         PairsSource(scenes_policy, str(folder), keep_unsure="no")
 

@@ -254,7 +254,7 @@ def test_training_rows_that_are_test_rows_leave_the_training_pool(policy, tmp_pa
 
 def test_a_source_of_somebody_else_is_checked_too(policy):
     class Theirs:
-        name, fingerprint = "theirs", {}
+        name, asked = "theirs", {}
 
         def load(self):
             contents = [ArrayContent(np.asarray(picture(i % 4))) for i in range(8)]

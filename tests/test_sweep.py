@@ -44,7 +44,7 @@ class World:
         rng = np.random.default_rng(seed)
         self.step, self.accept = step * np.eye(DIM)[0], accept
         self.twins = {}
-        self.source = SimpleNamespace(name="vectors", fingerprint={"source": "vectors"})
+        self.source = SimpleNamespace(name="vectors", asked={"source": "vectors"})
         self.policy = SimpleNamespace(category_names=("a", "b"))
         self.store, self.pipeline = self, self
         self.encoder = SimpleNamespace(dim=DIM)

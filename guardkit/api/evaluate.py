@@ -98,9 +98,7 @@ def evaluate(
         raise InputError("the guards name no policy to measure them under; give one")
     notes = notes_on(rules, found)
     everything = read_benchmark(source, split=split, test_share=test_share, split_seed=split_seed)
-    asked = (
-        dict(settings) if settings is not None else {"source": source.fingerprint, "split": split, "prevalence": prevalence, "seed": seed}
-    )
+    asked = dict(settings) if settings is not None else {"source": source.asked, "split": split, "prevalence": prevalence, "seed": seed}
     stores = embedding_stores(found, cache)
     benchmark, seen = leave_out_seen(everything, found, stores)
     notes += sentences(benchmark, seen)

@@ -169,7 +169,7 @@ def sweep(
         check_parts(encoder, pipeline, policy, made.values())
         settings = {
             "shared": {
-                "source": source.fingerprint,
+                "source": source.asked,
                 "encoder": encoder.fingerprint,
                 "policy": policy.digest,
                 "instructor": pipeline.instructor.name,

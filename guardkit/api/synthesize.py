@@ -95,5 +95,5 @@ def synthesize(
     for note in check_edits(pipeline, [("images", "counterfactual", records)], f"source={source.name}"):
         log.warning("%s", note)
     return write_pair_dataset(
-        records, pipeline, folder, made_from=source.fingerprint, variants_per_image=variants_per_image, rejected=loaded.rejected
+        records, pipeline, folder, made_from=source.asked, variants_per_image=variants_per_image, rejected=loaded.rejected
     )

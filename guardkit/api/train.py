@@ -166,7 +166,7 @@ def train_guard(
         parts.data.setup()
         made = new_head(make_head, parts, seed)
         settings = {
-            "source": source.fingerprint,
+            "source": source.asked,
             "policy": policy.digest,
             "encoder": encoder.fingerprint,
             "editor": pipeline.editor.config,

@@ -343,7 +343,7 @@ class GuardDataModule(L.LightningDataModule):
         return {
             "data": settings | {"variants_per_image": self.n_views},
             "seed": self.seed,
-            "source": self.source.fingerprint,
+            "source": self.source.asked,
             "encoder": self.store.encoder.fingerprint,
             "policy": self.policy.digest,
             "editor": self.pipeline.editor.config,

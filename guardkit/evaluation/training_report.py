@@ -117,7 +117,7 @@ def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int
         "fingerprints": {
             "encoder": guard.encoder.fingerprint,
             "policy": guard.policy.digest,
-            "source": data.source.fingerprint,
+            "source": data.source.asked,
             "editor": data.pipeline.editor.config,
             "verifier": data.pipeline.verifier.config,
             "guardkit": __version__,

@@ -56,7 +56,7 @@ class DotsSource:
                 raise InputError(f"source.{setting} must be a whole number of at least 1, got {value!r}")
         policy.check_category(CATEGORY, "source=dots")
         self.n_train, self.n_test = n_train, n_test
-        self.fingerprint = {"source": self.name, "n_train": n_train, "n_test": n_test}
+        self.asked = {"source": self.name, "n_train": n_train, "n_test": n_test}
 
     def load(self) -> Loaded:
         """Lists the pictures. None is drawn yet."""

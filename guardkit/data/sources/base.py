@@ -41,11 +41,11 @@ class Source(Protocol):
 
     Attributes:
         name: as in `source=NAME`.
-        fingerprint: what was asked for, in plain JSON types.
+        asked: what was asked for, in plain JSON types.
     """
 
     name: str
-    fingerprint: dict[str, Any]
+    asked: dict[str, Any]
 
     def load(self) -> Loaded:
         """Lists the records without reading more pixels than it must. Raises InputError."""

@@ -68,12 +68,12 @@ class EmbeddingsSource:
         self._rule = RowRule(policy, columns, _USUAL, labels=labels, default_label=default_label, categories=categories)
         self._stored = read_stored_embeddings(self.root)
         self.encoder_fingerprint: str | None = (self._stored.manifest or {}).get("encoder_fingerprint")
-        self.fingerprint: dict[str, Any] = {
+        self.asked: dict[str, Any] = {
             "source": self.name,
             "root": self.root.name,
             "encoder": self.encoder_fingerprint,
             "n": len(self._stored.vectors),
-            **self._rule.fingerprint,
+            **self._rule.asked,
         }
 
     def load(self) -> Loaded:

@@ -99,12 +99,12 @@ class FolderSource:
                     raise InputError(
                         f"source.categories names the folder {folder!r}, which {self.root} does not have; it has {', '.join(self._folders()) or 'none'}"
                     )
-        self.fingerprint: dict[str, Any] = {
+        self.asked: dict[str, Any] = {
             "source": self.name,
             "root": self.root.name,
             "metadata": self.metadata.name if self.metadata else None,
             "metadata_sha256": hashlib.sha256(self.metadata.read_bytes()).hexdigest() if self.metadata else None,
-            **self._rule.fingerprint,
+            **self._rule.asked,
             "max_pixels": max_pixels,
             "check_images": check_images,
             "near_duplicate_distance": near_duplicate_distance,

@@ -93,13 +93,13 @@ class HubSource:
             "group": group_column,
         }
         self._rule = RowRule(policy, columns, {"label": "label"}, labels=labels, default_label=default_label, categories=categories)
-        self.fingerprint: dict[str, Any] = {
+        self.asked: dict[str, Any] = {
             "source": name,
             "dataset": Path(self.dataset).name if Path(self.dataset).is_dir() else self.dataset,
             "config": config,
             "revision": revision,
             "splits": self.splits,
-            **self._rule.fingerprint,
+            **self._rule.asked,
             "max_pixels": max_pixels,
             "check_images": check_images,
             "near_duplicate_distance": near_duplicate_distance,

@@ -69,7 +69,7 @@ class PairsSource:
         self._rows, manifest = read_pair_dataset(self.root) if self._is_dataset else ([], {})
         if reviewed_only and not self._is_dataset:
             raise InputError(f"source.reviewed_only needs a pair dataset with reviews; {root} is a plain folder")
-        self.fingerprint: dict[str, Any] = {
+        self.asked: dict[str, Any] = {
             "source": self.name,
             "root": self.root.name,
             "category": category,

@@ -95,10 +95,10 @@ class ParquetSource:
         if twice is not None:
             raise InputError(f"{twice} is given twice in source.files and source.test; give each file once")
         self._root = Path(os.path.commonpath([path.parent for path in every]))
-        self.fingerprint: dict[str, Any] = {
+        self.asked: dict[str, Any] = {
             "source": name,
             **{role: {self._id(path): hash_file(path) for path in paths} for role, paths in self._files.items()},
-            **self._rule.fingerprint,
+            **self._rule.asked,
             "max_pixels": max_pixels,
             "check_images": check_images,
             "near_duplicate_distance": near_duplicate_distance,

@@ -156,7 +156,7 @@ class RowRule:
                 policy.check_category(category, f"source.categories[{value!r}]")
 
     @property
-    def fingerprint(self) -> dict[str, Any]:
+    def asked(self) -> dict[str, Any]:
         """What was asked for, in plain JSON types."""
         return {
             "columns": self.columns,

@@ -51,7 +51,7 @@ class ScenesSource:
             self._tests = [ScenePool("test", rendering=name, **shared) for name in RENDERINGS]  # type: ignore[arg-type]
         except ValueError as error:
             raise InputError(f"source.{error}") from error
-        self.fingerprint = {"source": self.name, "n_train": n_train, "n_test": n_test, "rendering": rendering, "size": size} | shared
+        self.asked = {"source": self.name, "n_train": n_train, "n_test": n_test, "rendering": rendering, "size": size} | shared
 
     def load(self) -> Loaded:
         """Describes all scenes; none is drawn yet."""
