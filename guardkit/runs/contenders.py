@@ -46,7 +46,7 @@ def build_contenders(cfg: DictConfig) -> tuple[Policy, list[Contender]]:
     composed = [problems.catch(_composed, name, settings, cfg.cache_dir) for name, settings in asked]
     problems.check()
     encoders: dict[str, Encoder] = {}
-    guards = [problems.catch(load_contender, place, name, encoders, cfg.trained_on, cfg.trust) for name, place in places]
+    guards = [problems.catch(load_contender, place, name, encoders, plain(cfg.trained_on), plain(cfg.trust)) for name, place in places]
     found: list[Contender] = [guard for guard in guards if guard is not None]
     rules = _rules(cfg, found) if not problems.found else None
     baselines = [one for one in composed if one is not None]

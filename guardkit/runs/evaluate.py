@@ -25,7 +25,7 @@ def run(cfg: DictConfig, folder: Path) -> EvaluationReport:
         InputError: a wrong value, named with what is allowed.
     """
     # asked here too: guards take seconds to load
-    check_settings(**{name: cfg[name] for name in ("split", "seed", "split_seed", "n_resamples", "prevalence", "trained_on")})
+    check_settings(**{name: plain(cfg[name]) for name in ("split", "seed", "split_seed", "n_resamples", "prevalence", "trained_on")})
     refuse_others(folder, "evaluate", replaces=True)
     robustness = make(cfg.robustness)
     rules, contenders = build_contenders(cfg)

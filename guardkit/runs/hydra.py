@@ -267,9 +267,9 @@ def factory(cfg: DictConfig) -> Any:
     return hydra.utils.instantiate(cfg, _partial_=True, _convert_="all")
 
 
-def plain(cfg: DictConfig) -> Any:
-    """A configuration in plain values."""
-    return OmegaConf.to_container(cfg, resolve=True)
+def plain(value: Any) -> Any:
+    """A configuration, or a setting of one, in plain values."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def policy(cfg: DictConfig) -> Policy:

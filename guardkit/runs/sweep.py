@@ -94,6 +94,6 @@ def _heads(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _check_names(cfg: DictConfig, setting: str) -> None:
-    value = cfg.sweep[setting]
+    value = plain(cfg.sweep[setting])
     if not is_list(value):
         raise InputError(f"sweep.{setting} must be a list, as in sweep.{setting}=[{value}], got {value!r}")
