@@ -19,10 +19,10 @@ import torch
 
 from guardkit import GuardClassifier, Policy
 from guardkit.encoders.open_clip import OpenClipEncoder
-from guardkit.evaluation.attacks import pgd
-from guardkit.evaluation.robustness import RobustnessSettings, measure_robustness
-from guardkit.evaluation.victim import Victim, to_pixels
 from guardkit.heads import PromptHead
+from guardkit.robustness.attacks import pgd
+from guardkit.robustness.measuring import RobustnessSettings, measure_robustness
+from guardkit.robustness.victim import Victim, to_pixels
 from guardkit.scenes.content import SceneContent
 from guardkit.scenes.world import ScenePool
 

@@ -30,9 +30,9 @@ from guardkit.encoders.open_clip import OpenClipEncoder
 from guardkit.evaluation.benchmark import read_benchmark
 from guardkit.evaluation.effectiveness import make_sheet, measure
 from guardkit.evaluation.outcome import Evaluation
-from guardkit.evaluation.report import write_report
 from guardkit.evaluation.scoring import Contender, embedding_stores, score
 from guardkit.images import read_image
+from guardkit.reports.evaluation import write_report
 from guardkit.runs.hydra import CONF_DIR
 
 warnings.simplefilter("ignore")

@@ -18,9 +18,9 @@ import torch
 
 from guardkit import GuardClassifier, Policy
 from guardkit.encoders.open_clip import OpenClipEncoder
-from guardkit.evaluation.robustness_protocols import PROTOCOLS, RobustnessSettings
-from guardkit.evaluation.victim import Victim
 from guardkit.heads import PromptHead
+from guardkit.robustness.protocols import PROTOCOLS, RobustnessSettings
+from guardkit.robustness.victim import Victim
 from guardkit.scenes.content import SceneContent
 from guardkit.scenes.world import ScenePool
 

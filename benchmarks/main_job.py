@@ -22,8 +22,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from guardkit.fitting.objective import category_loss, decision_loss, pair_loss
 from guardkit.heads import LinearHead
-from guardkit.losses import category_loss, decision_loss, pair_loss
 from guardkit.runs.hydra import CONF_DIR, default_cache_dir
 from guardkit.runs.objects import build
 from guardkit.runs.train import run

@@ -17,8 +17,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from guardkit.api.parts import Parts
 from guardkit.editors.base import EditRequest
+from guardkit.fitting.parts import Parts
 from guardkit.runs.hydra import CONF_DIR, default_cache_dir
 from guardkit.runs.objects import build
 from guardkit.scenes.content import SceneContent

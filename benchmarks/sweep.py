@@ -32,13 +32,13 @@ from joblib import Parallel, delayed
 from omegaconf import OmegaConf
 from sklearn.linear_model import LogisticRegression
 
-from guardkit.api.fitting import Recipe
-from guardkit.api.lightning_engine import LBFGS, LightningEngine
 from guardkit.efficiency.cells import Cell, Stock
 from guardkit.efficiency.engine import BatchedEngine
+from guardkit.efficiency.lightning_engine import LBFGS, LightningEngine
 from guardkit.efficiency.solver import Rows, fit_linear
+from guardkit.fitting.objective import Objective
+from guardkit.fitting.recipe import Recipe
 from guardkit.heads import LinearHead
-from guardkit.losses import Objective
 from guardkit.runs.hydra import CONF_DIR, default_cache_dir
 from guardkit.runs.objects import build
 from guardkit.runs.sweep import arms_of

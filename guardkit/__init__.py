@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from guardkit.encoders.onnx import OnnxEncoder
     from guardkit.encoders.open_clip import OpenClipEncoder
     from guardkit.encoders.transformers import TransformersEncoder
+    from guardkit.fitting.module import BestHead, GuardModule
+    from guardkit.fitting.objective import Objective
     from guardkit.heads import Head, LinearHead, MLPHead, PromptHead
-    from guardkit.losses import Objective
-    from guardkit.module import BestHead, GuardModule
     from guardkit.policy import Category, Policy
     from guardkit.schema import Decision, EmbeddingGuard, Guard, ImageError, ImageGuard, InputError, Judgment, Record, Rejected
 
@@ -61,9 +61,9 @@ _HOMES = {
     "Arm": "guardkit.data.arms",
     "ARMS": "guardkit.data.arms",
     # Lightning
-    "GuardModule": "guardkit.module",
-    "BestHead": "guardkit.module",
-    "Objective": "guardkit.losses",
+    "GuardModule": "guardkit.fitting.module",
+    "BestHead": "guardkit.fitting.module",
+    "Objective": "guardkit.fitting.objective",
     "GuardDataModule": "guardkit.data.datamodule",
     # images and embeddings
     "Encoder": "guardkit.encoders.base",

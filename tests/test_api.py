@@ -137,7 +137,7 @@ def test_evaluate_gives_what_the_command_gives(compose, world, tmp_path):
 
 
 def test_defaults_are_those_of_the_commands():
-    from guardkit.api.fitting import TRAINER
+    from guardkit.fitting.recipe import TRAINER
 
     train, data, given = conf("train.yaml"), conf("data/default.yaml"), defaults(guardkit.train_guard)
     for name in ("seed", "threshold", "early_stopping_patience", "edit_batch_size", "edit_max_tries"):

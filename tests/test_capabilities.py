@@ -10,8 +10,8 @@ from guardkit import GuardClassifier
 from guardkit.baselines.zero_shot import zero_shot
 from guardkit.counterfactual.score_verifier import ScoreVerifier
 from guardkit.embeddings import EmbeddingStore
-from guardkit.evaluation.robustness import RobustnessSettings, measure_robustness
 from guardkit.heads import LinearHead, MLPHead, PromptHead
+from guardkit.robustness.measuring import RobustnessSettings, measure_robustness
 from guardkit.schema import InputError
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from guardkit.efficiency.solver import NumpyProducts, TorchProducts, decision_rows, fit_linear, logistic
-from guardkit.losses import Objective, decision_loss, pair_loss
+from guardkit.fitting.objective import Objective, decision_loss, pair_loss
 
 
 def problem(n=40, d=16, seed=0, pairs=True):

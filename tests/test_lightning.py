@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from guardkit.editors.scenes import ScenesEditor
+from guardkit.fitting.module import BestHead, GuardModule, scalars
+from guardkit.fitting.objective import Objective
 from guardkit.heads import LinearHead, MLPHead
-from guardkit.losses import Objective
-from guardkit.module import BestHead, GuardModule, scalars
 from guardkit.schema import InputError
 
 ADAM = partial(torch.optim.AdamW, lr=0.01)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from guardkit.data.unlabelled import Unlabelled
+from guardkit.fitting.objective import category_loss, decision_loss, pair_loss
 from guardkit.heads import LinearHead, MLPHead, PromptHead
-from guardkit.losses import category_loss, decision_loss, pair_loss
 from guardkit.schema import InputError, Record, Rejected
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, picture
 
-from guardkit.evaluation.perturbations import EDITS, STRENGTHS, PerturbedContent, gaussian_noise, perturb
+from guardkit.robustness.perturbations import EDITS, STRENGTHS, PerturbedContent, gaussian_noise, perturb
 from guardkit.images import ArrayContent
 from guardkit.schema import InputError
 

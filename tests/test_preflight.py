@@ -10,8 +10,8 @@ import pytest
 from conftest import picture
 
 from guardkit.encoders.base import cut_texts
+from guardkit.fitting.module import Diverged
 from guardkit.heads import LinearHead, PromptHead
-from guardkit.module import Diverged
 from guardkit.policy import Policy
 from guardkit.runs.hydra import user_error
 from guardkit.schema import InputError, Record
@@ -322,7 +322,7 @@ def test_an_encoder_without_texts_is_said_before_any_image_is_read(compose, tmp_
 def test_a_head_that_was_tried_changes_no_figure(scenes_encoder, scenes_policy):
     import torch
 
-    from guardkit.api.parts import check_parts
+    from guardkit.fitting.parts import check_parts
     from guardkit.heads import MLPHead
 
     _ = scenes_encoder.dim  # loaded, whichever test is the first

@@ -16,11 +16,11 @@ from scipy.stats import binomtest
 from guardkit import GuardClassifier
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import encode_in_batches, prepare_pixels
-from guardkit.evaluation import attacks
-from guardkit.evaluation.perturbations import perturb
-from guardkit.evaluation.robustness import COLUMNS, RobustnessSettings, measure_robustness, sanity_checks, write_robustness
-from guardkit.evaluation.victim import Victim, to_images, to_pixels
 from guardkit.heads import PromptHead
+from guardkit.robustness import attacks
+from guardkit.robustness.measuring import COLUMNS, RobustnessSettings, measure_robustness, sanity_checks, write_robustness
+from guardkit.robustness.perturbations import perturb
+from guardkit.robustness.victim import Victim, to_images, to_pixels
 from guardkit.scenes.content import SceneContent
 from guardkit.scenes.world import ScenePool
 from guardkit.schema import InputError, Judgment

@@ -19,8 +19,8 @@ from guardkit.efficiency.cells import Arm, Cell, CellError, Stock
 from guardkit.efficiency.curves import SWEPT, Curve, Scores, Yardstick, compare, samples_to_target
 from guardkit.efficiency.engine import BatchedEngine, FittedCell, chosen
 from guardkit.efficiency.results import CellStore, CellTable, FinishedCell, opened, run_cells
+from guardkit.fitting.objective import Objective
 from guardkit.heads import LinearHead
-from guardkit.losses import Objective
 from guardkit.metrics.draws import GroupDraws
 from guardkit.runs.hydra import user_error
 from guardkit.schema import InputError, Record

@@ -23,8 +23,8 @@ from guardkit.editors import registration
 from guardkit.editors.base import EditRequest
 from guardkit.editors.inpaint import InpaintEditor
 from guardkit.editors.registration import global_shift, largest_change, pasted
-from guardkit.evaluation.perturbations import perturb
 from guardkit.images import ArrayContent, FileContent, read_image
+from guardkit.robustness.perturbations import perturb
 from guardkit.schema import ImageError
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -18,11 +18,11 @@ from guardkit.evaluation.benchmark import SPLITS, read_benchmark
 from guardkit.evaluation.effectiveness import Sheet, covered_rows, make_sheet, measure
 from guardkit.evaluation.held_out import leave_out_seen, sentences
 from guardkit.evaluation.outcome import Evaluation
-from guardkit.evaluation.report import short_table, write_report
-from guardkit.evaluation.robustness import RobustnessSettings, measure_robustness, write_robustness
 from guardkit.evaluation.scoring import Contender, LazyImages, embedding_stores, score
 from guardkit.folders import claim, refuse_others
 from guardkit.policy import Policy
+from guardkit.reports.evaluation import short_table, write_report
+from guardkit.robustness.measuring import RobustnessSettings, measure_robustness, write_robustness
 from guardkit.schema import Guard, InputError, takes_embeddings
 
 log = logging.getLogger(__name__)

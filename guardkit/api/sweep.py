@@ -12,9 +12,6 @@ from typing import Any
 import torch
 
 from guardkit import __version__
-from guardkit.api.fitting import ADAMW, TRAINER, OptimizerFactory, Recipe, check_optimizer, check_threshold, named, opened_logger
-from guardkit.api.lightning_engine import LBFGS, LightningEngine
-from guardkit.api.parts import HeadFactory, VerifierFactory, check_parts, head_factory, make_parts, make_pipeline, new_head
 from guardkit.checks import check_choice, check_whole, is_list, is_number, is_whole
 from guardkit.counterfactual.instructor import Instructor
 from guardkit.counterfactual.verifier import Verifier
@@ -24,17 +21,20 @@ from guardkit.editors.base import Editor
 from guardkit.efficiency.cells import Stock, chosen_sizes
 from guardkit.efficiency.curves import SWEPT
 from guardkit.efficiency.engine import BatchedEngine, Engine
+from guardkit.efficiency.lightning_engine import LBFGS, LightningEngine
 from guardkit.efficiency.plan import Plan, in_sentences
-from guardkit.efficiency.report import write_report
 from guardkit.efficiency.results import opened, run_cells
 from guardkit.efficiency.stacked import Schedule
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
+from guardkit.fitting.module import DEFAULT_THRESHOLD, quiet_lightning
+from guardkit.fitting.objective import Objective
+from guardkit.fitting.parts import HeadFactory, VerifierFactory, check_parts, head_factory, make_parts, make_pipeline, new_head
+from guardkit.fitting.recipe import ADAMW, TRAINER, OptimizerFactory, Recipe, check_optimizer, check_threshold, named, opened_logger
 from guardkit.folders import refuse_others
 from guardkit.heads import Head
-from guardkit.losses import Objective
-from guardkit.module import DEFAULT_THRESHOLD, quiet_lightning
 from guardkit.policy import Policy
+from guardkit.reports.sweep import write_report
 from guardkit.schema import InputError
 
 log = logging.getLogger(__name__)

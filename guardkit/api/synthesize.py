@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from guardkit.api.parts import VerifierFactory, check_parts, make_pipeline
 from guardkit.checks import check_choice, check_whole
 from guardkit.counterfactual.instructor import Instructor
 from guardkit.counterfactual.pair_dataset import write_pair_dataset
@@ -17,6 +16,7 @@ from guardkit.data.sources.base import Source
 from guardkit.editors.base import Editor
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
+from guardkit.fitting.parts import VerifierFactory, check_parts, make_pipeline
 from guardkit.folders import refuse_others
 from guardkit.policy import Policy
 from guardkit.schema import InputError

@@ -12,8 +12,6 @@ from typing import Any
 import lightning as L
 import torch
 
-from guardkit.api.fitting import ADAMW, OptimizerFactory, Recipe, check_threshold, named, opened_logger
-from guardkit.api.parts import HeadFactory, VerifierFactory, check_parts, head_factory, make_parts, make_pipeline, new_head
 from guardkit.artifacts import write_json
 from guardkit.checks import check_whole
 from guardkit.classifier import GuardClassifier
@@ -25,12 +23,15 @@ from guardkit.data.training_images import training_images
 from guardkit.editors.base import Editor
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
-from guardkit.evaluation.training_report import measure, summary_table, write_pictures, write_predictions
+from guardkit.evaluation.training import measure
+from guardkit.fitting.module import DEFAULT_THRESHOLD, EpochProgress, check_checkpoint, scalars
+from guardkit.fitting.objective import Objective
+from guardkit.fitting.parts import HeadFactory, VerifierFactory, check_parts, head_factory, make_parts, make_pipeline, new_head
+from guardkit.fitting.recipe import ADAMW, OptimizerFactory, Recipe, check_threshold, named, opened_logger
 from guardkit.folders import claim, refuse_others
 from guardkit.heads import Head
-from guardkit.losses import Objective
-from guardkit.module import DEFAULT_THRESHOLD, EpochProgress, check_checkpoint, scalars
 from guardkit.policy import Policy
+from guardkit.reports.training import summary_table, write_pictures, write_predictions
 from guardkit.schema import InputError
 
 WRITTEN = ("guard", "metrics.json", "predictions.parquet", "*.png", "checkpoints", "csv", "wandb")
@@ -105,9 +106,9 @@ def train_guard(
         split_seed: of that test set.
         seed: of the labelled subset, the order of batches and the head's first weights.
         threshold: a number in [0, 1], or an operating point: "balanced", "fpr_0.01", "fpr_0.05".
-        loss: arguments of `guardkit.losses.Objective` that differ from its defaults, such as {"l2": 0.1}.
+        loss: arguments of `guardkit.fitting.objective.Objective` that differ from its defaults, such as {"l2": 0.1}.
         optimizer: a function of parameters.
-        trainer: keyword arguments of `lightning.Trainer` that differ from `guardkit.api.fitting.TRAINER`.
+        trainer: keyword arguments of `lightning.Trainer` that differ from `guardkit.fitting.recipe.TRAINER`.
         early_stopping_patience: validations without a better loss.
         callbacks: Lightning's, beside early stopping and the one that keeps the best head. A ModelCheckpoint without a folder
             writes into output_dir/checkpoints. None: one that writes last.ckpt there at every validation.

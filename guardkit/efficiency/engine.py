@@ -1,6 +1,6 @@
 """From cells to fitted cells: the batched engine. Linear heads are solved to their optimum, others trained side by side.
 
-Every head is fitted with each strength of regularisation (the `l2` of `guardkit.module`), and the strength with the
+Every head is fitted with each strength of regularisation (the `l2` of `guardkit.fitting.module`), and the strength with the
 smallest loss on the cell's validation images is kept. Those count in the label budget; test images are scored once,
 by the head that was kept.
 """
@@ -20,8 +20,8 @@ from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import Cell, CellData, CellError
 from guardkit.efficiency.solver import Rows, decision_rows, fit_linear
 from guardkit.efficiency.stacked import Schedule, StackedHeads
+from guardkit.fitting.objective import Objective
 from guardkit.heads import Head, LinearHead
-from guardkit.losses import Objective
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from guardkit.efficiency.cells import Cell
 from guardkit.efficiency.curves import SWEPT, Curve, Point, Scores, Yardstick
 from guardkit.efficiency.plan import Plan
 from guardkit.efficiency.results import CellStore, CellTable, FinishedCell
+from guardkit.fitting.module import choose_threshold
 from guardkit.metrics.draws import GroupDraws
 from guardkit.metrics.operating_points import operating_points
-from guardkit.module import choose_threshold
 from guardkit.progress import progress
 from guardkit.schema import InputError
 

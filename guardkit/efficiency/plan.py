@@ -9,7 +9,7 @@ from typing import Any
 from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import Cell
 from guardkit.efficiency.curves import SWEPT, Yardstick
-from guardkit.module import choose_threshold
+from guardkit.fitting.module import choose_threshold
 from guardkit.schema import InputError
 
 

@@ -1,6 +1,6 @@
 """Fits many linear heads at once, each to the optimum of its convex objective. Knows arrays, not arms or images.
 
-The objective is the one of `guardkit.module` for the decision of a linear head: for weights w, a bias b and rows z,
+The objective is the one of `guardkit.fitting.module` for the decision of a linear head: for weights w, a bias b and rows z,
 
     J(w, b) = sum_i  a_i softplus(m_i - s_i (z_i . w + e_i b))  +  l2 / 2 |w - w0|^2
 
@@ -150,7 +150,7 @@ def decision_rows(
     pair_weight: float = 1.0,
     pair_margin: float = 1.0,
 ) -> Rows:
-    """The rows of a labelled set, weighted as `guardkit.losses` weights them.
+    """The rows of a labelled set, weighted as `guardkit.fitting.objective` weights them.
 
     Args:
         embeddings: (n, d), scaled as the head scales them.

@@ -2,7 +2,7 @@
 
 Parameters of all heads are stacked into one tensor each and run through `torch.func.vmap`. Optimizers that treat every
 number by itself (SGD, Adam, AdamW) move the heads as if each were alone. An epoch is one step on all images of a cell,
-so it is the same as `guardkit.module` with a batch size that holds them all: same losses, same validations, same rule
+so it is the same as `guardkit.fitting.module` with a batch size that holds them all: same losses, same validations, same rule
 which epoch is kept and when to stop.
 """
 
@@ -20,9 +20,9 @@ from torch.nn import functional
 
 from guardkit.data.arms import Batch
 from guardkit.efficiency.cells import CellData
+from guardkit.fitting.module import divergence
+from guardkit.fitting.objective import Objective
 from guardkit.heads import Head
-from guardkit.losses import Objective
-from guardkit.module import divergence
 
 _CHUNK_BYTES = 384 << 20
 # activations and their gradients, in numbers a row and input dimension: generous for the heads that there are

@@ -6,9 +6,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from guardkit.api.parts import Parts, make_parts, make_pipeline
 from guardkit.data.arms import Arm
 from guardkit.embeddings import EmbeddingStore
+from guardkit.fitting.parts import Parts, make_parts, make_pipeline
 from guardkit.runs.hydra import cache_dir, factory, make, plain, policy
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from guardkit.checks import check_same
 from guardkit.classifier import GuardClassifier
 from guardkit.data.datamodule import Batch, GuardDataModule
+from guardkit.fitting.objective import Objective
 from guardkit.heads import Head
-from guardkit.losses import Objective
 from guardkit.metrics.operating_points import operating_points, operating_threshold
 from guardkit.progress import progress
 from guardkit.schema import InputError, shortened
@@ -118,7 +118,7 @@ class GuardModule(L.LightningModule):
     def test_step(self, batch: Batch, batch_index: int) -> None:  # noqa: ARG002
         """The figures of all test images and pairs, which are one batch."""
         # heavy, and of use to tests only
-        from guardkit.evaluation.training_report import test_figures
+        from guardkit.evaluation.training import test_figures
 
         data: GuardDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         guard = GuardClassifier(copy.deepcopy(self.head).cpu(), data.store.encoder, data.policy, threshold=self.threshold)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from guardkit.artifacts import write_json, written
-from guardkit.efficiency import pages, plots
 from guardkit.efficiency.cells import Cell, Stock
 from guardkit.efficiency.curves import Curve, compare, difference, samples_to_target
 from guardkit.efficiency.measure import FIGURES, Measured, Yardsticks, measure
 from guardkit.efficiency.plan import Plan
 from guardkit.efficiency.results import TABLE, CellStore, CellTable
+from guardkit.reports import sweep_page as pages
+from guardkit.reports import sweep_plots as plots
 
 SUMMARY, PICTURE = "summary.json", "sample_efficiency.png"
 

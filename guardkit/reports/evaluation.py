@@ -14,8 +14,8 @@ from guardkit import __version__
 from guardkit.artifacts import write_json, written
 from guardkit.evaluation.effectiveness import uncovered_categories
 from guardkit.evaluation.outcome import Evaluation, plain, shown
-from guardkit.evaluation.report_page import html, markdown
 from guardkit.metrics.figures import OF_IMAGES, OF_PAIRS, always_unsafe_f1
+from guardkit.reports.evaluation_page import html, markdown
 from guardkit.schema import takes_embeddings
 
 _TEXT, _SHARE, _COUNT = pa.string(), pa.float64(), pa.int64()

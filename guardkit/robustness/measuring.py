@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 
 from guardkit.artifacts import written
 from guardkit.embeddings import EmbeddingStore
-from guardkit.evaluation.robustness_protocols import PROTOCOLS, Outcome, RobustnessSettings, n_outcomes
-from guardkit.evaluation.victim import Victim
 from guardkit.metrics.intervals import clopper_pearson
 from guardkit.progress import progress
+from guardkit.robustness.protocols import PROTOCOLS, Outcome, RobustnessSettings, n_outcomes
+from guardkit.robustness.victim import Victim
 from guardkit.schema import Guard
 
 __all__ = ["COLUMNS", "RobustnessSettings", "SanityCheck", "measure_robustness", "sanity_checks", "write_robustness"]

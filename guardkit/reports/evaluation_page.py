@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from guardkit.evaluation import report_parts as parts
 from guardkit.evaluation.outcome import TITLES, Evaluation, plain
-from guardkit.evaluation.report_mistakes import mistakes
-from guardkit.evaluation.report_parts import SOURCE_METRICS
 from guardkit.metrics.figures import OF_IMAGES, OF_PAIRS
 from guardkit.pages import render
+from guardkit.reports import evaluation_parts as parts
+from guardkit.reports.evaluation_mistakes import mistakes
+from guardkit.reports.evaluation_parts import SOURCE_METRICS
 
 _SHORT_TITLES = {"fpr": "FPR", "balanced_accuracy": "Balanced accuracy", "ece": "Calib. error", "precision_at_prevalence": "Precision at"}
 

@@ -1,30 +1,23 @@
-"""What a training run says of its guard: metrics.json, predictions.parquet, pairs.png, learning.png, a short table."""
+"""The figures of a training run: what metrics.json says of a guard on the test set of its data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from guardkit import __version__
-from guardkit.artifacts import written
 from guardkit.classifier import GuardClassifier
 from guardkit.data.controls import Control
 from guardkit.data.datamodule import GuardDataModule, TestSet
-from guardkit.evaluation import plots
 from guardkit.evaluation.effectiveness import N_RESAMPLES, PREVALENCE, SEED, Row, Sheet
 from guardkit.evaluation.effectiveness import measure as measure_sheet
 from guardkit.evaluation.scoring import Contender
 from guardkit.metrics.figures import METRICS, OF_IMAGES, OF_PAIRS, always_unsafe_f1
 from guardkit.metrics.probe import PROBE_MIN_IMAGES, edited_vs_original_auroc
-from guardkit.schema import SAFE, Record
-
-N_PICTURED_PAIRS = 8
+from guardkit.schema import SAFE
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ class Measured:
 
 
 class Fitted(Protocol):
-    """What is told of a training: see `guardkit.module.Fitted`."""
+    """What is told of a training: see `guardkit.fitting.module.Fitted`."""
 
     @property
     def guard(self) -> GuardClassifier: ...
@@ -180,96 +173,3 @@ def _control(control: Control) -> dict[str, Any]:
         missing = f" ({control.reason})" if control.reason else ""
         figures["reason"] = f"needs {PROBE_MIN_IMAGES} images that came through, there are {n}{missing}"
     return figures
-
-
-def write_predictions(path: Path, measured: Measured) -> None:
-    """One row per test image and per counterfactual of a test pair."""
-    test = measured.test
-    pair_of = {int(row): test.records[row].id for row in test.pair_rows}
-    rows: list[tuple[Record, str, int, str | None, np.ndarray]] = [
-        (record, record.id, record.label, pair_of.get(i), measured.scores[i]) for i, record in enumerate(test.records)
-    ]
-    for row, scores in zip(test.pair_rows, measured.twin_scores, strict=True):
-        record = test.records[row]
-        rows.append((record, f"{record.id}#counterfactual", 0, record.id, scores))
-    table = pa.table(
-        {
-            "id": [one[1] for one in rows],
-            "label": pa.array([one[2] for one in rows], pa.int8()),
-            "category": pa.array([one[0].category for one in rows], pa.string()),
-            "source": [one[0].source for one in rows],
-            "pair_id": pa.array([one[3] for one in rows], pa.string()),
-            "is_counterfactual": [one[1].endswith("#counterfactual") for one in rows],
-            "score": [float(one[4][0]) for one in rows],
-            **{f"score_{name}": [float(one[4][1 + i]) for one in rows] for i, name in enumerate(measured.category_names)},
-        }
-    )
-    with written(path) as temporary:
-        pq.write_table(table, temporary)
-
-
-def write_pictures(folder: Path, fitted: Fitted, data: GuardDataModule, measured: Measured) -> None:
-    """pairs.png and learning.png."""
-    with written(folder / "learning.png") as temporary:
-        plots.learning(fitted.curve, fitted.best_epoch, temporary)
-    shown = _pictured_pairs(data, measured)
-    with written(folder / "pairs.png") as temporary:
-        plots.pairs(shown, fitted.guard.threshold, temporary)
-
-
-def summary_table(metrics: dict[str, Any]) -> str:
-    """The main numbers in a few lines."""
-    test, pairs, edits = metrics["test"], metrics["pairs"], metrics["edits"]
-    rows = [
-        ("labelled unsafe images", str(metrics["n_unsafe"])),
-        ("natural safe images", str(metrics["n_safe"])),
-        ("counterfactuals", str(metrics["n_counterfactuals"])),
-        ("edits rejected", f"{edits['requested'] - edits['accepted']} of {edits['requested']}"),
-        (f"pair accuracy (n={pairs['n']})", _with_interval(pairs, "pair_accuracy")),
-        ("ranking accuracy", _with_interval(pairs, "ranking_accuracy")),
-        (f"test AUROC (n={test['n']})", _with_interval(test, "auroc")),
-        ("test F1", _with_interval(test, "f1")),
-        ("F1 of flagging everything", _shown(metrics["always_unsafe"]["f1"])),
-        ("edited-versus-original AUROC", _shown(metrics["edited_vs_original_auroc"])),
-        *((f"{name}-versus-original AUROC", _shown(metrics["controls"][name]["auroc"])) for name in ("autoencoder", "jpeg")),
-    ]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{metrics['experiment']}, seed {metrics['seed']}", *(f"  {name:<{width}}  {text}" for name, text in rows)]
-    return "\n".join([*lines, *(f"  note: {note}" for note in metrics["notes"])])
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _with_interval(figures: dict[str, Any], name: str) -> str:
-    ends = figures["ci"].get(name)
-    return _shown(figures[name]) + (f" ({ends[0]:.3f}–{ends[1]:.3f})" if ends else "")
-
-
-def _pictured_pairs(data: GuardDataModule, measured: Measured) -> list[plots.PicturedPair]:
-    """Test pairs spread over categories and sources."""
-    test = measured.test
-    chosen: list[int] = []
-    seen: set[tuple[str | None, str]] = set()
-    for i, row in enumerate(test.pair_rows):
-        key = (test.records[row].category, test.records[row].source)
-        if key not in seen and test.records[row].content is not None:
-            seen.add(key)
-            chosen.append(i)
-    rest = [i for i in range(len(test.pair_rows)) if i not in set(chosen)]
-    shown = []
-    for i in [*chosen, *rest][:N_PICTURED_PAIRS]:
-        record = test.records[test.pair_rows[i]]
-        twin = data.twin_of(record)
-        if record.content is None or twin is None:
-            continue
-        shown.append(
-            plots.PicturedPair(
-                title=f"{record.category or 'unsafe'} · {record.source}",
-                original=record.content.load(),
-                counterfactual=twin.load(),
-                scores=(float(measured.scores[test.pair_rows[i], 0]), float(measured.twin_scores[i, 0])),
-            )
-        )
-    return shown

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from guardkit.api.fitting import OptimizerFactory, Recipe
-from guardkit.api.parts import HeadFactory, Parts, new_head
 from guardkit.data.arms import Arm
 from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import Cell, CellData, CellError
 from guardkit.efficiency.engine import FittedCell, chosen
+from guardkit.fitting.module import Diverged
+from guardkit.fitting.parts import HeadFactory, Parts, new_head
+from guardkit.fitting.recipe import OptimizerFactory, Recipe
 from guardkit.heads import LinearHead
-from guardkit.module import Diverged
 
 LBFGS: OptimizerFactory = partial(
     torch.optim.LBFGS, lr=1.0, max_iter=2000, tolerance_grad=1e-6, tolerance_change=1e-12, history_size=20, line_search_fn="strong_wolfe"

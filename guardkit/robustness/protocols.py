@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from guardkit.checks import check_flag, check_whole, is_list, is_number
-from guardkit.evaluation import attacks
-from guardkit.evaluation.perturbations import EDITS, STRENGTHS, PerturbedContent, check_edit
-from guardkit.evaluation.victim import Victim, to_images, to_pixels
+from guardkit.robustness import attacks
+from guardkit.robustness.perturbations import EDITS, STRENGTHS, PerturbedContent, check_edit
+from guardkit.robustness.victim import Victim, to_images, to_pixels
 from guardkit.images import ArrayContent
 from guardkit.schema import InputError, takes_embeddings
 

@@ -13,12 +13,12 @@ import lightning as L
 import numpy as np
 import torch
 
-from guardkit.api.parts import Parts
 from guardkit.checks import check_choice, check_flag, check_whole
+from guardkit.fitting.module import DEFAULT_THRESHOLD, BestHead, Fitted, GuardModule, choose_threshold, fit, quiet_lightning
+from guardkit.fitting.objective import Objective
+from guardkit.fitting.parts import Parts
 from guardkit.heads import Head
-from guardkit.losses import Objective
 from guardkit.metrics.operating_points import operating_points
-from guardkit.module import DEFAULT_THRESHOLD, BestHead, Fitted, GuardModule, choose_threshold, fit, quiet_lightning
 from guardkit.schema import InputError, shortened
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
