@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, picture
 
-from guardkit.robustness.perturbations import EDITS, STRENGTHS, PerturbedContent, gaussian_noise, perturb
 from guardkit.images import ArrayContent
+from guardkit.robustness.perturbations import EDITS, STRENGTHS, PerturbedContent, gaussian_noise, perturb
 from guardkit.schema import InputError
 
 IMAGE = np.asarray(picture(3, (120, 90)))

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from guardkit.checks import check_flag, check_whole, is_list, is_number
+from guardkit.images import ArrayContent
 from guardkit.robustness import attacks
 from guardkit.robustness.perturbations import EDITS, STRENGTHS, PerturbedContent, check_edit
 from guardkit.robustness.victim import Victim, to_images, to_pixels
-from guardkit.images import ArrayContent
 from guardkit.schema import InputError, takes_embeddings
 
 Attack = Callable[[attacks.Value, Tensor, Tensor, np.random.Generator], Tensor]
