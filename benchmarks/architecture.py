@@ -350,7 +350,7 @@ def comparison(before: House, after: House, found: list[dict[str, dict[str, Any]
     """Tables of two checkouts in Markdown."""
     houses = (before, after)
     rooms = sorted({*before.lines, *after.lines} - {"__init__"})
-    lines = [[f"`{room}`", *(house.lines.get(room, "") for house in houses)] for room in rooms]
+    lines = [[f"`{room}`", *(house.lines.get(room, "") for house in houses)] for room in rooms if before.lines[room] != after.lines[room]]
     lines.append(["all", *(sum(house.lines.values()) for house in houses)])
     rows = [["imports to a higher level", *(len(house.climbs()) for house in houses)]]
     for command in found[0]:
@@ -365,7 +365,7 @@ def comparison(before: House, after: House, found: list[dict[str, dict[str, Any]
             [f"`{command}`: forms that it has", *(len(way["forms"]) for way in images)],
             [f"`{command}`: calls upward with an image", *(len(way["up"]) for way in images)],
         ]
-    return table(["lines", "before", "after"], lines) + "\n\n" + table(["ways", "before", "after"], rows)
+    return table(["lines, where they differ", "before", "after"], lines) + "\n\n" + table(["ways", "before", "after"], rows)
 
 
 def main() -> None:
@@ -375,7 +375,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", nargs="?", type=Path, help="a checkout to compare with")
     parser.add_argument("--out", type=Path, default=HERE / "docs", help="where picture and tables go")
-    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS), help="whose ways are looked at")
+    parser.add_argument("--commands", nargs="*", choices=COMMANDS, default=list(COMMANDS), help="whose ways are looked at")
     chosen = parser.parse_args()
     here = House(HERE)
     if chosen.before:

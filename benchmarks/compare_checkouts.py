@@ -17,9 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-
-QUICK = {"python -c pass": ["-c", "pass"], "import guardkit": ["-c", "import guardkit"], "train --help": ["-m", "guardkit.train", "--help"]}
 
 
 def run(checkout: Path, arguments: list[str]) -> tuple[float, float]:
@@ -33,18 +32,6 @@ def run(checkout: Path, arguments: list[str]) -> tuple[float, float]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, took
 
 
-def jobs(folder: Path, overrides: list[str]) -> dict[str, list[str]]:
-    """Commands in the order in which they run; the first job of a `folder` finds no embeddings there."""
-    train = ["-m", "guardkit.train", "experiment=pairs_aug", f"cache_dir={folder / 'cache'}"]
-    sweep = ["-m", "guardkit.sweep", f"cache_dir={folder.parent / 'stored'}", *overrides]
-    return {
-        **QUICK,
-        "main job, cold": [*train, f"output_dir={folder / 'cold'}"],
-        "main job, warm": [*train, f"output_dir={folder / 'warm'}"],
-        "sweep": [*sweep, f"output_dir={folder / 'sweep'}"],
-    }
-
-
 def main(arguments: list[str]) -> None:
     if len(arguments) < 2:
         raise SystemExit(__doc__)
@@ -56,23 +43,42 @@ def main(arguments: list[str]) -> None:
             repeats = int(value)
         else:
             overrides.append(argument)
-    times: dict[str, tuple[list[tuple[float, float]], list[tuple[float, float]]]] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        for side, checkout in enumerate(checkouts):  # stores embeddings for the sweeps, and compiles what is imported
-            for arguments_of_job in jobs(Path(temporary) / str(side) / "first", overrides).values():
-                run(checkout, arguments_of_job)
-        for repeat in range(repeats):
-            for side in (0, 1) if repeat % 2 == 0 else (1, 0):
-                for name, job in jobs(Path(temporary) / str(side) / str(repeat), overrides).items():
-                    times.setdefault(name, ([], []))[side].append(run(checkouts[side], job))
-    print(f"smallest to largest of {repeats}, in seconds, one thread; sweep {' '.join(overrides) or 'as it is by default'}\n")
+    print(f"smallest to largest of {repeats}, in seconds, one thread; sweep: {' '.join(overrides) or 'the default one'}\n")
     print("| job | processor, before | after | ratio | clock, before | after | ratio |\n|---|---|---|---|---|---|---|")
-    for name, sides in times.items():
-        cells = []
-        for clock in (0, 1):
-            before, after = ([one[clock] for one in side] for side in sides)
-            cells += [f"{min(before):.2f} to {max(before):.2f}", f"{min(after):.2f} to {max(after):.2f}", f"{min(after) / min(before):.2f}"]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    with tempfile.TemporaryDirectory() as temporary:
+
+        def train(name: str, folder: Path) -> list[str]:
+            return ["-m", "guardkit.train", "experiment=pairs_aug", f"cache_dir={folder / 'cache'}", f"output_dir={folder / name}"]
+
+        def sweep(folder: Path) -> list[str]:
+            stored = folder.parent / "stored"
+            return ["-m", "guardkit.sweep", f"cache_dir={stored}", f"output_dir={folder / 'sweep'}", *overrides]
+
+        jobs: dict[str, Callable[[Path], list[str]]] = {
+            "`python -c pass`": lambda _: ["-c", "pass"],
+            "`import guardkit`": lambda _: ["-c", "import guardkit"],
+            "`train --help`": lambda _: ["-m", "guardkit.train", "--help"],
+            "main job, cold": lambda folder: train("cold", folder),
+            "main job, warm": lambda folder: train("warm", folder),  # finds the embeddings of the cold one of that repeat
+            "sweep": sweep,
+        }
+        for name, job in jobs.items():
+            if not name.startswith("main job"):  # compiles what is imported, and stores the embeddings of the sweeps
+                for side, checkout in enumerate(checkouts):
+                    run(checkout, job(Path(temporary) / str(side) / "first"))
+            times: list[list[tuple[float, float]]] = [[], []]
+            for repeat in range(repeats):
+                for side in (0, 1) if repeat % 2 == 0 else (1, 0):
+                    times[side].append(run(checkouts[side], job(Path(temporary) / str(side) / str(repeat))))
+            cells = []
+            for clock in (0, 1):
+                before, after = ([one[clock] for one in side] for side in times)
+                cells += [
+                    f"{min(before):.2f} to {max(before):.2f}",
+                    f"{min(after):.2f} to {max(after):.2f}",
+                    f"{min(after) / min(before):.2f}",
+                ]
+            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

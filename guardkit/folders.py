@@ -18,8 +18,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from guardkit import __version__
 from guardkit.artifacts import fingerprint, remove_leftovers, write_json
 from guardkit.schema import InputError
@@ -52,6 +50,8 @@ def locked(folder: Path, *, about: Mapping[str, Any] | None = None, on_claim: Ca
     Raises:
         InputError: another process or thread holds it.
     """
+    from filelock import FileLock, Timeout  # here, because --help locks nothing and shall answer at once
+
     folder.mkdir(parents=True, exist_ok=True)
     place = folder.resolve()
     busy = InputError(f"{folder} is being written by another process; wait for it, or choose another output_dir")
