@@ -1,4 +1,4 @@
-"""Reading images that nobody vouches for: as a viewer would show them, or not at all, with a reason."""
+"""Reading untrusted images: as a viewer would show them, or not at all, with a reason."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Record:
         content: its pixels; None when only an embedding is known.
         region: where the unsafe feature is, if known.
         caption: what it shows, in words; may be empty.
-        twins: counterfactuals that the source brings along; where there are some, no editor is asked.
+        counterfactuals: those that the source brings along; where there are some, no editor is asked.
         embedding: (d,) float32 unit vector, when the source holds embeddings instead of images.
         perceptual_hash: 64 bits, by which near-duplicates are found; None where the image was not looked at.
         listed_group: the group that the source lists it in, by its own name; None where `group` is only derived.
@@ -74,7 +74,7 @@ class Record:
     content: Content | None
     region: Region | None = None
     caption: str = ""
-    twins: tuple[Content, ...] = ()
+    counterfactuals: tuple[Content, ...] = ()
     embedding: np.ndarray | None = field(default=None, compare=False, repr=False)
     perceptual_hash: int | None = field(default=None, compare=False)
     listed_group: str | None = field(default=None, compare=False)

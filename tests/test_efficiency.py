@@ -39,7 +39,7 @@ def test_the_solvers_terms_are_those_of_training():
     batch = {
         "labels": torch.from_numpy(labels).double(),
         "unsafe_rows": torch.from_numpy(pairs[:, 0]),
-        "twin_rows": torch.from_numpy(pairs[:, 1]),
+        "counterfactual_rows": torch.from_numpy(pairs[:, 1]),
     }
     # the weights of a head on unit vectors are the logits themselves
     settings = {"prevalence": goal.prevalence, "pair_weight": goal.pair_weight, "pair_margin": goal.pair_margin}

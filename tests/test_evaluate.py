@@ -111,7 +111,7 @@ def evaluated(test, *guards, cache=None, points=None, trained_on=None, n_resampl
     contenders = [Contender(guard.name, guard, points or {}, trained_on) for guard in guards]
     benchmark = read_benchmark(test if not isinstance(test, list) else Listed(test, **source))
     stores = embedding_stores(contenders, cache)
-    scored = score([*benchmark.records, *benchmark.twins], contenders, stores, cache)
+    scored = score([*benchmark.records, *benchmark.counterfactuals], contenders, stores, cache)
     sheet = make_sheet(benchmark, scored, contenders, CATEGORIES)
     rows, tests = measure(sheet, prevalence=0.02, n_resamples=n_resamples, seed=0)
     return sheet, scored, rows, tests
@@ -285,7 +285,7 @@ def test_intervals_do_not_collapse_and_groups_are_drawn_together():
 def pair_source(n=24):
     dark = [np.asarray(picture(i, (12, 10))) // 2 for i in range(n)]
     red = [np.concatenate([np.minimum(255, one[..., :1] + 8 * i), one[..., 1:]], axis=2).astype(np.uint8) for i, one in enumerate(dark)]
-    test = [record(i, 1, "weapons", content=ArrayContent(red[i]), twins=(ArrayContent(dark[i]),)) for i in range(n)]
+    test = [record(i, 1, "weapons", content=ArrayContent(red[i]), counterfactuals=(ArrayContent(dark[i]),)) for i in range(n)]
     return Listed(test, name="pairs")
 
 
@@ -317,8 +317,11 @@ def test_safeeditbench_layout(tmp_path, scenes_policy):
         picture(i).save(tmp_path / f"{i}.jpg")
         picture(i + 10).save(tmp_path / f"{i}_edited.jpg")
     benchmark = read_benchmark(PairsSource(scenes_policy, str(tmp_path)), split="all")
-    assert [(twin.id, twin.label) for twin in benchmark.twins[:2]] == [("0.jpg#0#counterfactual", 0), ("1.jpg#0#counterfactual", 0)]
-    assert benchmark.twins_are_the_safe_images
+    assert [(twin.id, twin.label) for twin in benchmark.counterfactuals[:2]] == [
+        ("0.jpg#0#counterfactual", 0),
+        ("1.jpg#0#counterfactual", 0),
+    ]
+    assert benchmark.counterfactuals_are_the_safe_images
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

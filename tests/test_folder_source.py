@@ -1,4 +1,4 @@
-"""FolderSource on folders that nobody vouches for: every input is a record or is rejected, and ids and groups hold."""
+"""FolderSource on untrusted folders: every input is a record or is rejected, and ids and groups hold."""
 
 from __future__ import annotations
 

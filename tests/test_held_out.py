@@ -263,12 +263,12 @@ def test_groups_pairs_and_all_guards_alike(scenes_encoder, scenes_policy):
 
     twin = ArrayContent(np.asarray(Image.new("RGB", (16, 16), "red")))
     tested = [
-        image(0, 1, twins=(twin,)),
+        image(0, 1, counterfactuals=(twin,)),
         image(1, 0, "together"),
         image(2, 0, "together"),
         image(3, 1, listed_group="album 7"),
         image(4, 0),
-        image(5, 1, twins=(ArrayContent(np.asarray(Image.new("RGB", (16, 16), "blue"))),)),
+        image(5, 1, counterfactuals=(ArrayContent(np.asarray(Image.new("RGB", (16, 16), "blue"))),)),
     ]
     first = contender("first", scenes_encoder, scenes_policy, [image(0, 1), image(1, 0)])
     second = contender("second", scenes_encoder, scenes_policy, [image(77, 1, listed_group="album 7"), image(1, 0)])
@@ -276,7 +276,12 @@ def test_groups_pairs_and_all_guards_alike(scenes_encoder, scenes_policy):
     stores = embedding_stores([first], None)
     left, seen = leave_out_seen(read_benchmark(Listed(tested)), [first, second, bare], stores)
     assert [one.id for one in left.records] == ["4", "5"]
-    assert ([one.id for one in left.twins], left.twin_of, left.n_left_out, left.given) == (["5#0#counterfactual"], [1], 4, 6)
+    assert ([one.id for one in left.counterfactuals], left.counterfactual_of, left.n_left_out, left.given) == (
+        ["5#0#counterfactual"],
+        [1],
+        4,
+        6,
+    )
     assert (seen["first"].n, seen["first"].by) == (3, {"content": 2, "group": 1})
     assert (seen["second"].n, seen["second"].by) == (3, {"content": 1, "group": 2})
     assert "bare" not in seen
@@ -289,4 +294,4 @@ def test_groups_pairs_and_all_guards_alike(scenes_encoder, scenes_policy):
     third = contender("third", scenes_encoder, scenes_policy, [Record("x", 0, None, "a", "x", twin)])
     left, _ = leave_out_seen(read_benchmark(Listed(tested)), [third], stores)
     assert [one.id for one in left.records] == ["1", "2", "3", "4", "5"]
-    assert len(left.twins) == 1
+    assert len(left.counterfactuals) == 1

@@ -169,13 +169,13 @@ def test_a_dataset_comes_back_as_a_source(scenes_policy, tmp_path):
         records, pipeline(scenes_policy, CountingEditor(refuse_some), max_tries=2), tmp_path / "d", made_from={}, variants_per_image=2
     )
     loaded = PairsSource(scenes_policy, str(tmp_path / "d")).load()
-    assert [len(record.twins) for record in loaded.train] == [2] * 4
+    assert [len(record.counterfactuals) for record in loaded.train] == [2] * 4
     assert len(loaded.rejected) == 4  # the refused tries
     assert loaded.given == len(loaded.train) + len(loaded.rejected)
     for record, mine in zip(loaded.train, records, strict=True):
         assert (record.label, record.category, record.region) == (1, mine.category, mine.region)
         np.testing.assert_array_equal(record.content.load(), mine.content.load())
-        np.testing.assert_array_equal(record.twins[0].load(), mine.content.load() // 2)
+        np.testing.assert_array_equal(record.counterfactuals[0].load(), mine.content.load() // 2)
     # the counterfactuals come from the dataset: the editor is not asked
     editor = CountingEditor(darker)
     made = pipeline(scenes_policy, editor).make(loaded.train, [0] * 4)
@@ -191,7 +191,7 @@ def test_pairs_made_towards_the_unsafe_side_change_places(scenes_policy, tmp_pat
     write_pair_dataset([safe], pipeline(scenes_policy, ScenesEditor()), tmp_path / "d", made_from={})
     (record,) = PairsSource(scenes_policy, str(tmp_path / "d")).load().train
     assert record.label == 1
-    np.testing.assert_array_equal(record.twins[0].load(), safe.content.load())
+    np.testing.assert_array_equal(record.counterfactuals[0].load(), safe.content.load())
     assert np.abs(record.content.load().astype(int) - safe.content.load()).max() > 20
 
 

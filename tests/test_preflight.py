@@ -214,7 +214,7 @@ def test_some_refused_edits_are_a_note(scenes_policy):
 
     content = SimpleNamespace(key="k", load=forbidden)
     boxed, bare = (Record(name, 1, "weapons", "s", name, content, region=box) for name, box in (("a", (0.1, 0.1, 0.4, 0.4)), ("b", None)))
-    twin = replace(bare, id="c", twins=(content,))  # brings a counterfactual of its own
+    twin = replace(bare, id="c", counterfactuals=(content,))  # brings a counterfactual of its own
     pipeline = CounterfactualPipeline(scenes_policy, TemplateInstructor(), InpaintEditor(), NoVerifier(), cache_dir=None)
     (note,) = check_edits(pipeline, [("unsafe images", "counterfactual", [boxed, bare, twin])], "source=s")
     assert note.startswith("1 of the 3 unsafe images of source=s cannot be edited (1 x no region")

@@ -43,7 +43,7 @@ class World:
     def __init__(self, n=120, n_test=60, *, step=1.5, elsewhere=1.5, swap=False, accept=lambda record: True, seed=0):
         rng = np.random.default_rng(seed)
         self.step, self.accept = step * np.eye(DIM)[0], accept
-        self.twins = {}
+        self.counterfactuals = {}
         self.source = SimpleNamespace(name="vectors", asked={"source": "vectors"})
         self.policy = SimpleNamespace(category_names=("a", "b"))
         self.store, self.pipeline = self, self
@@ -52,7 +52,7 @@ class World:
         test = [self._record(rng, "test", label, i, 0.0, False) for label in (1, 0) for i in range(n_test)]
         vectors = np.array([record.embedding for record in test])
         rows = np.arange(n_test)
-        self.test = TestSet(test, vectors, rows, np.array([self.twins[test[i].id] for i in rows]), "vectors", 0.0)
+        self.test = TestSet(test, vectors, rows, np.array([self.counterfactuals[test[i].id] for i in rows]), "vectors", 0.0)
 
     def _record(self, rng, split, label, i, elsewhere, swap):
         there = rng.normal(size=DIM) * np.array([0.3, *[1.0] * (DIM - 1)])
@@ -62,7 +62,7 @@ class World:
         vector = there + side * self.step / 2 + (0 if label else elsewhere) * np.eye(DIM)[1]
         twin = there - side * self.step / 2 + 0.5 * rng.normal(size=DIM)
         name = f"{split}/{label}/{i}"
-        self.twins[name] = twin.astype(np.float32)
+        self.counterfactuals[name] = twin.astype(np.float32)
         return Record(name, label, "ab"[i % 2], "photo" if i % 4 < 2 else "drawn", name, None, embedding=vector.astype(np.float32))
 
     def load(self):
@@ -81,7 +81,7 @@ class World:
             accepted = self.accept(record)
             counts.accepted += accepted
             counts.rejected["not accepted"] += not accepted
-            vector = self.twins[record.id] if kind == "counterfactual" else record.embedding
+            vector = self.counterfactuals[record.id] if kind == "counterfactual" else record.embedding
             tries.append(SimpleNamespace(accepted=accepted, vector=vector))
         return tries
 
@@ -137,7 +137,7 @@ def test_permuted_labels_leave_every_arm_at_chance(tmp_path, metric):
 def test_identical_twins_bring_no_gain(tmp_path):
     world = World(elsewhere=0.3)
     for record in world.pool:
-        world.twins[record.id] = record.embedding
+        world.counterfactuals[record.id] = record.embedding
     known = measured(*fitted(world, tmp_path)[:2], "auroc")
     for arm in ("pairs_aug", "shuffled_pairs", "pairs_plus"):
         for size in known[arm].sizes:

@@ -93,7 +93,7 @@ def pairs(scenes_policy, tmp_path):
 def test_pair_datasets(pairs, scenes_policy, name, least):
     def read():
         loaded = PairsSource(scenes_policy, str(pairs)).load()
-        return {record.content.key: (record.label, [twin.key for twin in record.twins]) for record in loaded.train}
+        return {record.content.key: (record.label, [twin.key for twin in record.counterfactuals]) for record in loaded.train}
 
     expected = read()
     assert len(expected) == 3

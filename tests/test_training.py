@@ -157,7 +157,7 @@ def test_a_slow_editor_changes_nothing(compose, tmp_path):
     from guardkit.editors.scenes import ScenesEditor
 
     for quick, slow in zip(batches(ScenesEditor()), batches(SlowEditor()), strict=True):
-        assert all((quick[key].equal(slow[key])) for key in ("embeddings", "labels", "unsafe_rows", "twin_rows"))
+        assert all((quick[key].equal(slow[key])) for key in ("embeddings", "labels", "unsafe_rows", "counterfactual_rows"))
 
 
 def test_training_starts_before_the_last_edit(compose, tmp_path):
@@ -179,7 +179,7 @@ def test_training_starts_before_the_last_edit(compose, tmp_path):
     try:
         first = next(data.batches(1))
         n_edited = data.edits.requested
-        assert len(first["twin_rows"]) == 6
+        assert len(first["counterfactual_rows"]) == 6
         assert n_edited < 30
         list(data.batches(1))
     finally:
@@ -195,7 +195,7 @@ def test_variants_take_turns(compose, tmp_path):
     data.setup("fit")
     try:
         twins = [next(data.batches(epoch)) for epoch in (1, 2, 3)]
-        rows = [{tuple(vector[:8].tolist()) for vector in batch["embeddings"][batch["twin_rows"]]} for batch in twins]
+        rows = [{tuple(vector[:8].tolist()) for vector in batch["embeddings"][batch["counterfactual_rows"]]} for batch in twins]
         assert len(rows[0] | rows[1] | rows[2]) > len(rows[0])
     finally:
         data.close()

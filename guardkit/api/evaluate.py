@@ -105,7 +105,9 @@ def evaluate(
     for note in notes:
         log.warning("%s", note)
     built = time.perf_counter()
-    scored = score([*benchmark.records, *benchmark.twins], found, stores, cache, encoder_fingerprint=benchmark.encoder_fingerprint)
+    scored = score(
+        [*benchmark.records, *benchmark.counterfactuals], found, stores, cache, encoder_fingerprint=benchmark.encoder_fingerprint
+    )
     if not scored.records:
         raise InputError(
             f"none of the {len(scored.rejected)} images of source={benchmark.name} can be read, the first is {scored.rejected[0].id}: {scored.rejected[0].reason}"

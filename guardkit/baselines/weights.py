@@ -1,4 +1,4 @@
-"""Published weights that nobody vouches for: found in a file, a folder or on the Hub, and read without running code.
+"""Untrusted weights of published classifiers: found in a file, a folder or on the Hub, and read without running code.
 
 Safetensors and plain .npy files hold numbers only. Files of torch are read with `weights_only`, which builds tensors and
 nothing else. One published head is a pickled numpy array; it goes through an unpickler that knows three names.

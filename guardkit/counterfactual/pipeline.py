@@ -150,7 +150,7 @@ class CounterfactualPipeline:
             reason = None
             if record.content is None:
                 reason = _NO_IMAGE
-            elif not (record.twins and kind == "counterfactual"):
+            elif not (record.counterfactuals and kind == "counterfactual"):
                 reason = refusal(self.editor, EditRequest(record.content, "", record.region, 0, kind, record.label))
             if reason is not None:
                 found[reason] += 1
@@ -221,7 +221,7 @@ class CounterfactualPipeline:
         return "edit:" + fingerprint(
             {
                 "image": request.content.key,
-                "twins": [twin.key for twin in record.twins] if request.kind == "counterfactual" else [],
+                "twins": [twin.key for twin in record.counterfactuals] if request.kind == "counterfactual" else [],
                 "region": record.region,
                 "instruction": request.instruction,
                 "target": request.target,
@@ -276,9 +276,9 @@ class CounterfactualPipeline:
         """From the source where it brings counterfactuals of its own, else from the editor."""
         results: dict[str, EditResult] = {}
         for key, (record, request) in wanted.items():
-            if record.twins and request.kind == "counterfactual":
+            if record.counterfactuals and request.kind == "counterfactual":
                 try:
-                    results[key] = EditResult(record.twins[request.seed % len(record.twins)].load())
+                    results[key] = EditResult(record.counterfactuals[request.seed % len(record.counterfactuals)].load())
                 except ImageError as error:
                     results[key] = EditResult(None, f"unreadable counterfactual: {error}")
         asked = [key for key in wanted if key not in results]

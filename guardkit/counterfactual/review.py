@@ -48,7 +48,7 @@ class Review:
         pair_id: of the pair dataset's table.
         images: hash of the two images that were judged, see `pair_hash`.
         reviewer: who.
-        verdict: accept (the twins differ in the violation and in nothing that matters), reject or unsure.
+        verdict: accept (the two images differ in the violation and in nothing that matters), reject or unsure.
         reason: in the reviewer's words; may be empty.
         time: when, in UTC, ISO 8601.
     """

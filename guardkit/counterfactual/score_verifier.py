@@ -54,7 +54,7 @@ class ScoreVerifier:
         min_drop: and its score must have fallen by at least this, in [0, 1).
         min_preservation: least similarity of what should have stayed (see `preservation`), in [0, 1].
         min_cosine: least cosine between the embeddings of original and edit, in [-1, 1]. What to ask for depends on the
-            encoder: one that tells objects well apart moves a twin far away. -1 asks for nothing.
+            encoder: one that tells objects well apart moves a counterfactual far away. -1 asks for nothing.
         arrival: (candidates, embeddings of originals, of edits) -> (n,) how far each edit has come from the words that
             describe its original to those that were asked for; 1 when they describe it as well as the first did the
             original, NaN when nobody knows the words. None: not asked.

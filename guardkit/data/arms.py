@@ -151,7 +151,7 @@ def assemble(
         categories: (n_unsafe,) category numbers of the "unsafe" views, see `category_numbers`.
         n_categories: k.
     Returns:
-        embeddings (n, d); labels (n,); targets (n, k), NaN where a category is unknown; unsafe_rows and twin_rows, (p,)
+        embeddings (n, d); labels (n,); targets (n, k), NaN where a category is unknown; unsafe_rows and counterfactual_rows, (p,)
         where in the batch an unsafe image and its counterfactual stand. Views that are not there are left out.
     """
 
@@ -180,5 +180,5 @@ def assemble(
         "labels": torch.from_numpy(np.concatenate(labels)).float(),
         "targets": torch.from_numpy(np.concatenate(all_targets)).float(),
         "unsafe_rows": torch.from_numpy(first),
-        "twin_rows": torch.from_numpy(second),
+        "counterfactual_rows": torch.from_numpy(second),
     }

@@ -236,7 +236,7 @@ class GuardDataModule(L.LightningDataModule):
         vectors = self.views.embed(self.test)
         return TestSet(self.test, vectors, rows, twins, made_by, time.perf_counter() - started)
 
-    def twin_of(self, record: Record) -> Content | None:
+    def counterfactual_of(self, record: Record) -> Content | None:
         """The counterfactual that test pairs hold for an unsafe test record, or None."""
         if self.loaded.test_pairs is not None:
             return next((twin.content for unsafe, twin in self.loaded.test_pairs if unsafe.id == record.id), None)
@@ -259,8 +259,10 @@ class GuardDataModule(L.LightningDataModule):
         parts = {"train": [split.train for split in kinds], "validation": [split.validation for split in kinds]}
         used = [(split, record) for split, records in parts.items() for part in records for record in part]
         if {"counterfactual", "shuffled"} & set(self.negatives):
-            twins = [(split, record, content) for split, record in used for content in record.twins]
-            used += [(split, replace(record, content=content, twins=(), perceptual_hash=None)) for split, record, content in twins]
+            twins = [(split, record, content) for split, record in used for content in record.counterfactuals]
+            used += [
+                (split, replace(record, content=content, counterfactuals=(), perceptual_hash=None)) for split, record, content in twins
+            ]
         return used
 
     def labelled(self) -> tuple[np.ndarray, np.ndarray]:
@@ -363,7 +365,7 @@ class TestSet:
         records: natural test images.
         embeddings: (n, d) of them.
         pair_rows: (p,) which of them are the unsafe members of test pairs.
-        twins: (p, d) embeddings of their counterfactuals.
+        counterfactuals: (p, d) embeddings of their counterfactuals.
         pairs_made_by: who made the counterfactuals.
         seconds: it took to draw or read, edit and embed them.
     """
@@ -373,7 +375,7 @@ class TestSet:
     records: list[Record]
     embeddings: np.ndarray
     pair_rows: np.ndarray
-    twins: np.ndarray
+    counterfactuals: np.ndarray
     pairs_made_by: str
     seconds: float
 

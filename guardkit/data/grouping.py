@@ -170,7 +170,7 @@ def _group_names(records: Sequence[Record], distance: int) -> list[str]:
         for row, number in zip(rows, numbers.tolist(), strict=True):
             leader[find((kind, number))] = find(("group", records[row].group))
     for row in hashed:
-        for content in (records[row].content, *records[row].twins):
+        for content in (records[row].content, *records[row].counterfactuals):
             if content is not None:
                 leader[find(("content", content.key))] = find(("group", records[row].group))
     names: dict[Hashable, str] = {}

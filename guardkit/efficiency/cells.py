@@ -108,7 +108,7 @@ class Stock:
             counts = self.edit_counts.setdefault(arm.name, EditCounts())
             self._make(arm, counts)
         self.test = data.make_test_set()
-        for what, vectors in (("test images", self.test.embeddings), ("test counterfactuals", self.test.twins)):
+        for what, vectors in (("test images", self.test.embeddings), ("test counterfactuals", self.test.counterfactuals)):
             _check_finite(vectors, self._where, what)
 
     def reason_against(self, cell: Cell) -> str | None:

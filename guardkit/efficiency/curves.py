@@ -27,12 +27,12 @@ class Scores:
     """What one guard says of the test set.
 
     Attributes:
-        logits: (n,) of the test images; twins: (p,) of the test counterfactuals.
+        logits: (n,) of the test images; counterfactuals: (p,) of the test counterfactuals.
         threshold: in logits; flagged when at least that.
     """
 
     logits: np.ndarray
-    twins: np.ndarray
+    counterfactuals: np.ndarray
     threshold: float
 
 
@@ -105,7 +105,7 @@ class Yardstick:
         of: Images | Pairs
         if self._metric.of == "pairs":
             unsafe = np.array([one.logits[self._pair_rows] for one in scores])
-            of = Pairs(unsafe, np.array([one.twins[self._pairs] for one in scores]), thresholds, draws, self._pair_rows)
+            of = Pairs(unsafe, np.array([one.counterfactuals[self._pairs] for one in scores]), thresholds, draws, self._pair_rows)
         else:
             of = Images(self._labels, np.array([one.logits[self._images] for one in scores]), thresholds, draws, self._images)
         return weighted([self._metric.name], of)[self._metric.name]

@@ -119,7 +119,7 @@ class BatchedEngine:
         rows = np.arange(len(data))
         # in single precision, as the embeddings are: what is kept of a cell is mostly this
         on_test, on_twins = (
-            (vectors @ weights[rows, best].T + bias[rows, best]).astype(np.float32) for vectors in (test.embeddings, test.twins)
+            (vectors @ weights[rows, best].T + bias[rows, best]).astype(np.float32) for vectors in (test.embeddings, test.counterfactuals)
         )
         return [
             FittedCell(
@@ -145,7 +145,7 @@ class BatchedEngine:
             [head for head in heads for _ in range(n)],
             [cell for cell in data for _ in range(n)],
             list(self._strengths) * len(data),
-            [test.embeddings, test.twins],
+            [test.embeddings, test.counterfactuals],
         )
         fitted: list[FittedCell | CellError] = []
         for i, cell in enumerate(data):
@@ -181,7 +181,7 @@ class BatchedEngine:
         return decision_rows(
             head.features(batch["embeddings"][first].double()).numpy(),
             batch["labels"].numpy()[first],
-            place[torch.stack([batch["unsafe_rows"], batch["twin_rows"]], dim=1).numpy()],
+            place[torch.stack([batch["unsafe_rows"], batch["counterfactual_rows"]], dim=1).numpy()],
             counts=counts,
             prevalence=self._objective.prevalence,
             pair_weight=self._objective.pair_weight,

@@ -87,7 +87,7 @@ class LightningEngine:
         head = guards[best].head
         with torch.inference_mode():
             logits, twins, on_validation = (
-                head(torch.as_tensor(x))[:, 0].numpy() for x in (test.embeddings, test.twins, validation["embeddings"])
+                head(torch.as_tensor(x))[:, 0].numpy() for x in (test.embeddings, test.counterfactuals, validation["embeddings"])
             )
         return FittedCell(
             chosen=best,

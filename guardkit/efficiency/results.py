@@ -176,7 +176,7 @@ def _parts(block: Sequence[Cell], stock: Stock, failed: dict[Cell, str]) -> Iter
     """Cells with their images, as many at once as memory allows; what cannot be fitted goes to `failed`."""
     ready: list[tuple[Cell, CellData]] = []
     n_bytes = 0
-    n_scores = 4 * (len(stock.test.embeddings) + len(stock.test.twins))
+    n_scores = 4 * (len(stock.test.embeddings) + len(stock.test.counterfactuals))
     for cell in block:
         try:
             ready.append((cell, stock.data_of(cell)))

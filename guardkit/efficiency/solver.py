@@ -159,7 +159,7 @@ def decision_rows(
         counts: (n,) how often each image is in the set; None: once.
         prevalence: share of unsafe images to train for, in (0, 1).
         pair_weight: of the pair loss beside cross-entropy.
-        pair_margin: between twins, in logits.
+        pair_margin: between an unsafe image and its counterfactual, in logits.
     """
     signs = np.where(labels == 1, 1.0, -1.0)
     counts = np.ones(len(labels)) if counts is None else counts

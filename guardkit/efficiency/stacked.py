@@ -61,7 +61,7 @@ class _Problems:
         self.pair_shares = torch.zeros(len(batches), p, device=device)
         self.margin = objective.pair_margin
         for i, one in enumerate(batches):
-            labels, pairs = one["labels"], torch.stack([one["unsafe_rows"], one["twin_rows"]], dim=1)
+            labels, pairs = one["labels"], torch.stack([one["unsafe_rows"], one["counterfactual_rows"]], dim=1)
             unsafe = labels == 1
             self.embeddings[i, : len(labels)], self.labels[i, : len(labels)] = one["embeddings"], labels
             each = objective.prevalence / unsafe.sum().clamp(min=1), (1 - objective.prevalence) / (~unsafe).sum().clamp(min=1)

@@ -16,44 +16,46 @@ SPLITS = ("test", "all")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Labelled images, and unsafe ones among them that have a safe twin.
+    """Labelled images, and unsafe ones among them that have a counterfactual.
 
     Attributes:
         name: of the source.
         records: natural images (or embeddings).
-        twins: counterfactuals, as records labelled safe, in the group of their original.
-        twin_of: for each twin, the row of its original in `records`.
+        counterfactuals: as records labelled safe, in the group of their original.
+        counterfactual_of: for each counterfactual, the row of its original in `records`.
         rejected: what the source could not use, with reasons.
-        given: records + rejected + n_left_out; twins are not counted.
+        given: records + rejected + n_left_out; counterfactuals are not counted.
         chosen: which of the source's images these are, in words.
-        twins_are_the_safe_images: whether the source has no safe image but the counterfactuals, as pair datasets have.
+        counterfactuals_are_the_safe_images: whether the source has no safe image but the counterfactuals, as pair datasets have.
         encoder_fingerprint: of the encoder that made the records' embeddings, where they bring some and it is known.
         n_left_out: records that are not tested on because a guard was trained or validated on them.
     """
 
     name: str
     records: list[Record]
-    twins: list[Record]
-    twin_of: list[int]
+    counterfactuals: list[Record]
+    counterfactual_of: list[int]
     rejected: list[Rejected]
     given: int
     chosen: str
-    twins_are_the_safe_images: bool
+    counterfactuals_are_the_safe_images: bool
     encoder_fingerprint: str | None = None
     n_left_out: int = 0
 
     def without(self, groups: Set[str]) -> Benchmark:
-        """The same without the images of some groups, and their twins."""
+        """The same without the images of some groups, and their counterfactuals."""
         kept = [row for row, record in enumerate(self.records) if record.group not in groups]
         place = {row: i for i, row in enumerate(kept)}
         pairs = [
-            (twin, place[row]) for twin, row in zip(self.twins, self.twin_of, strict=True) if row in place and twin.group not in groups
+            (twin, place[row])
+            for twin, row in zip(self.counterfactuals, self.counterfactual_of, strict=True)
+            if row in place and twin.group not in groups
         ]
         return replace(
             self,
             records=[self.records[row] for row in kept],
-            twins=[twin for twin, _ in pairs],
-            twin_of=[row for _, row in pairs],
+            counterfactuals=[twin for twin, _ in pairs],
+            counterfactual_of=[row for _, row in pairs],
             n_left_out=self.n_left_out + len(self.records) - len(kept),
         )
 
@@ -79,21 +81,21 @@ def read_benchmark(source: Source, *, split: str = "test", test_share: float = 0
             f"source={source.name} holds no image to test on ({chosen}); choose another split= or source={why_rejected(loaded)}"
         )
     kept = {record.id: row for row, record in enumerate(records)}
-    twins: list[Record] = []
-    twin_of: list[int] = []
-    for original, twin in _pairs(loaded, records):
+    counterfactuals: list[Record] = []
+    counterfactual_of: list[int] = []
+    for original, counterfactual in _pairs(loaded, records):
         if original.id in kept:
-            twins.append(twin)
-            twin_of.append(kept[original.id])
+            counterfactuals.append(counterfactual)
+            counterfactual_of.append(kept[original.id])
     return Benchmark(
         name=source.name,
         records=records,
-        twins=twins,
-        twin_of=twin_of,
+        counterfactuals=counterfactuals,
+        counterfactual_of=counterfactual_of,
         rejected=list(loaded.rejected),
         given=len(records) + len(loaded.rejected),
         chosen=chosen,
-        twins_are_the_safe_images=bool(twins) and not any(record.label == SAFE for record in records),
+        counterfactuals_are_the_safe_images=bool(counterfactuals) and not any(record.label == SAFE for record in records),
         encoder_fingerprint=loaded.encoder_fingerprint,
     )
 
@@ -114,10 +116,10 @@ def _pairs(loaded: Loaded, records: Sequence[Record]) -> list[tuple[Record, Reco
         pairs = loaded.test_pairs
     else:
         pairs = [
-            (record, replace(record, id=f"{record.id}#{i}", content=content, twins=(), region=None))
+            (record, replace(record, id=f"{record.id}#{i}", content=content, counterfactuals=(), region=None))
             for record in records
             if record.label == UNSAFE
-            for i, content in enumerate(record.twins)
+            for i, content in enumerate(record.counterfactuals)
         ]
     marked = [(original, replace(twin, label=SAFE, category=original.category, group=original.group)) for original, twin in pairs]
     return [(original, replace(twin, id=f"{twin.id}#counterfactual")) for original, twin in marked]

@@ -1,4 +1,4 @@
-"""How well classifiers tell unsafe from safe images, and unsafe images from their safe twins, each on what it covers.
+"""How well classifiers tell unsafe from safe images, and unsafe images from their counterfactuals, each on what it covers.
 
 Every figure is a row with its n, its threshold and its interval. Images on which a classifier abstained count as not
 flagged; figures that need scores are over the images it answered.
@@ -43,8 +43,8 @@ class Sheet:
         records: (n,) images, natural ones first.
         labels, scores: (n,) int and (n, g).
         n_natural: how many of the records are natural images; the rest are counterfactuals.
-        pair_rows: (p, 2) rows of unsafe images and of their twins.
-        similarity: (p,) cosine of the twins' embeddings; None when no encoder saw them.
+        pair_rows: (p, 2) rows of unsafe images and of their counterfactuals.
+        similarity: (p,) cosine of the embeddings of a pair; None when no encoder saw them.
         similarity_by: name of that encoder.
         counted: (n,) bool, the images of the natural test set. In a source without safe images the counterfactuals
             stand for them.
@@ -64,16 +64,18 @@ class Sheet:
 
 
 def make_sheet(benchmark: Benchmark, scored: Scored, contenders: Sequence[Contender], categories: tuple[str, ...]) -> Sheet:
-    """Brings scores of `benchmark.records` followed by `benchmark.twins` into columns."""
+    """Brings scores of `benchmark.records` followed by `benchmark.counterfactuals` into columns."""
     place = {int(row): i for i, row in enumerate(scored.rows)}
     n_given = len(benchmark.records)
     pairs = [
-        (place[original], place[n_given + i]) for i, original in enumerate(benchmark.twin_of) if original in place and n_given + i in place
+        (place[original], place[n_given + i])
+        for i, original in enumerate(benchmark.counterfactual_of)
+        if original in place and n_given + i in place
     ]
     pair_rows = np.array(pairs, int).reshape(-1, 2)
     n_natural = int((scored.rows < n_given).sum())
     counted = np.arange(len(scored.records)) < n_natural
-    if benchmark.twins_are_the_safe_images:
+    if benchmark.counterfactuals_are_the_safe_images:
         counted[:] = True
     similarity, name = None, None
     for contender in contenders:
@@ -106,7 +108,7 @@ class Cut:
         negatives: "all_safe", or "same_category": safe images collected for the category.
         category, source: None: all.
         distribution: "in" or "out" of what the classifier was trained on; None: both, or unknown.
-        similarity: lowest and highest cosine of the twins; None: any.
+        similarity: lowest and highest cosine of a pair; None: any.
     """
 
     rows: np.ndarray
@@ -231,7 +233,7 @@ def _pair_cuts(sheet: Sheet, contender: Contender) -> Iterator[Cut]:
 
 
 def similarity_bins(sheet: Sheet, inside: np.ndarray) -> list[tuple[float, float, np.ndarray]]:
-    """Pairs in equal parts by the cosine of the twins: lowest and highest cosine, and rows. Empty for few pairs."""
+    """Pairs in equal parts by the cosine of their two embeddings: lowest and highest cosine, and rows. Empty for few pairs."""
     chosen = np.flatnonzero(inside)
     if sheet.similarity is None or len(chosen) < N_SIMILARITY_BINS * _MIN_PAIRS_PER_BIN:
         return []

@@ -52,7 +52,7 @@ def leave_out_seen(
     Raises:
         InputError: nothing is left.
     """
-    images = [*benchmark.records, *benchmark.twins]
+    images = [*benchmark.records, *benchmark.counterfactuals]
     found = {one.name: _find(images, benchmark, one, stores) for one in contenders if one.training_images is not None}
     groups = {name: {image.group for image, known in zip(images, mine, strict=True) if _is_labelled(known)} for name, mine in found.items()}
     every = set().union(*groups.values())

@@ -27,13 +27,13 @@ class Measured:
     Attributes:
         test: what was scored.
         scores: (n, 1 + k) probabilities of its images.
-        twin_scores: (p, 1 + k) those of the counterfactuals.
+        counterfactual_scores: (p, 1 + k) those of the counterfactuals.
         category_names: of the k columns.
     """
 
     test: TestSet
     scores: np.ndarray
-    twin_scores: np.ndarray
+    counterfactual_scores: np.ndarray
     category_names: tuple[str, ...]
 
 
@@ -56,7 +56,7 @@ def test_figures(guard: GuardClassifier, data: GuardDataModule) -> tuple[dict[st
     """
     test = data.test_set()
     scores = guard.probabilities(test.embeddings)
-    twins = guard.probabilities(test.twins) if len(test.twins) else np.zeros((0, scores.shape[1]))
+    twins = guard.probabilities(test.counterfactuals) if len(test.counterfactuals) else np.zeros((0, scores.shape[1]))
     sheet = _sheet(guard, test, scores[:, 0], twins[:, 0])
     rows, _ = measure_sheet(sheet, prevalence=PREVALENCE, n_resamples=N_RESAMPLES, seed=SEED)
     figures = {

@@ -20,7 +20,7 @@ class Objective:
     Attributes:
         prevalence: share of unsafe images to train for, in (0, 1); classes are weighted to it.
         pair_weight: of the pair loss beside cross-entropy, at least 0; 0 leaves it out.
-        pair_margin: between twins, in logits, at least 0.
+        pair_margin: between an unsafe image and its counterfactual, in logits, at least 0.
         category_weight: of the category loss, at least 0; 0 leaves it out.
         l2: at least 0; half of it times the squared distance of the weights from where they started is added: from zero for
             a linear head (ridge), from the policy's texts for a prompt head.
@@ -66,7 +66,7 @@ class Objective:
         if self.category_weight:
             total = total + self.category_weight * category_loss(logits[:, 1:], batch["targets"])
         if self.pair_weight:
-            pairs = pair_loss(decision[batch["unsafe_rows"]], decision[batch["twin_rows"]], self.pair_margin)
+            pairs = pair_loss(decision[batch["unsafe_rows"]], decision[batch["counterfactual_rows"]], self.pair_margin)
             total = total + self.pair_weight * pairs
         return total
 
@@ -99,13 +99,13 @@ def category_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def pair_loss(unsafe_logits: Tensor, counterfactual_logits: Tensor, margin: float) -> Tensor:
-    """A soft margin between twins: the mean of softplus(margin - (unsafe - counterfactual)).
+    """A soft margin between unsafe images and their counterfactuals: the mean of softplus(margin - (unsafe - counterfactual)).
 
     The logistic form of the pairwise ranking loss (RankNet, Burges et al., 2005), shifted by a margin.
 
     Args:
         unsafe_logits: (p,) decision logits of unsafe images.
-        counterfactual_logits: (p,) those of their twins, in the same order.
+        counterfactual_logits: (p,) those of their counterfactuals, in the same order.
         margin: in logits, at least 0.
     Returns:
         A scalar; 0 when there is no pair.

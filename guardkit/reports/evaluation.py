@@ -69,7 +69,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
             "n": len(labels),
             "n_unsafe": int((labels == 1).sum()),
             "n_safe": int((labels == 0).sum()),
-            "safe_images_are_counterfactuals": benchmark.twins_are_the_safe_images,
+            "safe_images_are_counterfactuals": benchmark.counterfactuals_are_the_safe_images,
             "n_pairs": len(sheet.pair_rows),
             "similarity_by": sheet.similarity_by,
             "sources": evaluation.sources,

@@ -165,7 +165,7 @@ def sources(evaluation: Evaluation) -> dict[str, Any] | None:
 
 
 def pairs(evaluation: Evaluation) -> dict[str, Any] | None:
-    """Figures of the pairs, all of them and by how similar the twins are; None without pairs."""
+    """Figures of the pairs, all of them and by how similar the two images are; None without pairs."""
     if not len(evaluation.sheet.pair_rows):
         return None
     rows, lines = [], []

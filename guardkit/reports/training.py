@@ -25,7 +25,7 @@ def write_predictions(path: Path, measured: Measured) -> None:
     rows: list[tuple[Record, str, int, str | None, np.ndarray]] = [
         (record, record.id, record.label, pair_of.get(i), measured.scores[i]) for i, record in enumerate(test.records)
     ]
-    for row, scores in zip(test.pair_rows, measured.twin_scores, strict=True):
+    for row, scores in zip(test.pair_rows, measured.counterfactual_scores, strict=True):
         record = test.records[row]
         rows.append((record, f"{record.id}#counterfactual", 0, record.id, scores))
     table = pa.table(
@@ -97,7 +97,7 @@ def _pictured_pairs(data: GuardDataModule, measured: Measured) -> list[plots.Pic
     shown = []
     for i in [*chosen, *rest][:N_PICTURED_PAIRS]:
         record = test.records[test.pair_rows[i]]
-        twin = data.twin_of(record)
+        twin = data.counterfactual_of(record)
         if record.content is None or twin is None:
             continue
         shown.append(
@@ -105,7 +105,7 @@ def _pictured_pairs(data: GuardDataModule, measured: Measured) -> list[plots.Pic
                 title=f"{record.category or 'unsafe'} · {record.source}",
                 original=record.content.load(),
                 counterfactual=twin.load(),
-                scores=(float(measured.scores[test.pair_rows[i], 0]), float(measured.twin_scores[i, 0])),
+                scores=(float(measured.scores[test.pair_rows[i], 0]), float(measured.counterfactual_scores[i, 0])),
             )
         )
     return shown

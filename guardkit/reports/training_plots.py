@@ -20,7 +20,7 @@ class PicturedPair:
     Attributes:
         title: a few words.
         original: (h, w, 3) uint8 RGB, the unsafe image.
-        counterfactual: its twin, of the same size.
+        counterfactual: of it, of the same size.
         scores: of the two.
     """
 

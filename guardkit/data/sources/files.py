@@ -1,4 +1,4 @@
-"""Files below a root by names that nobody vouches for, whatever system the names were written on."""
+"""Files below a root by untrusted names, whatever system the names were written on."""
 
 from __future__ import annotations
 

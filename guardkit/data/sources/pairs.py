@@ -100,7 +100,7 @@ class PairsSource:
             if reason is not None:
                 rejected.append(Rejected(row["pair_id"], reason))
                 continue
-            # an unsafe original may have several counterfactuals; a safe one becomes the twin of each unsafe edit
+            # an unsafe original may have several counterfactuals; a safe one becomes the counterfactual of each unsafe edit
             grouped.setdefault(row["file_name"] if row["label"] else row["edited_file_name"], []).append(row)
         for unsafe, rows in grouped.items():
             first = rows[0]
@@ -159,4 +159,4 @@ class PairsSource:
             if unsafe in contents:
                 rejected.append(Rejected(unsafe, "its counterfactual cannot be read"))
             return None
-        return Record(unsafe, 1, category, source, listed, contents[unsafe], region, twins=twins, perceptual_hash=hashes[unsafe])
+        return Record(unsafe, 1, category, source, listed, contents[unsafe], region, counterfactuals=twins, perceptual_hash=hashes[unsafe])
