@@ -54,6 +54,11 @@ class Head(nn.Module):
     def prepare(self, images: KnowsImages) -> None:
         """Called once before training. Most heads need nothing but labelled images."""
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether it can be trained; not where `prepare` still has something to do."""
+        return True
+
 
 class LinearHead(Head):
     """A linear probe.
@@ -67,7 +72,7 @@ class LinearHead(Head):
     def __init__(self, dim: int, n_categories: int, *, whitened: bool = False) -> None:
         super().__init__()
         self.config = {"dim": dim, "n_categories": n_categories, "whitened": whitened}
-        self._wanted: tuple[int, float] | None = None
+        self._wanted: tuple[int, float] | None = None  # how to whiten, until that is done
         self.map: Tensor | None
         self.register_buffer("map", torch.eye(dim) if whitened else None)
         self.linear = nn.Linear(dim, 1 + n_categories)
@@ -143,6 +148,12 @@ class LinearHead(Head):
         """Whitens, if that is wanted."""
         if self._wanted is not None and self.map is not None:
             self.map.copy_(torch.from_numpy(images.whitening(*self._wanted)))
+            self._wanted = None
+
+    @property
+    def is_prepared(self) -> bool:
+        """Not where a whitening is still to be estimated: until then the map is the identity."""
+        return self._wanted is None
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(n, d) -> (n, 1 + k) logits."""

@@ -25,7 +25,7 @@ def store(scenes_encoder):
 def controls(store, policy, editor, n=40):
     pipeline = CounterfactualPipeline(policy, TemplateInstructor(), editor, NoVerifier(), cache_dir=None)
     counts = EditCounts()
-    views = ViewMaker(store, pipeline, transform="none", n_views=1, counts=EditCounts())
+    views = ViewMaker(store, pipeline, transform="none", variants_per_image=1, counts=EditCounts())
     return make_controls(views, [unsafe_scene(i) for i in range(n)], counts), counts
 
 

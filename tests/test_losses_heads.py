@@ -174,3 +174,13 @@ def test_wrong_settings_are_named():
         MLPHead(4, 2, hidden=0)
     with pytest.raises(InputError, match="head.scale must be a number above 0, got 0"):
         PromptHead(4, 2, n_prompts=3, scale=0)
+
+
+def test_a_head_that_waits_for_its_whitening_is_not_trained(scenes_policy):
+    from guardkit import GuardModule
+
+    head = LinearHead.whitened(Words(), scenes_policy)
+    with pytest.raises(InputError, match="the head is not prepared; call head.prepare"):
+        GuardModule(head, torch.optim.AdamW)
+    head.prepare(Unlabelled(Images()))
+    GuardModule(head, torch.optim.AdamW)

@@ -130,9 +130,9 @@ def category_numbers(records: Sequence[Record], names: Sequence[str]) -> np.ndar
     return np.array([position.get(record.category or "", -1) for record in records], int)
 
 
-def every_turn(rows: np.ndarray, n_views: int) -> tuple[np.ndarray, np.ndarray]:
+def every_turn(rows: np.ndarray, variants_per_image: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows repeated for every view, and the turn of each: what `assemble` takes to put all views into one batch."""
-    return np.tile(rows, n_views), np.repeat(np.arange(n_views), len(rows))
+    return np.tile(rows, variants_per_image), np.repeat(np.arange(variants_per_image), len(rows))
 
 
 def assemble(

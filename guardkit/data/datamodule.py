@@ -97,9 +97,9 @@ class GuardDataModule(L.LightningDataModule):
         self.source, self.policy, self.store, self.pipeline = source, policy, store, pipeline
         self.n_unsafe, self.negatives, self.transform = n_unsafe, tuple(negatives), transform
         self.batch_size, self.test_share, self.split_seed, self.seed = batch_size, test_share, split_seed, seed
-        self.n_views, self.all_views = variants_per_image, all_views
+        self.variants_per_image, self.all_views = variants_per_image, all_views
         self.edits = EditCounts()  # of this arm
-        self.views = ViewMaker(store, pipeline, transform=transform, n_views=variants_per_image, counts=self.edits)
+        self.views = ViewMaker(store, pipeline, transform=transform, variants_per_image=variants_per_image, counts=self.edits)
         self.other_edits = EditCounts()  # of the controls and of test pairs
         self.notes: list[str] = []  # what the source could not give this arm
         self._candidates: list[Record] | None = None
@@ -160,8 +160,8 @@ class GuardDataModule(L.LightningDataModule):
         }
 
         def pool(records: list[Record], make: Callable[[list[Record]], Views], stream: int, chunk: int) -> Pool:
-            n_views = self.n_views if make == self.views.counterfactuals or self.transform == "classic" else 1
-            return Pool(records, n_views, self.store.encoder.dim, make, self._order(len(records), stream, 1), chunk)
+            variants_per_image = self.variants_per_image if make == self.views.counterfactuals or self.transform == "classic" else 1
+            return Pool(records, variants_per_image, self.store.encoder.dim, make, self._order(len(records), stream, 1), chunk)
 
         wanted = {name: kinds[name] for name in ("unsafe", *self.negatives)}
         return (
@@ -311,7 +311,7 @@ class GuardDataModule(L.LightningDataModule):
                 mine[name] = order if len(rows) == len(self.choice.unsafe.train) else order[(start + np.arange(len(rows))) % n]
         turns: dict[str, np.ndarray] | int = epoch
         if self.all_views and shuffle:
-            both = {name: every_turn(chosen, self.n_views) for name, chosen in mine.items()}
+            both = {name: every_turn(chosen, self.variants_per_image) for name, chosen in mine.items()}
             mine, turns = {name: one[0] for name, one in both.items()}, {name: one[1] for name, one in both.items()}
         views = {name: pools[name].views(chosen) for name, chosen in mine.items()}
         names = self.policy.category_names
@@ -343,7 +343,7 @@ class GuardDataModule(L.LightningDataModule):
             for name in ("n_unsafe", "negatives", "transform", "batch_size", "all_views", "test_share", "split_seed")
         }
         return {
-            "data": settings | {"variants_per_image": self.n_views},
+            "data": settings | {"variants_per_image": self.variants_per_image},
             "seed": self.seed,
             "source": self.source.asked,
             "encoder": self.store.encoder.fingerprint,

@@ -79,7 +79,7 @@ class Pool:
 
     Args:
         records: whose views.
-        n_views: of each.
+        variants_per_image: of each.
         dim: d.
         make: makes the views of some of them.
         order: (n,) in which they are made.
@@ -87,11 +87,19 @@ class Pool:
     """
 
     def __init__(
-        self, records: Sequence[Record], n_views: int, dim: int, make: Callable[[list[Record]], Views], order: np.ndarray, chunk: int
+        self,
+        records: Sequence[Record],
+        variants_per_image: int,
+        dim: int,
+        make: Callable[[list[Record]], Views],
+        order: np.ndarray,
+        chunk: int,
     ) -> None:
         self.records = list(records)
         self._make = make
-        self._views = Views(np.zeros((len(records), n_views, dim), np.float32), np.zeros((len(records), n_views), bool))
+        self._views = Views(
+            np.zeros((len(records), variants_per_image, dim), np.float32), np.zeros((len(records), variants_per_image), bool)
+        )
         self._chunk_of = np.zeros(len(records), int)
         self.chunks: list[Later[None]] = []
         for start in range(0, len(order), max(1, chunk)):
@@ -117,7 +125,7 @@ class ViewMaker:
         store: embeds images, each once.
         pipeline: makes counterfactuals and null edits.
         transform: what originals pass through: "none", "null_edit" or "classic".
-        n_views: counterfactuals (or classic views) of each record.
+        variants_per_image: counterfactuals (or classic views) of each record.
         counts: of edits; added to.
     """
 
@@ -127,10 +135,16 @@ class ViewMaker:
         pipeline: CounterfactualPipeline,
         *,
         transform: Literal["none", "null_edit", "classic"],
-        n_views: int,
+        variants_per_image: int,
         counts: EditCounts,
     ) -> None:
-        self.store, self.pipeline, self.transform, self.n_views, self.counts = store, pipeline, transform, n_views, counts
+        self.store, self.pipeline, self.transform, self.variants_per_image, self.counts = (
+            store,
+            pipeline,
+            transform,
+            variants_per_image,
+            counts,
+        )
 
     def embed(self, records: Sequence[Record]) -> np.ndarray:
         """(n, d) embeddings; those that the source brings are taken as they are."""
@@ -156,19 +170,19 @@ class ViewMaker:
             for record in records:
                 if record.content is None:
                     raise InputError("experiment=classic_aug needs images, and the source holds embeddings only")
-                contents += [AugmentedContent(record.content, seed) for seed in range(self.n_views)]
-            vectors = self.store.embed(contents).reshape(len(records), self.n_views, -1)
+                contents += [AugmentedContent(record.content, seed) for seed in range(self.variants_per_image)]
+            vectors = self.store.embed(contents).reshape(len(records), self.variants_per_image, -1)
             return Views(vectors, np.ones(vectors.shape[:2], bool))
         vectors = self.embed(records)[:, None]
         return Views(vectors, np.ones(vectors.shape[:2], bool))
 
     def counterfactuals(self, records: list[Record]) -> Views:
-        """`n_views` counterfactuals of each record; rejected ones are not there."""
-        return self.edited(records, self.n_views, "counterfactual", self.counts)
+        """`variants_per_image` counterfactuals of each record; rejected ones are not there."""
+        return self.edited(records, self.variants_per_image, "counterfactual", self.counts)
 
-    def edited(self, records: Sequence[Record], n_views: int, kind: Kind, counts: EditCounts) -> Views:
-        """`n_views` edits of each record, embedded."""
-        wanted = [(record, seed) for record in records for seed in range(n_views)]
+    def edited(self, records: Sequence[Record], variants_per_image: int, kind: Kind, counts: EditCounts) -> Views:
+        """`variants_per_image` edits of each record, embedded."""
+        wanted = [(record, seed) for record in records for seed in range(variants_per_image)]
         tries = self.pipeline.make([record for record, _ in wanted], [seed for _, seed in wanted], kind, counts)
         accepted = [(i, one) for i, one in enumerate(tries) if one is not None and one.accepted]
         vectors = np.zeros((len(wanted), self.store.encoder.dim), np.float32)
@@ -177,4 +191,4 @@ class ViewMaker:
             rows = [i for i, _ in accepted]
             vectors[rows] = self.store.embed([one for _, one in accepted])
             there[rows] = True
-        return Views(vectors.reshape(len(records), n_views, vectors.shape[1]), there.reshape(len(records), n_views))
+        return Views(vectors.reshape(len(records), variants_per_image, vectors.shape[1]), there.reshape(len(records), variants_per_image))

@@ -176,7 +176,7 @@ class Stock:
                         if kind == "unsafe" or kind in arm.negatives:
                             needed.setdefault(self._table(arm, kind), {}).update((record.id, record) for record in records)
         maker = ViewMaker(
-            self._data.store, self._data.pipeline, transform=arm.transform, n_views=(arm.variants_per_image or 1), counts=counts
+            self._data.store, self._data.pipeline, transform=arm.transform, variants_per_image=(arm.variants_per_image or 1), counts=counts
         )
         for table, wanted in needed.items():
             missing = [record for name, record in wanted.items() if name not in self._rows.get(table, {})]

@@ -73,6 +73,8 @@ class GuardModule(L.LightningModule):
         threshold: float = DEFAULT_THRESHOLD,
     ) -> None:
         super().__init__()
+        if not head.is_prepared:
+            raise InputError("the head is not prepared; call head.prepare(guardkit.data.unlabelled.Unlabelled(data)) first")
         self.head = head
         self._optimizer = optimizer
         self.objective = objective or Objective()
