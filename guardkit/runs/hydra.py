@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-from filelock import FileLock, Timeout
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
@@ -33,6 +32,8 @@ from guardkit.schema import InputError
 from guardkit.terminal import complain, forgiving_streams, one_line, say
 
 if TYPE_CHECKING:
+    from filelock import FileLock
+
     from guardkit.policy import Policy
 
 CONF_DIR = brought_along("conf")
@@ -220,6 +221,8 @@ class Jobs(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Takes the folder, and forgets what earlier multiruns recorded there."""
+        from filelock import FileLock, Timeout  # here, because --help locks nothing and shall answer at once
+
         # Hydra turns an exception of a callback into a warning, and goes on
         with _readable_errors():
             folder = Path(str(config.hydra.sweep.dir))
