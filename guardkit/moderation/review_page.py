@@ -260,11 +260,11 @@ class Screen:
         try:
             image = read_image(image_file(self.queue.folder, name))
         except ImageError as error:
-            return {"reason": f"no image: {error}"}
+            return {"data": "", "reason": f"no image: {error}"}
         scale = _MAX_SIDE_PX / max(image.shape[:2])
         if scale < 1:
             image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        return {"data": f"data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}"}
+        return {"reason": "", "data": f"data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}"}
 
 
 def _plain_name(who: str) -> str:
