@@ -210,19 +210,24 @@ def test_train_resumes_from_the_checkpoint_of_a_shorter_run(compose, tmp_path):
 
     whole = start("whole", "trainer.max_epochs=20")
     start("short", "trainer.max_epochs=10")
-    last = tmp_path / "short/checkpoints/last.ckpt"
-    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
-    resumed = start("resumed", "trainer.max_epochs=20", f"ckpt_path={last}")
+    best = tmp_path / "short/checkpoints/best.ckpt"
+    assert [path.name for path in best.parent.iterdir()] == ["best.ckpt"]
+    # it is the head of the guard beside it
+    weights = torch.load(best, weights_only=True)["state_dict"]
+    assert_same(
+        {name.removeprefix("head."): value for name, value in weights.items()}, load_file(tmp_path / "short/guard/model.safetensors")
+    )
+    resumed = start("resumed", "trainer.max_epochs=20", f"ckpt_path={best}")
     assert_same(*(load_file(one.folder / "guard/model.safetensors") for one in (whole, resumed)))
     assert resumed.metrics["test"] == whole.metrics["test"]
     assert resumed.metrics["best_epoch"] == whole.metrics["best_epoch"]
     with pytest.raises(InputError, match=r"the checkpoint was made with other settings: data.batch_size was 4, now 5; give those again"):
-        start("other", "trainer.max_epochs=20", "data.batch_size=5", f"ckpt_path={last}")
+        start("other", "trainer.max_epochs=20", "data.batch_size=5", f"ckpt_path={best}")
     with pytest.raises(InputError, match=r"made with other settings: head.hidden was 256, now 8; loss.pair_margin was 1.0, now 2.0"):
-        start("other", "loss.pair_margin=2.0", "head.hidden=8", f"ckpt_path={last}")
+        start("other", "loss.pair_margin=2.0", "head.hidden=8", f"ckpt_path={best}")
     with pytest.raises(InputError, match="lies in output_dir, where this run replaces what is there"):
-        start("short", f"ckpt_path={last}")
-    (tmp_path / "broken.ckpt").write_bytes(last.read_bytes()[:3000])
+        start("short", f"ckpt_path={best}")
+    (tmp_path / "broken.ckpt").write_bytes(best.read_bytes()[:3000])
     for name in ("broken.ckpt", "none.ckpt"):
         with pytest.raises(InputError, match=rf"ckpt_path=.*{name} cannot be resumed from .* give a file that train wrote") as caught:
             start("other", f"ckpt_path={tmp_path / name}")
@@ -233,7 +238,7 @@ def test_callbacks_are_chosen_by_configuration(compose, tmp_path):
     from guardkit.runs.train import run
 
     cfg = compose(
-        "train", "source.n_train=40", "source.n_test=9", "data.n_unsafe=12", "trainer.max_epochs=20", "~callbacks.last",
+        "train", "source.n_train=40", "source.n_test=9", "data.n_unsafe=12", "trainer.max_epochs=20", "~callbacks.best",
         "+callbacks.average._target_=lightning.pytorch.callbacks.ModelCheckpoint", "+callbacks.average.filename='at_{epoch}'",
         "+callbacks.average.monitor=validation_loss",
     )  # fmt: skip

@@ -111,7 +111,7 @@ def train_guard(
         trainer: keyword arguments of `lightning.Trainer` that differ from `guardkit.fitting.recipe.TRAINER`.
         early_stopping_patience: validations without a better loss.
         callbacks: Lightning's, beside early stopping and the one that keeps the best head. A ModelCheckpoint without a folder
-            writes into output_dir/checkpoints. None: one that writes last.ckpt there at every validation.
+            writes into output_dir/checkpoints. None: one that writes best.ckpt there at every better validation.
         ckpt_path: such a checkpoint of an earlier run with the same settings, to go on from.
         logger: Lightning's, or a function that opens one; False: none.
         edit_batch_size: edits asked of the editor at once.
@@ -221,8 +221,8 @@ def _path(place: str | Path | None) -> Path | None:
 
 def _callbacks(given: Sequence[L.Callback] | None, folder: Path | None) -> list[L.Callback]:
     if given is None:
-        last = L.pytorch.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False)
-        given = [] if folder is None else [last]
+        best = L.pytorch.callbacks.ModelCheckpoint(filename="best", monitor="validation_loss", enable_version_counter=False)
+        given = [] if folder is None else [best]
     for one in given:
         if folder is not None and isinstance(one, L.pytorch.callbacks.ModelCheckpoint) and one.dirpath is None:
             one.dirpath = str(folder.resolve() / "checkpoints")
