@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from guardkit import Policy
-from guardkit.baselines.base import EmbeddingGuard
+from guardkit.baselines.base import HeadGuard
 from guardkit.data.sources.folder import FolderSource
 from guardkit.encoders.open_clip import OpenClipEncoder
 from guardkit.evaluation.benchmark import read_benchmark
@@ -100,7 +100,7 @@ def main(n_images: int = 768, repeats: int = 3, side: int = 256, width: int = 0)
         paths = write_images(root / "images", n_images, side)
         encoder.encode_images([read_image(path) for path in paths[:64]])  # first calls of all libraries
         heads = [
-            Contender(f"head {i}", EmbeddingGuard(f"head {i}", Head(encoder.dim, i), encoder, dim=encoder.dim, covers=None, threshold=0.5))
+            Contender(f"head {i}", HeadGuard(f"head {i}", Head(encoder.dim, i), encoder, dim=encoder.dim, covers=None, threshold=0.5))
             for i in range(10)
         ]
         benchmark = read_benchmark(FolderSource(policy, str(root / "images"), check_images=False), split="all")
