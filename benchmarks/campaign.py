@@ -72,7 +72,7 @@ class Child:
     def __init__(self, work: Callable[[], str | None], notes: Path) -> None:
         self._notes = notes
         sys.stdout.flush()
-        self.pid = os.fork()
+        self.pid = _forked()
         if self.pid == 0:
             status, text = 1, ""
             try:
@@ -100,6 +100,15 @@ class Child:
     def kill(self) -> None:
         """At once, as the system does when memory is short."""
         os.kill(self.pid, signal.SIGKILL)
+
+
+def _forked() -> int:
+    while True:
+        try:
+            return os.fork()
+        except RuntimeError:
+            # filelock lets no process fork in the moment in which another thread takes or gives back a lock
+            time.sleep(0.01)
 
 
 def judged(outcome: tuple[int, str]) -> str | None:
