@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from guardkit.api.synthesize import synthesize
     from guardkit.api.train import TrainingReport, train_guard
     from guardkit.classifier import GuardClassifier
+    from guardkit.counterfactual.edits import Edits
     from guardkit.counterfactual.instructor import Instructor, TemplateInstructor
     from guardkit.counterfactual.pipeline import CounterfactualPipeline
     from guardkit.counterfactual.verifier import Verifier
@@ -84,6 +85,7 @@ _HOMES = {
     "ScenesSource": "guardkit.data.sources.scenes",
     # counterfactuals
     "CounterfactualPipeline": "guardkit.counterfactual.pipeline",
+    "Edits": "guardkit.counterfactual.edits",
     "Editor": "guardkit.editors.base",
     "EditRequest": "guardkit.editors.base",
     "EditResult": "guardkit.editors.base",

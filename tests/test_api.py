@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -90,6 +91,7 @@ def test_nothing_is_written_where_no_folder_is_given(world, tmp_path, monkeypatc
 
 
 def test_embed_synthesize_and_sweep_give_what_the_commands_give(compose, world, scenes_policy, tmp_path):
+    from guardkit.counterfactual.score_verifier import ScoreVerifier
     from guardkit.runs import embed, sweep, synthesize
 
     source, policy, encoder = world["source"], world["policy"], world["encoder"]
@@ -104,6 +106,13 @@ def test_embed_synthesize_and_sweep_give_what_the_commands_give(compose, world, 
     made = guardkit.synthesize(source, policy, editor=editor, encoder=encoder, output_dir=tmp_path / "pairs", limit=3)
     assert made == synthesize.run(compose("synthesize", "limit=3", *SMALL), tmp_path / "pairs_by_command")
     assert made["accepted"] == 3
+
+    # a verifier needs the run's embeddings, so that it may be given as what makes it
+    verified = guardkit.Edits(editor, verifier=partial(ScoreVerifier.from_texts, min_arrival=0.99), max_tries=2)
+    made = guardkit.synthesize(source, policy, editor=verified, encoder=encoder, output_dir=tmp_path / "verified", limit=6)
+    asked = ["limit=6", "verifier=encoder", "verifier.min_arrival=0.99", "edit_max_tries=2", *SMALL]
+    assert made == synthesize.run(compose("synthesize", *asked), tmp_path / "verified_by_command")
+    assert made["max_tries"] == 2
 
     few = {"arms": ["unpaired", "pairs_aug"], "sizes": [4, 8], "seeds": 2, "strengths": [0.1, 1.0], "n_resamples": 100}
     report = guardkit.sweep(source, policy, encoder=encoder, editor=editor, output_dir=tmp_path / "sweep", **few)
@@ -140,7 +149,7 @@ def test_defaults_are_those_of_the_commands():
     from guardkit.fitting.recipe import TRAINER
 
     train, data, given = conf("train.yaml"), conf("data/default.yaml"), defaults(guardkit.train_guard)
-    for name in ("seed", "threshold", "early_stopping_patience", "edit_batch_size", "edit_max_tries"):
+    for name in ("seed", "threshold", "early_stopping_patience"):
         assert given[name] == train[name], name
     for name in ("n_unsafe", "variants_per_image", "batch_size", "all_views", "test_share", "split_seed"):
         assert given[name] == data[name], name
@@ -158,7 +167,7 @@ def test_defaults_of_a_sweep_are_those_of_the_command():
             assert (list(given[name]) if isinstance(value, list) else given[name]) == value, name
     for name, value in sweep["data"].items():
         assert given[name] == value, name
-    for name in ("seed", "threshold", "early_stopping_patience", "edit_batch_size", "edit_max_tries"):
+    for name in ("seed", "threshold", "early_stopping_patience"):
         assert given[name] == sweep[name], name
     assert given["heads"] == next(one["head"] for one in sweep["defaults"] if isinstance(one, dict) and "head" in one)
     assert _keywords(given["linear_optimizer"]) == plain(_arguments("optimizer/lbfgs.yaml"))
@@ -171,6 +180,14 @@ def test_defaults_of_what_is_made_are_those_of_the_command(function):
     assert {name: said[name] for name in shared} == {
         name: list(given[name]) if isinstance(given[name], tuple) else given[name] for name in shared
     }
+
+
+@pytest.mark.parametrize("command", ["train", "sweep", "synthesize"])
+def test_defaults_of_edits_are_those_of_the_commands(command):
+    said, given = conf(f"{command}.yaml"), guardkit.Edits()
+    assert (given.batch_size, given.max_tries) == (said["edit_batch_size"], said["edit_max_tries"])
+    chosen = {key: value for one in said["defaults"] if isinstance(one, dict) for key, value in one.items()}
+    assert (given.instructor.name, given.verifier.name) == (chosen["instructor"], chosen["verifier"])
 
 
 def test_arms_are_those_of_the_experiments():
@@ -226,6 +243,8 @@ def test_a_command_s_module_is_called_like_the_function():
     [
         ({"head": "liner"}, "there is no head 'liner'; there are linear, linear_whitened, linear_texts, mlp, prompt"),
         ({"arm": "pears"}, "there is no arm 'pears'; there are pairs_aug, unpaired"),
+        ({"editor": "scenes"}, "editor must be an object with a method edit, such as guardkit.InpaintEditor"),
+        ({"editor": guardkit.Edits(max_tries=0)}, "edit_max_tries must be a whole number of at least 1, got 0"),
         ({"n_unsafe": 1}, "data.n_unsafe must be a whole number of at least 2, got 1"),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ({"threshold": "best"}, "threshold must be a number"),

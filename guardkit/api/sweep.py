@@ -13,8 +13,7 @@ import torch
 
 from guardkit import __version__
 from guardkit.checks import check_choice, check_whole, is_list, is_number, is_whole
-from guardkit.counterfactual.instructor import Instructor
-from guardkit.counterfactual.verifier import Verifier
+from guardkit.counterfactual.edits import Edits
 from guardkit.data.arms import Arm, arm_named
 from guardkit.data.sources.base import Source
 from guardkit.editors.base import Editor
@@ -29,7 +28,7 @@ from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.fitting.module import DEFAULT_THRESHOLD, quiet_lightning
 from guardkit.fitting.objective import Objective
-from guardkit.fitting.parts import HeadFactory, VerifierFactory, check_parts, head_factory, make_parts, make_pipeline, new_head
+from guardkit.fitting.parts import HeadFactory, check_parts, head_factory, make_parts, new_head
 from guardkit.fitting.recipe import ADAMW, TRAINER, OptimizerFactory, Recipe, check_optimizer, check_threshold, named, opened_logger
 from guardkit.folders import refuse_others
 from guardkit.heads import Head
@@ -74,9 +73,7 @@ def sweep(
     seed: int = 0,
     engine: str = "batched",
     device: str = "auto",
-    editor: Editor | None = None,
-    instructor: Instructor | None = None,
-    verifier: Verifier | VerifierFactory | None = None,
+    editor: Editor | Edits | None = None,
     variants_per_image: int = 4,
     batch_size: int = 1_000_000,
     all_views: bool = True,
@@ -88,8 +85,6 @@ def sweep(
     trainer: Mapping[str, Any] | None = None,
     early_stopping_patience: int = 12,
     logger: Any = False,
-    edit_batch_size: int = 16,
-    edit_max_tries: int = 1,
     cache_dir: str | Path | None = None,
 ) -> SweepReport:
     """Trains heads on more and more labels, with each arm, and says how many labels each needs.
@@ -98,7 +93,7 @@ def sweep(
     default draws scenes.
 
     Args:
-        source, policy, encoder, editor, instructor, verifier: as for `train_guard`.
+        source, policy, encoder, editor: as for `train_guard`.
         output_dir: of the results. Finished cells of an interrupted sweep with the same settings are found there.
         arms: names of `guardkit.data.arms.ARMS`, or `Arm`s.
         baseline: the arm that others are compared with.
@@ -119,7 +114,7 @@ def sweep(
         loss: prevalence, pair_weight and pair_margin, where they differ from the defaults of `GuardModule`.
         optimizer: of heads that are not linear.
         linear_optimizer: of linear ones, with engine="lightning".
-        trainer, early_stopping_patience, logger, edit_batch_size, edit_max_tries, cache_dir: as for `train_guard`.
+        trainer, early_stopping_patience, logger, cache_dir: as for `train_guard`.
     Raises:
         InputError: a wrong value, or a folder that holds another experiment.
     """
@@ -153,16 +148,7 @@ def sweep(
     cache = None if cache_dir is None else Path(cache_dir).expanduser()
     refuse_others(folder, "sweep", replaces=False)
     store = EmbeddingStore(encoder, cache)
-    pipeline = make_pipeline(
-        policy,
-        store,
-        editor=editor,
-        instructor=instructor,
-        verifier=verifier,
-        cache_dir=cache,
-        edit_batch_size=edit_batch_size,
-        edit_max_tries=edit_max_tries,
-    )
+    pipeline = Edits.of(editor).pipeline(policy, store, cache)
     data = {"batch_size": batch_size, "all_views": all_views, "test_share": test_share, "split_seed": split_seed}
     parts = make_parts(source, policy, store, pipeline, wanted[0], seed=seed, **data)
     try:
@@ -175,7 +161,7 @@ def sweep(
                 "instructor": pipeline.instructor.name,
                 "editor": pipeline.editor.config,
                 "verifier": pipeline.verifier.config,
-                "edit_max_tries": edit_max_tries,
+                "edit_max_tries": pipeline.max_tries,
                 "data": data,
                 "loss": asdict(objective),
                 "optimizer": named(optimizer),

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from guardkit.checks import check_choice, check_whole
-from guardkit.counterfactual.instructor import Instructor
+from guardkit.counterfactual.edits import Edits
 from guardkit.counterfactual.pair_dataset import write_pair_dataset
-from guardkit.counterfactual.verifier import Verifier
 from guardkit.data.budget import check_edits
 from guardkit.data.grouping import load_source
 from guardkit.data.sources.base import Source
 from guardkit.editors.base import Editor
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
-from guardkit.fitting.parts import VerifierFactory, check_parts, make_pipeline
+from guardkit.fitting.parts import check_parts
 from guardkit.folders import refuse_others
 from guardkit.policy import Policy
 from guardkit.schema import InputError
@@ -30,16 +29,12 @@ def synthesize(
     source: Source,
     policy: Policy,
     *,
-    editor: Editor,
+    editor: Editor | Edits,
     encoder: Encoder,
     output_dir: str | Path,
-    instructor: Instructor | None = None,
-    verifier: Verifier | VerifierFactory | None = None,
     direction: Literal["to_safe", "to_unsafe", "both"] = "to_safe",
     variants_per_image: int = 1,
     limit: int | None = None,
-    edit_batch_size: int = 16,
-    edit_max_tries: int = 1,
     cache_dir: str | Path | None = None,
 ) -> dict[str, Any]:
     """Makes a pair dataset of a source's images, test images left out.
@@ -47,16 +42,12 @@ def synthesize(
     Args:
         source: of images.
         policy: says what is unsafe.
-        editor: makes the edits.
+        editor: makes the edits; with an instructor, a verifier or several tries: `Edits`.
         encoder: embeds images for verifiers.
         output_dir: of the dataset. One that was begun with the same settings is gone on with.
-        instructor: writes what the editor is asked for; None: a template of the policy's words.
-        verifier: judges edits, or a function of `store` and `policy` that makes one; None keeps all that changed the image.
         direction: which images are edited. Only drawn images are made unsafe.
         variants_per_image: edits wanted of each image.
         limit: edit only the first so many images.
-        edit_batch_size: edits asked of the editor at once.
-        edit_max_tries: how often a rejected edit is tried.
         cache_dir: where edits are kept; None: inside the folder.
     Returns:
         The dataset's manifest.
@@ -70,16 +61,7 @@ def synthesize(
     refuse_others(folder, "synthesize", replaces=False)
     cache = folder / ".cache" if cache_dir is None else Path(cache_dir).expanduser()
     store = EmbeddingStore(encoder, cache)
-    pipeline = make_pipeline(
-        policy,
-        store,
-        editor=editor,
-        instructor=instructor,
-        verifier=verifier,
-        cache_dir=cache,
-        edit_batch_size=edit_batch_size,
-        edit_max_tries=edit_max_tries,
-    )
+    pipeline = Edits.of(editor).pipeline(policy, store, cache)
     check_parts(encoder, pipeline, policy)
     loaded = load_source(source)
     if direction != "to_safe" and not loaded.is_drawn:

@@ -15,8 +15,7 @@ import torch
 from guardkit.artifacts import write_json
 from guardkit.checks import check_whole
 from guardkit.classifier import GuardClassifier
-from guardkit.counterfactual.instructor import Instructor
-from guardkit.counterfactual.verifier import Verifier
+from guardkit.counterfactual.edits import Edits
 from guardkit.data.arms import Arm, arm_named
 from guardkit.data.sources.base import Source
 from guardkit.data.training_images import training_images
@@ -26,7 +25,7 @@ from guardkit.encoders.base import Encoder
 from guardkit.evaluation.training import measure
 from guardkit.fitting.module import DEFAULT_THRESHOLD, EpochProgress, check_checkpoint, scalars
 from guardkit.fitting.objective import Objective
-from guardkit.fitting.parts import HeadFactory, VerifierFactory, check_parts, head_factory, make_parts, make_pipeline, new_head
+from guardkit.fitting.parts import HeadFactory, check_parts, head_factory, make_parts, new_head
 from guardkit.fitting.recipe import ADAMW, OptimizerFactory, Recipe, check_threshold, named, opened_logger
 from guardkit.folders import claim, refuse_others
 from guardkit.heads import Head
@@ -61,9 +60,7 @@ def train_guard(
     encoder: Encoder,
     head: str | type[Head] | HeadFactory = "linear",
     arm: str | Arm = "pairs_aug",
-    editor: Editor | None = None,
-    instructor: Instructor | None = None,
-    verifier: Verifier | VerifierFactory | None = None,
+    editor: Editor | Edits | None = None,
     n_unsafe: int = 64,
     variants_per_image: int = 1,
     batch_size: int = 64,
@@ -79,8 +76,6 @@ def train_guard(
     callbacks: Sequence[L.Callback] | None = None,
     ckpt_path: str | Path | None = None,
     logger: Any = False,
-    edit_batch_size: int = 16,
-    edit_max_tries: int = 1,
     cache_dir: str | Path | None = None,
     output_dir: str | Path | None = None,
 ) -> TrainingReport:
@@ -95,9 +90,8 @@ def train_guard(
         encoder: frozen; images to unit vectors.
         head: "linear", "linear_whitened", "linear_texts", "mlp" or "prompt", or a function of `encoder` and `policy`.
         arm: a name of `guardkit.data.arms.ARMS`, or an `Arm`: what the unsafe images are told from.
-        editor: makes counterfactuals; None: none can be made, which suits arms that edit nothing.
-        instructor: writes what the editor is asked for; None: a template of the policy's words.
-        verifier: judges edits, or a function of `store` and `policy` that makes one; None keeps all that changed the image.
+        editor: makes counterfactuals; with an instructor, a verifier or several tries: `Edits`. None: none can be made, which suits
+            arms that edit nothing.
         n_unsafe: labelled unsafe images, validation included: the label budget.
         variants_per_image: counterfactuals of each image, where the arm does not say.
         batch_size: unsafe images in a batch.
@@ -114,8 +108,6 @@ def train_guard(
             writes into output_dir/checkpoints. None: one that writes best.ckpt there at every better validation.
         ckpt_path: such a checkpoint of an earlier run with the same settings, to go on from.
         logger: Lightning's, or a function that opens one; False: none.
-        edit_batch_size: edits asked of the editor at once.
-        edit_max_tries: how often a rejected edit is tried.
         cache_dir: where embeddings and edits are kept for later runs; None keeps them in memory.
         output_dir: where guard, figures and pictures go; None: nowhere.
     Raises:
@@ -138,16 +130,7 @@ def train_guard(
             raise InputError(f"ckpt_path={ckpt_path} lies in output_dir, where this run replaces what is there; choose another output_dir")
     torch.manual_seed(seed)
     store = EmbeddingStore(encoder, cache)
-    pipeline = make_pipeline(
-        policy,
-        store,
-        editor=editor,
-        instructor=instructor,
-        verifier=verifier,
-        cache_dir=cache,
-        edit_batch_size=edit_batch_size,
-        edit_max_tries=edit_max_tries,
-    )
+    pipeline = Edits.of(editor).pipeline(policy, store, cache)
     parts = make_parts(
         source,
         policy,

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from guardkit.counterfactual.instructor import Instructor, TemplateInstructor
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
-from guardkit.counterfactual.verifier import NoVerifier, Verifier
 from guardkit.data.arms import Arm
 from guardkit.data.datamodule import GuardDataModule
 from guardkit.data.sources.base import Source
 from guardkit.data.unlabelled import Unlabelled
-from guardkit.editors.base import Editor
-from guardkit.editors.none import NoEditor
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.guard_parts import check_encoder, check_head
@@ -27,9 +22,6 @@ from guardkit.schema import InputError
 
 HeadFactory = Callable[..., Head]
 """Called with `encoder` and `policy`, makes a new head for them."""
-
-VerifierFactory = Callable[..., Verifier]
-"""Called with `store` (of embeddings) and `policy`, makes a verifier."""
 
 HEADS: dict[str, HeadFactory] = {
     "linear": LinearHead.build,
@@ -69,41 +61,6 @@ def data_module(
     if arm.variants_per_image is not None:
         settings["variants_per_image"] = arm.variants_per_image
     return GuardDataModule(source, policy, store, pipeline, negatives=arm.negatives, transform=arm.transform, **settings)
-
-
-def make_pipeline(
-    policy: Policy,
-    store: EmbeddingStore,
-    *,
-    editor: Editor | None,
-    instructor: Instructor | None,
-    verifier: Verifier | VerifierFactory | None,
-    cache_dir: Path | None,
-    edit_batch_size: int,
-    edit_max_tries: int,
-) -> CounterfactualPipeline:
-    """The way from an image to its counterfactual.
-
-    Args:
-        policy: says what is unsafe.
-        store: embeds images for verifiers.
-        editor: None: nothing is edited.
-        instructor: None: instructions follow a template.
-        verifier: or what makes one; None: every edit that changed the image is kept.
-        cache_dir: of edits; None keeps them in memory.
-        edit_batch_size: edits asked of the editor at once.
-        edit_max_tries: how often a rejected edit is tried.
-    """
-    made = NoVerifier() if verifier is None else verifier if hasattr(verifier, "verify") else verifier(store=store, policy=policy)
-    return CounterfactualPipeline(
-        policy,
-        TemplateInstructor() if instructor is None else instructor,
-        NoEditor() if editor is None else editor,
-        made,  # type: ignore[arg-type]
-        cache_dir=cache_dir,
-        batch_size=edit_batch_size,
-        max_tries=edit_max_tries,
-    )
 
 
 def head_factory(head: str | type[Head] | HeadFactory) -> HeadFactory:

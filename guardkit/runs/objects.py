@@ -6,9 +6,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from guardkit.counterfactual.edits import Edits
 from guardkit.data.arms import Arm
 from guardkit.embeddings import EmbeddingStore
-from guardkit.fitting.parts import Parts, make_parts, make_pipeline
+from guardkit.fitting.parts import Parts, make_parts
 from guardkit.runs.hydra import cache_dir, factory, make, plain, policy
 
 
@@ -17,15 +18,9 @@ def arm(cfg: DictConfig) -> Arm:
     return Arm(cfg.experiment_name, plain(cfg.data)["negatives"], cfg.data.transform)
 
 
-def edits(cfg: DictConfig) -> dict[str, Any]:
-    """Who edits, and how: keyword arguments of the functions of `guardkit.api`."""
-    return {
-        "editor": make(cfg.editor),
-        "instructor": make(cfg.instructor),
-        "verifier": factory(cfg.verifier),
-        "edit_batch_size": cfg.edit_batch_size,
-        "edit_max_tries": cfg.edit_max_tries,
-    }
+def edits(cfg: DictConfig) -> Edits:
+    """Who edits, and how."""
+    return Edits(make(cfg.editor), make(cfg.instructor), factory(cfg.verifier), cfg.edit_batch_size, cfg.edit_max_tries)
 
 
 def data(cfg: DictConfig) -> dict[str, Any]:
@@ -41,6 +36,6 @@ def build(cfg: DictConfig) -> Parts:
     """
     rules, cache = policy(cfg), cache_dir(cfg)
     store = EmbeddingStore(make(cfg.encoder), cache)
-    pipeline = make_pipeline(rules, store, cache_dir=cache, **edits(cfg))
+    pipeline = edits(cfg).pipeline(rules, store, cache)
     source = make(cfg.source, policy=rules)
     return make_parts(source, rules, store, pipeline, arm(cfg), n_unsafe=cfg.data.n_unsafe, seed=cfg.seed, **data(cfg))

@@ -40,7 +40,7 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> SweepReport:
         **{name: value for name, value in asked.items() if name not in ("arms", "heads")},
         threshold=cfg.threshold,
         seed=cfg.seed,
-        **edits(cfg),
+        editor=edits(cfg),
         **data(cfg),
         loss=plain(cfg.loss),
         optimizer=factory(cfg.optimizer),

@@ -26,7 +26,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         make(cfg.source, policy=rules),
         rules,
         encoder=make(cfg.encoder),
-        **edits(cfg),
+        editor=edits(cfg),
         output_dir=folder,
         direction=cfg.direction,
         variants_per_image=cfg.variants_per_image,

@@ -29,7 +29,7 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> TrainingReport:
         encoder=make(cfg.encoder),
         head=factory(cfg.head),
         arm=arm(cfg),
-        **edits(cfg),
+        editor=edits(cfg),
         **data(cfg),
         n_unsafe=cfg.data.n_unsafe,
         seed=cfg.seed,
