@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,8 @@ class Category:
         edit: how an edit would remove the violation, one imperative sentence.
         unsafe_texts: descriptions of violating images, for a text encoder; at least one.
         safe_texts: descriptions of their allowed look-alikes; at least one.
+        classes: what a data set calls what violates it, where that says what an image shows instead of a label; may be empty.
+        look_alikes: what it calls the allowed look-alikes; may be empty. No class stands in a policy twice.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Category:
     edit: str
     unsafe_texts: tuple[str, ...]
     safe_texts: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+    look_alikes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Policy:
         categories: at least one, each name once.
         safe_texts: descriptions of ordinary allowed images, for a text encoder; may be empty.
         source: where the categories come from; may be empty.
+        harmless: whether images that violate it are harmless stand-ins, which may be made and shown.
     """
 
     name: str
@@ -65,6 +70,7 @@ class Policy:
     categories: tuple[Category, ...]
     safe_texts: tuple[str, ...] = ()
     source: str = ""
+    harmless: bool = False
 
     @property
     def category_names(self) -> tuple[str, ...]:
@@ -90,8 +96,14 @@ class Policy:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and maps, as in the YAML file."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
+        """Plain lists and maps, as in the YAML file. What says how a policy is used with classes is there where it says something:
+        other policies keep the digest that saved guards have of them."""
+        plain = {key: _plain(value) for key, value in asdict(self).items()}
+        for part, names in ((plain, ("harmless",)), *((one, ("classes", "look_alikes")) for one in plain["categories"])):
+            for name in names:
+                if not part[name]:
+                    del part[name]
+        return plain
 
     def save(self, path: str | Path) -> None:
         """Writes YAML that `load` reads back to an equal policy."""
@@ -151,12 +163,17 @@ class Policy:
             if category.name and first.setdefault(category.name, i) != i:
                 before = f"categories[{first[category.name]}]"
                 problems.append(f"categories[{i}].name repeats {category.name!r} of {before}; merge the two, or rename one")
+        problems += _repeated_classes(categories)
+        harmless = given.get("harmless", False)
+        if not isinstance(harmless, bool):
+            problems.append(f"harmless must be true or false, got {_show(harmless)}; write true only of harmless stand-ins")
         policy = cls(
             name=name,
             description=_text(given["description"], problems, "description") if "description" in given else f"Policy {name}.",
             categories=categories,
             safe_texts=safe_texts,
             source=_text(given.get("source", ""), problems, "source", may_be_empty=True),
+            harmless=harmless is True,
         )
         if problems:
             count = f"{len(problems)} problems: " if len(problems) > 1 else ""
@@ -208,7 +225,22 @@ def _category(data: Any, problems: list[str], field: str, ordinary: tuple[str, .
         edit=_text(given["edit"], problems, f"{field}.edit") if "edit" in given else f"Remove whatever shows {plain}.",
         unsafe_texts=texts("unsafe_texts", least=1),
         safe_texts=texts("safe_texts", least=1, default=ordinary or (f"a photo without {plain}",)),
+        classes=texts("classes"),
+        look_alikes=texts("look_alikes"),
     )
+
+
+def _repeated_classes(categories: Sequence[Category]) -> list[str]:
+    """Problems: a class that is said to be two things would be safe or unsafe by the order of the file."""
+    problems: list[str] = []
+    first: dict[str, str] = {}
+    for i, category in enumerate(categories):
+        for field in ("classes", "look_alikes"):
+            for k, name in enumerate(getattr(category, field)):
+                place = f"categories[{i}].{field}[{k}]"
+                if name and first.setdefault(name, place) != place:
+                    problems.append(f"{place} repeats {name!r} of {first[name]}; keep one of the two")
+    return problems
 
 
 def _mapping(data: Any, problems: list[str], field: str, kind: type, needed: tuple[str, ...]) -> Mapping[str, Any]:

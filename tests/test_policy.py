@@ -24,6 +24,7 @@ SHIPPED = {
     "llavaguard": "hate violence sexual_content nudity criminal_planning weapons_substance_abuse self_harm animal_cruelty disasters_emergencies",
     "unsafebench": "hate harassment violence self_harm sexual shocking illegal_activity deception political health spam",
     "handled_objects": "weapons substances disasters",
+    "photos": "alcohol_and_medicine weapons venomous_animals uniforms_and_police open_fire",
     "template": "motor_vehicles",
 }
 REAL = [name for name in SHIPPED if name not in ("scenes", "template")]
@@ -39,12 +40,13 @@ def example() -> dict[str, Any]:
         "unsafe_texts": ["a photo of a rifle", "a photo of a pistol"],
         "safe_texts": ["a photo of a drill"],
     }
+    named = {"classes": ["rifle"], "look_alikes": ["drill"]}
     return {
         "name": "example",
         "description": "For tests.",
         "source": "Nowhere.",
         "safe_texts": ["a photo of a cup"],
-        "categories": [{"name": name, **copy.deepcopy(category)} for name in ("weapons", "tools")],
+        "categories": [{"name": "weapons", **copy.deepcopy(category), **named}, {"name": "tools", **copy.deepcopy(category)}],
     }
 
 
@@ -223,6 +225,12 @@ WRONG = {
     "empty text in a list": (("categories", 0, "unsafe_texts", 1), "", "categories[0].unsafe_texts[1] must not be empty"),
     "wrong type in a list": (("categories", 0, "covered", 0), True, "categories[0].covered[0] must be a text, got bool True"),
     "wrong type in the general texts": (("safe_texts", 0), 1.5, "safe_texts[0] must be a text, got float 1.5"),
+    "harmless is a word": (("harmless",), "yes, sure", "harmless must be true or false, got str 'yes, sure'"),
+    "class that is unsafe and a look-alike": (
+        ("categories", 1, "look_alikes"),
+        ["drill", "rifle"],
+        "categories[1].look_alikes[1] repeats 'rifle' of categories[0].classes[0]; keep one of the two",
+    ),
     "category twice": (
         ("categories", 1, "name"),
         "weapons",
@@ -265,7 +273,7 @@ def test_wrong_content_names_file_field_and_fix(path, value, expected, tmp_path)
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "weapons", "7"])
 def test_a_file_that_is_no_mapping(text, tmp_path):
     (tmp_path / "wrong.yaml").write_text(text)
-    expected = "wrong.yaml: the policy must be a mapping with the fields name, description, categories, safe_texts, source, got "
+    expected = "wrong.yaml: the policy must be a mapping with the fields name, description, categories, safe_texts, source, harmless, got "
     assert expected in message_of(Policy.load, tmp_path / "wrong.yaml")
 
 
@@ -326,6 +334,24 @@ def test_policies_load_without_torch_or_hydra():
     code = "import sys, guardkit.policy; print(sorted({'torch', 'hydra', 'omegaconf'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER.parents[1], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_policy_without_classes_keeps_the_digest_that_saved_guards_have():
+    plain = Policy.from_dict(changed(("categories", 0, "classes"), ...)).to_dict()
+    assert set(plain) == {"name", "description", "categories", "safe_texts", "source"}
+    assert "classes" not in plain["categories"][1]
+    assert plain["categories"][0].keys() - plain["categories"][1].keys() == {"look_alikes"}
+
+
+def test_photographs_name_their_classes_and_each_safe_text_a_look_alike():
+    policy = Policy.load("guardkit:photos")
+    assert policy.harmless
+    assert not Policy.load("guardkit:handled_objects").harmless
+    for category in policy.categories:
+        for texts, names in ((category.unsafe_texts, category.classes), (category.safe_texts, category.look_alikes)):
+            assert names
+            assert all(any(name in text for text in texts) for name in names)
+        assert all(any(name in text for name in category.look_alikes) for text in category.safe_texts)
 
 
 def test_a_policy_needs_no_more_than_names_definitions_and_a_text():
