@@ -72,7 +72,7 @@ class Policy:
     source: str = ""
     harmless: bool = False
 
-    @property
+    @cached_property
     def category_names(self) -> tuple[str, ...]:
         """In the policy's order."""
         return tuple(category.name for category in self.categories)

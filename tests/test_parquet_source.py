@@ -11,8 +11,13 @@ import pytest
 from conftest import ROOT, picture
 from hydra.utils import instantiate
 
+from guardkit.counterfactual.instructor import TemplateInstructor
+from guardkit.counterfactual.pipeline import CounterfactualPipeline
+from guardkit.counterfactual.verifier import NoVerifier
+from guardkit.data.budget import check_edits
 from guardkit.data.sources.hub import HubSource
 from guardkit.data.sources.parquet import ParquetSource
+from guardkit.editors.inpaint import InpaintEditor
 from guardkit.images import FileContent, read_image
 from guardkit.policy import Policy
 from guardkit.schema import ImageError, InputError
@@ -143,10 +148,114 @@ def test_wrong_input_is_one_line(tmp_path, settings, message):
     assert "\n" not in str(caught.value)
 
 
+# --- photographs whose class is known ----------------------------------------------------------------------------------------
+
+PHOTOS = Policy.load("guardkit:photos")
+BOX = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.6}
+
+
+def photographs(path, names, first=0, image=cell, **columns):
+    boxes = {name: [value] * len(names) for name, value in BOX.items()}
+    return table(path, n=len(names), first=first, image=image, label=None, name=names, **(boxes | columns))
+
+
+@pytest.fixture
+def photos(compose, tmp_path):
+    """photos(train names, **columns) -> what source=photos holds; the test images are a cannon, a crane and a sock."""
+
+    def load(names, *settings, **columns):
+        train = photographs(tmp_path / "train.parquet", names, **columns)
+        test = photographs(tmp_path / "val.parquet", ["cannon", "crane", "sock"], first=50)
+        cfg = compose("train", "source=photos", f"source.files={train}", f"source.test={test}", "policy=photos", *settings)
+        return instantiate(cfg.source, _partial_=True, _convert_="all")(policy=PHOTOS).load()
+
+    return load
+
+
+def test_the_policy_says_what_a_class_means(photos):
+    loaded = photos(["cannon", "tractor", "sock", "syringe", None, "snail"])
+    assert [(record.label, record.category, record.caption) for record in loaded.train] == [
+        (1, "weapons", "cannon"), (0, "weapons", "tractor"), (0, None, "sock"), (1, "alcohol_and_medicine", "syringe"),
+        (0, "venomous_animals", "snail"),
+    ]  # fmt: skip
+    assert [(record.label, record.category) for record in loaded.test] == [(1, "weapons"), (0, "weapons"), (0, None)]
+    assert [(one.id, one.reason) for one in loaded.rejected] == [("train.parquet/4", "no class")]
+    assert loaded.train[0].region == (0.1, 0.2, 0.5, 0.6)
+
+
+def test_no_image_is_decoded_and_none_read_before_it_is_needed(photos, monkeypatch):
+    def read(*_, **__):
+        raise AssertionError("an image was read")
+
+    monkeypatch.setattr("guardkit.data.sources.parquet._RowGroups.read", read)
+    assert len(photos(["cannon", "tractor"] * 20).train) == 40
+
+
+def test_rows_of_photographs_that_cannot_be_used(photos):
+    """No image, a box without area, one outside of the image; found although no image is looked at."""
+    loaded = photos(
+        ["cannon"] * 6,
+        image=lambda i: {"bytes": None, "path": None} if i == 1 else cell(i),
+        x_min=[0.1, 0.1, 0.5, 0.1, -0.1, 0.1],
+        x_max=[0.5, 0.5, 0.5, 1.2, 0.5, 0.5],
+    )
+    assert [record.id for record in loaded.train] == ["train.parquet/0", "train.parquet/5"]
+    assert {one.id: one.reason for one in loaded.rejected} == {
+        "train.parquet/1": "no image in this row",
+        "train.parquet/2": "box must satisfy 0 <= min < max <= 1, got 0.5, 0.2, 0.5, 0.6",
+        "train.parquet/3": "box must satisfy 0 <= min < max <= 1, got 0.1, 0.2, 1.2, 0.6",
+        "train.parquet/4": "box must satisfy 0 <= min < max <= 1, got -0.1, 0.2, 0.5, 0.6",
+    }
+    assert loaded.given == 9
+
+
+def test_what_the_data_lack_is_said(photos, caplog):
+    photos(["cannon", "sock", "beacon"])
+    assert "has no image of beer bottle, pill bottle, syringe, projectile, scorpion, black widow, " in caplog.text
+    assert "boa constrictor and 18 more classes, which policy photos names" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "message"),
+    [
+        (["cannon", "beer_bottle"], [], r"policy 'photos' names the class 'beer bottle', which .* lacks; it has 'beer_bottle': use the same"),
+        (["cannon"], ["source.class_column=kind"], r"has no column 'kind'; it has image, name, x_min, .*; set source\.class_column"),
+        (["cannon"], ["source.class_column=x_min"], r"column 'x_min' of .* holds none of the classes of policy 'photos', but '0\.1' and the like"),
+        (["cannon"], ["source.default_label=safe"], r"source\.class_column=name takes labels from the policy's classes; leave source\.labels"),
+    ],
+)  # fmt: skip
+def test_classes_that_do_not_fit_are_one_line(photos, names, settings, message):
+    with pytest.raises(InputError, match=message) as caught:
+        photos(names, *settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_policy_without_classes_or_look_alikes(tmp_path, caplog):
+    path = str(photographs(tmp_path / "a.parquet", ["cannon", "sock"]))
+    with pytest.raises(InputError, match="policy 'handled_objects' names none; give its categories classes and look_alikes"):
+        ParquetSource(POLICY, path, class_column="name")
+    category = {"name": "weapons", "definition": "d", "unsafe_texts": ["a cannon"], "classes": ["cannon"]}
+    policy = Policy.from_dict({"name": "mine", "categories": [category]})
+    loaded = ParquetSource(policy, path, class_column="name", check_images=False).load()
+    assert [(record.label, record.category) for record in loaded.train] == [(1, "weapons"), (0, None)]
+    assert "policy mine names no look_alikes for weapons: how often they are flagged will not be known" in caplog.text
+
+
+def test_without_boxes_an_editor_that_needs_them_says_so(photos):
+    records = photos(["cannon"] * 4, **dict.fromkeys(BOX)).train
+    pipeline = CounterfactualPipeline(PHOTOS, TemplateInstructor(), InpaintEditor(), NoVerifier(), cache_dir=None)
+    with pytest.raises(
+        InputError, match=r"none of the 4 images of source=photos can be edited \(4 x no region: editor=inpaint needs a box"
+    ):
+        check_edits(pipeline, [("images", "counterfactual", records)], "source=photos")
+
+
 @pytest.mark.skipif(not TINY.is_file(), reason="the photographs are not here")
 def test_real_photographs():
-    settings = {"label_column": None, "category_column": "name", "check_images": False}
-    rows = ParquetSource(POLICY, str(TINY), categories={"rifle": "weapons", "cannon": "weapons"}, **settings).load()
+    rows = ParquetSource(PHOTOS, str(TINY), class_column="name", check_images=False).load()
     assert (rows.given, len(rows.train), rows.rejected) == (10_000, 10_000, [])
+    unsafe = [record for record in rows.train if record.label]
+    look_alikes = [record for record in rows.train if record.category and not record.label]
+    assert (len(unsafe), len(look_alikes)) == (14 * 50, 15 * 50)
     assert all(record.region is not None for record in rows.train)
     assert rows.train[-1].content.load().shape == (64, 64, 3)

@@ -116,7 +116,7 @@ def group(loaded: Loaded, *, check_images: bool = True, near_duplicate_distance:
         if isinstance(seen, str):
             rejected.append(Rejected(record.id, seen))
             continue
-        kept.append(replace(record, perceptual_hash=seen))
+        kept.append(record if seen == record.perceptual_hash else replace(record, perceptual_hash=seen))
         n_train += row < len(loaded.train)
     names = _group_names(kept, near_duplicate_distance)
     kept = [record if record.group == name else replace(record, group=name) for record, name in zip(kept, names, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +15,13 @@ import numpy as np
 
 from guardkit.data.grouping import group, why_rejected
 from guardkit.data.sources.base import Loaded
-from guardkit.data.sources.rows import RowRule
+from guardkit.data.sources.rows import RowRule, text
 from guardkit.images import FileContent, bytes_key, read_image
 from guardkit.schema import UNLABELLED, ImageError, InputError, Record, Rejected
 
 log = logging.getLogger(__name__)
+
+NO_IMAGE = "no image in this row"
 
 
 class Part(Protocol):
@@ -39,6 +41,10 @@ class Part(Protocol):
 
     def values(self, column: str) -> list[Any]:
         """All cells of a column that holds no images."""
+        ...
+
+    def without_image(self) -> Set[int]:
+        """Rows without an image, as far as that is known without reading any."""
         ...
 
     def image(self, row: int) -> Any:
@@ -68,7 +74,7 @@ class RowContent:
         if isinstance(value, str):
             return _from_text(value)
         if value is None:
-            raise ImageError("no image in this row")
+            raise ImageError(NO_IMAGE)
         if not isinstance(value, (bytes, Path)):
             raise ImageError(f"expected an image, encoded bytes or base64, got {type(value).__name__}")
         return value
@@ -109,12 +115,14 @@ def load_parts(
     rejected: list[Rejected] = []
     set_aside: list[Record] = []
     records: dict[str, list[Record]] = {}
+    classes: set[str] = set()
     given = 0
     for role, several in parts.items():
         records[role] = []
         for part in several:
             given += len(part)
-            records[role] += _records(part, rule, name, where, max_pixels, rejected, set_aside)
+            records[role] += _records(part, rule, name, where, max_pixels, rejected, set_aside, classes)
+    rule.check_classes(classes, where)
     loaded = Loaded(records.get("train", []), records.get("test"), rejected, given, set_aside=set_aside)
     loaded = group(loaded, check_images=check_images, near_duplicate_distance=near_duplicate_distance)
     if not (loaded.train or loaded.test or loaded.set_aside):
@@ -126,18 +134,31 @@ def load_parts(
 
 
 def _records(
-    part: Part, rule: RowRule, name: str, where: str, max_pixels: int, rejected: list[Rejected], set_aside: list[Record]
+    part: Part,
+    rule: RowRule,
+    name: str,
+    where: str,
+    max_pixels: int,
+    rejected: list[Rejected],
+    set_aside: list[Record],
+    classes: set[str],
 ) -> list[Record]:
+    """Of the rows that can be used; the others are added to `rejected` and `set_aside`, the classes of all to `classes`."""
     n = len(part)
     at = f"{where} {part.row_name(0).rpartition('/')[0]}" if n else where
     columns = rule.find(part.names, at, needed=("image",))
     values = {role: part.values(column) for role, column in columns.items() if role != "image"}
-    why = "no label"
-    if "label" not in columns and rule.columns["label"] is not None and rule.categories is None:
+    why = "no class" if "class" in columns else "no label"
+    if "class" not in columns and "label" not in columns and rule.columns["label"] is not None and rule.categories is None:
         why += f" (the table has no column {rule.columns['label']!r}; it has {', '.join(part.names)}; set source.label_column)"
+    classes.update(text(value) for value in values.get("class", ()))
+    without_image = part.without_image()
     records = []
     for number in range(n):
         row_name = part.row_name(number)
+        if number in without_image:
+            rejected.append(Rejected(row_name, NO_IMAGE))
+            continue
         row = rule.read({role: cells[number] for role, cells in values.items()}, f"{where} {row_name}")
         if isinstance(row, str):
             rejected.append(Rejected(row_name, row))

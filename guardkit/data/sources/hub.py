@@ -8,7 +8,7 @@ an image or a label is rejected and counted.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,10 @@ class _SplitPart:
         values = self._split.select_columns([column])[:][column]
         names = getattr(self._split.features[column], "names", None)  # a ClassLabel stores numbers that stand for names
         return [names[value] if names and value is not None and value >= 0 else value for value in values]
+
+    def without_image(self) -> Set[int]:
+        """None is known."""
+        return frozenset()
 
     def image(self, row: int) -> Any:
         """The image cell of a row."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -49,6 +50,8 @@ class ParquetSource:
         default_label: of labels that `labels` does not list; None: they are an error.
         categories: value -> the policy's category, or None for one that this policy does not speak of. Without labels, listed
             values mean unsafe and all others safe.
+        class_column: says what an image shows: label and category follow from the policy's classes and look-alikes, whose
+            category is what they look like; all other classes are safe. None: labels say what is unsafe.
         max_pixels: larger images are rejected.
         check_images: read every image once; without it, bad ones show only in use, and equal ones are not found.
         near_duplicate_distance: bits of the 64-bit perceptual hash in which near-duplicates differ at most.
@@ -72,6 +75,7 @@ class ParquetSource:
         source_column: str | None = "source",
         caption_column: str | None = "caption",
         group_column: str | None = "group",
+        class_column: str | None = None,
         max_pixels: int = MAX_PIXELS,
         check_images: bool = True,
         near_duplicate_distance: int = DISTANCE,
@@ -87,6 +91,8 @@ class ParquetSource:
             "caption": caption_column,
             "group": group_column,
         }
+        if class_column is not None:
+            columns["class"] = class_column
         self._rule = RowRule(policy, columns, _USUAL, labels=labels, default_label=default_label, categories=categories, boxes=True)
         tested = [] if test is None else _files(test, "source.test")
         self._files = {"train": _files(files, "source.files", besides=tested), "test": tested}
@@ -196,6 +202,15 @@ class _FilePart:
             raise InputError(f"{self._path} column {column} holds values that its {len(names)} class names do not explain; correct it")
         return [names[value] if value is not None and value >= 0 else value for value in values]
 
+    def without_image(self) -> Set[int]:
+        """Rows whose cell is empty. Only row groups with empty cells are read for it, as the file's footer counts them."""
+        found: set[int] = set()
+        for number in range(self._metadata.num_row_groups):
+            if _may_be_empty(self._metadata.row_group(number), self._groups.column):
+                cells = self._groups.read(self._path, self._metadata, number)
+                found.update(self._first[number] + int(row) for row in np.flatnonzero(_is_empty(cells)))
+        return found
+
     def image(self, row: int) -> Any:
         """The image cell of a row."""
         number = next(number for number, end in enumerate(self._first[1:]) if row < end)
@@ -229,6 +244,20 @@ class _RowGroups:
             while len(self._kept) > 1 and sum(images.nbytes for images in self._kept.values()) > _KEPT_BYTES:
                 self._kept.popitem(last=False)
             return self._kept[path, number]
+
+
+def _may_be_empty(group: Any, column: str) -> bool:
+    """Whether some cell of a row group may hold neither bytes nor a path."""
+    leaves = [group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema.split(".")[0] == column]
+    return all(leaf.statistics is None or not leaf.statistics.has_null_count or leaf.statistics.null_count for leaf in leaves)
+
+
+def _is_empty(cells: pa.ChunkedArray) -> np.ndarray:
+    """(n,) bool."""
+    parts = [cells]
+    if pa.types.is_struct(cells.type):
+        parts = [part for field, part in zip(cells.type, cells.flatten(), strict=True) if field.name in ("bytes", "path")]
+    return np.all([part.is_null().to_numpy() for part in parts], axis=0)
 
 
 def _may_hold_images(kind: pa.DataType) -> bool:

@@ -6,13 +6,17 @@ would train on the opposite of what was meant.
 
 from __future__ import annotations
 
+import difflib
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from guardkit.policy import Policy
 from guardkit.schema import SAFE, UNLABELLED, UNSAFE, InputError, Region
+
+log = logging.getLogger(__name__)
 
 BOX = ("x_min", "y_min", "x_max", "y_max")
 _WORDS = {
@@ -21,6 +25,8 @@ _WORDS = {
 }
 # what YAML reads as a truth value although the table holds the word
 _YAML_WORDS = {True: ("true", "yes"), False: ("false", "no")}
+_SHOWN = 8
+_TYPO = 0.85  # likeness of two names, of 1, from which one is taken for the other misspelt
 _ALLOWED = "safe, unsafe, 0 and 1 (or sfw, nsfw, no, yes, false, true)"
 
 
@@ -30,7 +36,7 @@ class Row:
 
     Attributes:
         label: 1 = unsafe, 0 = safe, -1 = it does not say.
-        category: the policy's, or None.
+        category: the policy's, or None; of a safe image, what it looks like.
         region: where the unsafe feature is, if known.
         caption: may be empty.
         group: as listed; None without one.
@@ -125,7 +131,9 @@ class RowRule:
 
     Args:
         policy: whose categories the images violate.
-        columns: role -> column, or None: "label", "category", "caption", "group", "source", and what the source adds.
+        columns: role -> column, or None: "label", "category", "class", "caption", "group", "source", and what the source adds. With a
+            "class" column, label and category follow from the policy's classes and look-alikes, and other names are safe; columns
+            of labels and categories are then not read.
         usual: the columns that a table may lack: those that are called so by default.
         labels: value -> safe, unsafe or None; see `LabelRule`.
         default_label: of values that `labels` does not list.
@@ -154,6 +162,30 @@ class RowRule:
         for value, category in (self.categories or {}).items():
             if category is not None:
                 policy.check_category(category, f"source.categories[{value!r}]")
+        self._classes: dict[str, tuple[int, str]] = {}
+        if self.columns.get("class") is not None:
+            self._classes = self._named_classes(labels, default_label, categories)
+            self.columns |= {"label": None, "category": None}
+
+    def _named_classes(self, *others: Any) -> dict[str, tuple[int, str]]:
+        """Label and category of each class that the policy names."""
+        column = self.columns["class"]
+        if any(other is not None for other in others):
+            raise InputError(
+                f"source.class_column={column} takes labels from the policy's classes; leave source.labels, default_label and categories null"
+            )
+        named = {name: (UNSAFE, one.name) for one in self.policy.categories for name in one.classes}
+        if not named:
+            raise InputError(
+                f"source.class_column={column} takes labels from the policy's classes, and policy {self.policy.name!r} names none; "
+                "give its categories classes and look_alikes as conf/policy/photos.yaml has them, or set source.categories"
+            )
+        bare = [one.name for one in self.policy.categories if one.classes and not one.look_alikes]
+        if bare:
+            log.warning(
+                "policy %s names no look_alikes for %s: how often they are flagged will not be known", self.policy.name, ", ".join(bare)
+            )
+        return named | {name: (SAFE, one.name) for one in self.policy.categories for name in one.look_alikes}
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -198,7 +230,10 @@ class RowRule:
         region = _region(cells)
         if isinstance(region, str):
             return region
-        if "label" in cells:
+        if "class" in cells:
+            value = text(cells["class"])
+            label, category = self._classes.get(value, (SAFE, None)) if value else (UNLABELLED, None)
+        elif "label" in cells:
             label, category = self.labels.read(cells["label"], where), self._category(cells)
         elif self.categories is not None and "category" in cells:
             value = text(cells["category"])
@@ -211,6 +246,31 @@ class RowRule:
             category = None  # a safe image may look like something that this policy does not speak of
         listed, source = text(cells.get("group")), text(cells.get("source"))
         return Row(label, category, region, text(cells.get("caption")), listed or None, source or None)
+
+    def check_classes(self, found: Set[str], where: str) -> None:
+        """Warns of classes that the policy names and a data set lacks.
+
+        Args:
+            found: names of all classes of the data set; nothing is checked where the rule knows no classes.
+            where: names the data set.
+        Raises:
+            InputError: it lacks all of them, or one that it seems to call by another name, whose images would count as safe.
+        """
+        lacking = [name for name in self._classes if name not in found]
+        for name in lacking:
+            close = difflib.get_close_matches(name, sorted(found - self._classes.keys()), n=1, cutoff=_TYPO)
+            if close:
+                raise InputError(
+                    f"policy {self.policy.name!r} names the class {name!r}, which {where} lacks; it has {close[0]!r}: use the same name for both"
+                )
+        if lacking and len(lacking) == len(self._classes):
+            raise InputError(
+                f"column {self.columns['class']!r} of {where} holds none of the classes of policy {self.policy.name!r}, but "
+                f"{', '.join(repr(name) for name in sorted(found)[:3])} and the like; set source.class_column or choose another policy="
+            )
+        if lacking:
+            more = f" and {len(lacking) - _SHOWN} more classes" if len(lacking) > _SHOWN else ""
+            log.warning("%s has no image of %s%s, which policy %s names", where, ", ".join(lacking[:_SHOWN]), more, self.policy.name)
 
     def _category(self, cells: Mapping[str, Any]) -> str | None:
         value = text(cells.get("category"))
