@@ -110,7 +110,7 @@ def main(n_unsafe: int = 64, n_test: int = 450, repeats: int = 3) -> None:
             cold.append(seconds(run, cfg, {}, Path(temporary) / f"cold{i}"))
             warm.append(seconds(run, cfg, {}, Path(temporary) / f"warm{i}"))
             parts = build(config(f"{temporary}/none"))
-            unsafe = [record.content.scene for record in parts.data.choice.unsafe.train + parts.data.choice.unsafe.validation]
+            unsafe = [record.content.scene for record in parts.data.choice.of("unsafe")]
             pairs = parts.data.loaded.test_pairs
             others = [record.content.scene for record in parts.data.test] + [twin.content.scene for _, twin in pairs]
             parts.data.close()

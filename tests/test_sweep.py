@@ -157,11 +157,11 @@ def test_subsets_are_nested_and_shared_by_all_arms():
             before = set()
             for size in (4, 8, 16):
                 choice = stock.subset_of(Cell(arm, "linear", size, seed))
-                names = {record.id for record in (*choice.unsafe.train, *choice.unsafe.validation)}
+                names = {record.id for record in choice.of("unsafe")}
                 assert len(names) == size
                 assert before < names or not before
                 assert unsafe.setdefault(size, names) == names
-                others = {record.id for record in (*choice.others.train, *choice.others.validation)}
+                others = {record.id for record in choice.of("shuffled")}
                 assert not others & names
                 before = names
     assert stock.subset_of(Cell("unpaired", "linear", 8, 0)) != stock.subset_of(Cell("unpaired", "linear", 8, 1))
@@ -171,9 +171,7 @@ def test_budget_and_edits_are_counted():
     stock = Stock(World(accept=lambda record: int(record.id.split("/")[2]) % 4 != 0), ARMS, (8,), (0,))
     plus, null = (stock.data_of(Cell(arm, "linear", 8, 0)) for arm in ("pairs_plus", "null_edits"))
     assert (plus.n_safe, plus.n_requested) == (8, 8)
-    unsafe = [
-        record for part in ("train", "validation") for record in getattr(stock.subset_of(Cell("pairs_plus", "linear", 8, 0)).unsafe, part)
-    ]
+    unsafe = stock.subset_of(Cell("pairs_plus", "linear", 8, 0)).of("unsafe")
     assert plus.n_accepted == sum(int(record.id.split("/")[2]) % 4 != 0 for record in unsafe)
     assert null.n_requested == 16  # both labels pass through the editor
     n = sum(len(batch["labels"]) for batch in (plus.train, plus.validation))
@@ -283,12 +281,41 @@ def test_images_without_several_views_are_taken_once(tmp_path):
     arms = [replace(arm, variants_per_image=3) for arm in ARMS[:2]]
     stock = Stock(World(), arms, (8,), (0,))
     unpaired, pairs = (stock.data_of(Cell(arm.name, "linear", 8, 0)) for arm in arms)
-    n = len(stock.subset_of(Cell("pairs_aug", "linear", 8, 0)).unsafe.train)
+    n = len(stock.subset_of(Cell("pairs_aug", "linear", 8, 0)).train["unsafe"])
     assert len(unpaired.train["labels"]) == 2 * n
     assert len(pairs.train["labels"]) == 6 * n
     rows = engine().rows(pairs.train, LinearHead(DIM, 2))
     assert sorted(np.round(rows.shares[rows.bias == 1] * n, 9)) == [0.5] * n
     assert rows.shares.sum() == pytest.approx(2)  # decision and pairs
+
+
+@pytest.mark.parametrize("arm", ["pairs_plus", "shuffled_pairs", "null_edits"])
+def test_a_cell_is_fitted_to_the_images_of_a_training(compose, arm):
+    """The same arm, budget and seed: as many times the same embeddings, with every view in the training batch."""
+    from guardkit.runs.objects import build
+
+    asked = ("data.n_unsafe=12", "data.variants_per_image=2", "data.all_views=true", "source.n_train=60", "source.n_test=9", "cache_dir=null")
+    data = build(compose("train", f"experiment={arm}", "seed=5", *asked)).data
+    stock = Stock(data, [Arm(arm, data.negatives, data.transform, 2)], (4, 12), (0, 5))
+    cell = stock.data_of(Cell(arm, "linear", 12, 5))
+
+    def rows(batch):
+        return sorted(zip(batch["labels"].tolist(), map(tuple, batch["embeddings"].tolist()), strict=True))
+
+    (batch,) = data.batches(1)
+    assert len(batch["labels"]) == {"pairs_plus": 54, "shuffled_pairs": 36, "null_edits": 18}[arm]
+    assert rows(cell.train) == rows(batch)
+    assert len(cell.train["unsafe_rows"]) == len(batch["unsafe_rows"])
+    assert rows(cell.validation) == rows(data.validation_batch())
+
+
+def test_unsafe_images_that_cannot_be_divided_all_train(tmp_path):
+    """Images of one group stay together, so that only safe ones validate, as in a training."""
+    world = World()
+    world.pool = [replace(record, group="burst") if record.label else record for record in world.pool]
+    _, finished, failed = fitted(world, tmp_path, sizes=(4,), seeds=(0,), arms=ARMS[:1])
+    assert not failed
+    assert [(one.n_train, one.n_validation) for one in finished.values()] == [(7, 1)]
 
 
 # --- choosing and measuring ----------------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def train_guard(
                 "prevalence": recipe.objective.prevalence,
                 "experiment": chosen.name,
                 "seed": seed,
-                "sources": sorted({record.source for record in parts.data.choice.unsafe.train}),
+                "sources": sorted({record.source for record in parts.data.choice.train["unsafe"]}),
                 **{key: metrics[key] for key in ("n_unsafe", "n_safe", "n_counterfactuals")},
             }
             guard.training_images = training_images(parts.data, parts.unlabelled)

@@ -1,20 +1,20 @@
 """What an arm is: which images it is given within its label budget, and how their views make up a batch.
 
-Pure functions of records, seeds and views. The data module uses them for one training run, the sample-efficiency
+Pure functions of records, seeds and pools of views. The data module uses them for one training run, the sample-efficiency
 experiment for very many, so both train on the same images in the same form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
 from guardkit.data.splits import nested_order, split_validation
-from guardkit.data.views import Views
+from guardkit.data.views import Pool
 from guardkit.schema import InputError, Record
 
 Batch = dict[str, torch.Tensor]
@@ -66,31 +66,22 @@ def arm_named(arm: str | Arm) -> Arm:
 
 
 @dataclass(frozen=True)
-class Split:
-    """Labelled images of one kind.
+class Choice:
+    """The images of an arm, of one seed and one label budget, by kind: "unsafe", and the arm's negatives.
+
+    For "counterfactual" these are the unsafe images once more, for "shuffled" other unsafe ones: those that are edited.
 
     Attributes:
         train: to fit on.
         validation: to choose settings on; they count in the label budget.
     """
 
-    train: list[Record] = field(default_factory=list)
-    validation: list[Record] = field(default_factory=list)
+    train: dict[str, list[Record]]
+    validation: dict[str, list[Record]]
 
-
-@dataclass(frozen=True)
-class Choice:
-    """The images of an arm, of one seed and one label budget.
-
-    Attributes:
-        unsafe: the labelled unsafe images.
-        natural: as many safe ones; empty unless the arm wants them.
-        others: further unsafe images whose counterfactuals are wanted; empty unless the arm wants them.
-    """
-
-    unsafe: Split
-    natural: Split
-    others: Split
+    def of(self, kind: str) -> list[Record]:
+        """All images of a kind; none where the arm does not want it."""
+        return [*self.train.get(kind, []), *self.validation.get(kind, [])]
 
 
 @dataclass(frozen=True)
@@ -114,62 +105,46 @@ def choose(orders: Orders, n_unsafe: int, negatives: Sequence[str]) -> Choice:
     fewer than asked for is smaller, or empty.
     """
     unsafe = orders.unsafe[:n_unsafe]
-    natural, others = Split(), Split()
-    if "natural" in negatives:
-        natural = Split(*split_validation(orders.safe, n_unsafe))
+    ordered = {"unsafe": unsafe, "counterfactual": unsafe, "natural": orders.safe}
     if "shuffled" in negatives:
         taken = {record.group for record in unsafe}
-        rest = [record for record in orders.unsafe[n_unsafe:] if record.group not in taken]
-        others = Split(*split_validation(rest, n_unsafe))
-    return Choice(Split(*split_validation(unsafe, n_unsafe)), natural, others)
+        ordered["shuffled"] = [record for record in orders.unsafe[n_unsafe:] if record.group not in taken]
+    parts = {kind: split_validation(ordered[kind], n_unsafe) for kind in ("unsafe", *negatives)}
+    return Choice({kind: train for kind, (train, _) in parts.items()}, {kind: validation for kind, (_, validation) in parts.items()})
 
 
-def category_numbers(records: Sequence[Record], names: Sequence[str]) -> np.ndarray:
-    """(n,) the position of each record's category in `names`; -1 where it is unknown."""
-    position = {name: i for i, name in enumerate(names)}
-    return np.array([position.get(record.category or "", -1) for record in records], int)
-
-
-def every_turn(rows: np.ndarray, variants_per_image: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows repeated for every view, and the turn of each: what `assemble` takes to put all views into one batch."""
-    return np.tile(rows, variants_per_image), np.repeat(np.arange(variants_per_image), len(rows))
-
-
-def assemble(
-    views: Mapping[str, Views],
-    rows: Mapping[str, np.ndarray],
-    turns: Mapping[str, np.ndarray] | int,
-    categories: np.ndarray,
-    n_categories: int,
-) -> Batch:
-    """A batch of one view per row.
+def make_batch(pools: Mapping[str, Pool], rows: Mapping[str, np.ndarray], turn: int | None) -> Batch:
+    """A batch of the images of an arm.
 
     Args:
-        views: of "unsafe" and of some of `NEGATIVES`.
-        rows: which of them, for each of these; "counterfactual" has the rows of "unsafe".
-        turns: which view, in a round over those that are there: one number for all, or an array like `rows`.
-        categories: (n_unsafe,) category numbers of the "unsafe" views, see `category_numbers`.
-        n_categories: k.
+        pools: of "unsafe", and of the arm's negatives.
+        rows: which of their records; "counterfactual" has the rows of "unsafe".
+        turn: which view of each, in a round over those that are there; None: every view. A record that has fewer views than
+            another is there as often as that one, so that all have the same weight.
     Returns:
         embeddings (n, d); labels (n,); targets (n, k), NaN where a category is unknown; unsafe_rows and counterfactual_rows, (p,)
         where in the batch an unsafe image and its counterfactual stand. Views that are not there are left out.
     """
+    n_turns = 1 if turn is not None else max((pools[kind].n_views for kind, mine in rows.items() if len(mine)), default=1)
 
-    def pick(name: str) -> tuple[np.ndarray, np.ndarray]:
-        return views[name].pick(rows[name], turns if isinstance(turns, int) else turns[name])
+    def pick(kind: str) -> tuple[np.ndarray, np.ndarray]:
+        wanted = np.tile(rows[kind], n_turns)
+        turns = np.repeat(np.arange(n_turns) + (turn or 0), len(rows[kind]))
+        return pools[kind].views(rows[kind]).pick(wanted, turns)
 
     vectors, there = pick("unsafe")
     n = int(there.sum())
     row_at = np.cumsum(there) - 1  # where an unsafe row stands in the batch
-    known = categories[rows["unsafe"][there]]
+    known = pools["unsafe"].categories[np.tile(rows["unsafe"], n_turns)[there]]
+    n_categories = len(pools["unsafe"].category_names)
     targets = np.where(known[:, None] >= 0, np.arange(n_categories) == known[:, None], np.nan)
     parts, labels, all_targets = [vectors[there]], [np.ones(n)], [targets]
     first, second = np.zeros(0, int), np.zeros(0, int)
-    for name in rows:
-        if name == "unsafe":
+    for kind in rows:
+        if kind == "unsafe":
             continue
-        vectors, found = pick(name)
-        if name == "counterfactual":
+        vectors, found = pick(kind)
+        if kind == "counterfactual":
             paired = found & there
             first, second = row_at[paired], sum(len(part) for part in parts) + (np.cumsum(found) - 1)[paired]
         parts.append(vectors[found])

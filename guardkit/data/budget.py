@@ -46,7 +46,7 @@ def chosen_in_budget(orders: Orders, n_unsafe: int, negatives: Sequence[str], wh
     if "natural" in negatives and len(safe) < n:
         notes.append(f"asked for {n} safe images, {where} has {len(safe)} for training: using all of them")
     choice = choose(orders, n, negatives)
-    n_others = len(choice.others.train) + len(choice.others.validation)
+    n_others = len(choice.of("shuffled"))
     if "shuffled" in negatives and n_others < n:
         short = (
             f"of the {len(unsafe)} unsafe images that {where} has for training, {n_others} are left beside the {n} labelled ones, and "
@@ -59,16 +59,25 @@ def chosen_in_budget(orders: Orders, n_unsafe: int, negatives: Sequence[str], wh
     return choice, notes
 
 
-def edited(choice: Choice, negatives: Sequence[str], transform: str) -> list[tuple[str, Kind, list[Record]]]:
+def shortage(orders: Orders, n_unsafe: int, negatives: Sequence[str], where: str) -> str | None:
+    """What the source has too little of to serve an arm in full, in the same words for every seed, or None."""
+    n = len(orders.unsafe)
+    if n < n_unsafe:
+        return f"more unsafe images are needed than the {n} that {where} has for training"
+    if "shuffled" in negatives and n < 2 * n_unsafe:
+        return f"as many other unsafe images are needed beside the labelled ones, and {where} has {n} for training"
+    if "natural" in negatives and len(orders.safe) < n_unsafe:
+        return f"more safe images are needed than the {len(orders.safe)} that {where} has for training"
+    return None
+
+
+def edited(choice: Choice, transform: str) -> list[tuple[str, Kind, list[Record]]]:
     """What an arm asks an editor for: whose images they are, the kind of edit, the images."""
-    unsafe, natural, others = ([*side.train, *side.validation] for side in (choice.unsafe, choice.natural, choice.others))
     wanted: list[tuple[str, Kind, list[Record]]] = []
     if transform == "null_edit":
-        wanted += [("unsafe images", "null", unsafe), ("safe images", "null", natural)]
-    if "counterfactual" in negatives:
-        wanted.append(("unsafe images", "counterfactual", unsafe))
-    if "shuffled" in negatives:
-        wanted.append(("other unsafe images", "counterfactual", others))
+        wanted += [("unsafe images", "null", choice.of("unsafe")), ("safe images", "null", choice.of("natural"))]
+    wanted.append(("unsafe images", "counterfactual", choice.of("counterfactual")))
+    wanted.append(("other unsafe images", "counterfactual", choice.of("shuffled")))
     return [one for one in wanted if one[2]]
 
 

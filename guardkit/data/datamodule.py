@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -24,13 +24,13 @@ import torch
 
 from guardkit.checks import check_choice, check_flag, check_number, check_same, check_whole, is_list
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
-from guardkit.data.arms import NEGATIVES, TRANSFORMS, Batch, Choice, Orders, Split, assemble, category_numbers, every_turn
+from guardkit.data.arms import NEGATIVES, TRANSFORMS, Batch, Choice, Orders, make_batch
 from guardkit.data.budget import check_edits, chosen_in_budget, edited
 from guardkit.data.controls import Control, make_controls
 from guardkit.data.grouping import load_source, why_rejected
 from guardkit.data.sources.base import Loaded, Source
 from guardkit.data.splits import split_test
-from guardkit.data.views import Later, Pool, ViewMaker, Views
+from guardkit.data.views import EDITED, Later, Pool, ViewMaker
 from guardkit.embeddings import EmbeddingStore
 from guardkit.policy import Policy
 from guardkit.schema import Content, InputError, Record
@@ -38,6 +38,7 @@ from guardkit.schema import Content, InputError, Record
 log = logging.getLogger(__name__)
 
 MAX_CONTROLS = 256
+_LABELLED = ("unsafe", "counterfactual")  # views of the labelled unsafe images, side by side in every batch
 
 
 class GuardDataModule(L.LightningDataModule):
@@ -106,7 +107,7 @@ class GuardDataModule(L.LightningDataModule):
         self._executor: ThreadPoolExecutor | None = None
         self._stage: str | None = None  # that started it
         self._tests = Later(self.make_test_set)
-        self._controls = Later(lambda: make_controls(self.views, self.choice.unsafe.train[:MAX_CONTROLS], self.other_edits))
+        self._controls = Later(lambda: make_controls(self.views, self.choice.train["unsafe"][:MAX_CONTROLS], self.other_edits))
 
     # --- choosing -----------------------------------------------------------------------------------------------------
 
@@ -120,7 +121,7 @@ class GuardDataModule(L.LightningDataModule):
         orders = Orders.of(self.load(), self.seed)
         where = f"source={self.source.name}"
         choice, self.notes = chosen_in_budget(orders, self.n_unsafe, self.negatives, where, why_rejected(self.loaded))
-        self.notes += check_edits(self.pipeline, edited(choice, self.negatives, self.transform), where)
+        self.notes += check_edits(self.pipeline, edited(choice, self.transform), where)
         for note in self.notes:
             log.warning("%s", note)
         return choice
@@ -150,26 +151,18 @@ class GuardDataModule(L.LightningDataModule):
 
     @cached_property
     def _pools(self) -> tuple[dict[str, Pool], dict[str, Pool]]:
-        """Of training, and of validation."""
-        unsafe, natural, others = self.choice.unsafe, self.choice.natural, self.choice.others
-        kinds: dict[str, tuple[Split, Callable[[list[Record]], Views], int]] = {
-            "unsafe": (unsafe, self.views.originals, 13),
-            "natural": (natural, self.views.originals, 14),
-            "counterfactual": (unsafe, self.views.counterfactuals, 13),
-            "shuffled": (others, self.views.counterfactuals, 14),
-        }
+        """Of training and of validation, by kind."""
 
-        def pool(records: list[Record], make: Callable[[list[Record]], Views], stream: int, chunk: int) -> Pool:
-            variants_per_image = self.variants_per_image if make == self.views.counterfactuals or self.transform == "classic" else 1
-            return Pool(records, variants_per_image, self.store.encoder.dim, make, self._order(len(records), stream, 1), chunk)
+        def pools(images: dict[str, list[Record]], chunk: int | None) -> dict[str, Pool]:
+            found = {kind: self.views.pool(kind, self.policy.category_names) for kind in images}
+            for kind, records in images.items():
+                found[kind].add(records, partial(self.views.make, kind), chunk or len(records), self._order(kind, len(records), 1))
+            return found
 
-        wanted = {name: kinds[name] for name in ("unsafe", *self.negatives)}
-        return (
-            {name: pool(split.train, make, stream, self.batch_size) for name, (split, make, stream) in wanted.items()},
-            {name: pool(split.validation, make, stream, len(split.validation)) for name, (split, make, stream) in wanted.items()},
-        )
+        return pools(self.choice.train, self.batch_size), pools(self.choice.validation, None)
 
-    def _order(self, n: int, stream: int, epoch: int) -> np.ndarray:
+    def _order(self, kind: str, n: int, epoch: int) -> np.ndarray:
+        stream = 13 if kind in _LABELLED else 14
         return np.random.default_rng([self.seed, stream, epoch]).permutation(n)
 
     # --- what runs in the background ---------------------------------------------------------------------------------
@@ -255,10 +248,15 @@ class GuardDataModule(L.LightningDataModule):
 
     def used_images(self) -> list[tuple[str, Record]]:
         """("train" or "validation", image) of all that this arm was given, and of the counterfactuals that a source brought along."""
-        kinds = self.choice.unsafe, self.choice.natural, self.choice.others
-        parts = {"train": [split.train for split in kinds], "validation": [split.validation for split in kinds]}
-        used = [(split, record) for split, records in parts.items() for part in records for record in part]
-        if {"counterfactual", "shuffled"} & set(self.negatives):
+        parts = {"train": self.choice.train, "validation": self.choice.validation}
+        used = [
+            (split, record)
+            for split, images in parts.items()
+            for kind, records in images.items()
+            if kind != "counterfactual"  # the unsafe images once more
+            for record in records
+        ]
+        if set(EDITED) & set(self.negatives):
             twins = [(split, record, content) for split, record in used for content in record.counterfactuals]
             used += [
                 (split, replace(record, content=content, counterfactuals=(), perceptual_hash=None)) for split, record, content in twins
@@ -267,7 +265,7 @@ class GuardDataModule(L.LightningDataModule):
 
     def labelled(self) -> tuple[np.ndarray, np.ndarray]:
         """All embeddings that training saw, (n, d), and their labels, (n,): the first view of each."""
-        batch = self._batch(self._pools[0], np.arange(len(self.choice.unsafe.train)), 0, 0, shuffle=False)
+        batch = _whole(self._pools[0])
         return batch["embeddings"].numpy(), batch["labels"].numpy().astype(int)
 
     def train_dataloader(self) -> Batches:
@@ -284,44 +282,31 @@ class GuardDataModule(L.LightningDataModule):
 
     def validation_batch(self) -> Batch:
         """All validation images and their negatives, first view of each."""
-        return self._batch(self._pools[1], np.arange(len(self.choice.unsafe.validation)), 0, 0, shuffle=False)
+        return _whole(self._pools[1])
 
     @property
     def n_batches(self) -> int:
         """Batches in an epoch."""
-        return -(-len(self.choice.unsafe.train) // self.batch_size)
+        return -(-len(self.choice.train["unsafe"]) // self.batch_size)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch, counted from 1: the same for the same seed and epoch."""
-        order = self._order(len(self.choice.unsafe.train), 13, epoch)
-        for start in range(0, len(order), self.batch_size):
-            yield self._batch(self._pools[0], order[start : start + self.batch_size], start, epoch, shuffle=True)
-
-    def _batch(self, pools: dict[str, Pool], rows: np.ndarray, start: int, epoch: int, *, shuffle: bool) -> Batch:
-        mine = {"unsafe": rows}
-        for name in self.negatives:
-            n = len(pools[name].records)
-            if name == "counterfactual":
-                mine[name] = rows
-            elif n and not shuffle:
-                mine[name] = np.arange(n)
-            elif n:
-                order = self._order(n, 14, epoch)
+        pools = self._pools[0]
+        orders = {kind: self._order(kind, len(pool.records), epoch) for kind, pool in pools.items()}
+        n = len(orders["unsafe"])
+        for start in range(0, n, self.batch_size):
+            places = np.arange(start, min(start + self.batch_size, n))
+            rows = {}
+            for kind, order in orders.items():
                 # a smaller pool goes round, so that every batch has negatives; a batch that is the whole epoch has all
-                mine[name] = order if len(rows) == len(self.choice.unsafe.train) else order[(start + np.arange(len(rows))) % n]
-        turns: dict[str, np.ndarray] | int = epoch
-        if self.all_views and shuffle:
-            both = {name: every_turn(chosen, self.variants_per_image) for name, chosen in mine.items()}
-            mine, turns = {name: one[0] for name, one in both.items()}, {name: one[1] for name, one in both.items()}
-        views = {name: pools[name].views(chosen) for name, chosen in mine.items()}
-        names = self.policy.category_names
-        return assemble(views, mine, turns, category_numbers(pools["unsafe"].records, names), len(names))
+                whole = len(places) == n and kind not in _LABELLED
+                rows[kind] = order if whole or not len(order) else order[places % len(order)]
+            yield make_batch(pools, rows, None if self.all_views else epoch)
 
     @property
     def n_counterfactuals(self) -> int:
         """Accepted counterfactuals among training and validation images."""
-        names = {"counterfactual", "shuffled"} & set(self.negatives)
-        return sum(int(pools[name].views().there.sum()) for pools in self._pools for name in names)
+        return sum(int(pool.views().there.sum()) for pools in self._pools for kind, pool in pools.items() if kind in EDITED)
 
     def check_both_sides(self) -> None:
         """Raises InputError when not a single unsafe image, or not a single negative, came through, with the reasons."""
@@ -395,3 +380,8 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         yield from self._batches()
+
+
+def _whole(pools: dict[str, Pool]) -> Batch:
+    """All images in one batch, the first view of each."""
+    return make_batch(pools, {kind: np.arange(len(pool.records)) for kind, pool in pools.items()}, 0)

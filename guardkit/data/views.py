@@ -23,6 +23,8 @@ from guardkit.schema import Content, InputError, Record
 
 T = TypeVar("T")
 
+EDITED = ("counterfactual", "shuffled")  # kinds of images that are there as their counterfactuals
+
 
 @dataclass(frozen=True)
 class Views:
@@ -75,41 +77,71 @@ class Later(Generic[T]):
 
 
 class Pool:
-    """Records whose views are made chunk by chunk.
+    """Records whose views are made chunk by chunk. It may grow, though not while a chunk is being made.
 
     Args:
-        records: whose views.
-        variants_per_image: of each.
+        n_views: of each record.
         dim: d.
-        make: makes the views of some of them.
-        order: (n,) in which they are made.
-        chunk: how many at once.
+        category_names: of the policy.
+
+    Attributes:
+        records: in the order in which they came.
+        categories: (n,) the position of each record's category among the names; -1 where it is unknown.
+        chunks: in the order in which they should be made.
     """
 
-    def __init__(
-        self,
-        records: Sequence[Record],
-        variants_per_image: int,
-        dim: int,
-        make: Callable[[list[Record]], Views],
-        order: np.ndarray,
-        chunk: int,
-    ) -> None:
-        self.records = list(records)
-        self._make = make
-        self._views = Views(
-            np.zeros((len(records), variants_per_image, dim), np.float32), np.zeros((len(records), variants_per_image), bool)
-        )
-        self._chunk_of = np.zeros(len(records), int)
+    def __init__(self, n_views: int, dim: int, category_names: Sequence[str]) -> None:
+        self.n_views, self.category_names = n_views, category_names
+        self.records: list[Record] = []
+        self.categories = np.zeros(0, int)
+        self._views = Views(np.zeros((0, n_views, dim), np.float32), np.zeros((0, n_views), bool))
+        self._row_of: dict[str, int] = {}
         self.chunks: list[Later[None]] = []
-        for start in range(0, len(order), max(1, chunk)):
-            rows = order[start : start + chunk]
-            self._chunk_of[rows] = len(self.chunks)
-            self.chunks.append(Later(partial(self._fill, rows)))
+        self._chunk_of = np.zeros(0, int)
 
-    def _fill(self, rows: np.ndarray) -> None:
-        views = self._make([self.records[row] for row in rows])
+    def add(
+        self, records: Sequence[Record], make: Callable[[list[Record]], Views], chunk: int, order: np.ndarray | None = None
+    ) -> list[Later[None]]:
+        """Takes in records whose views are made later, or when they are asked for.
+
+        Args:
+            records: new ones.
+            make: makes the views of some of them.
+            chunk: how many at once.
+            order: (n,) in which they are made; None: as they come.
+        Returns:
+            Their chunks.
+        """
+        first, n = len(self.records), len(records)
+        position = {name: i for i, name in enumerate(self.category_names)}
+        self.records += records
+        self.categories = np.append(self.categories, np.array([position.get(record.category or "", -1) for record in records], int))
+        self._row_of |= {record.id: first + i for i, record in enumerate(records)}
+        known = self._views
+        self._views = Views(
+            np.concatenate([known.vectors, np.zeros((n, *known.vectors.shape[1:]), np.float32)]),
+            np.concatenate([known.there, np.zeros((n, self.n_views), bool)]),
+        )
+        self._chunk_of = np.append(self._chunk_of, np.zeros(n, int))
+        order = first + (np.arange(n) if order is None else order)
+        added: list[Later[None]] = []
+        for start in range(0, n, max(1, chunk)):
+            rows = order[start : start + chunk]
+            self._chunk_of[rows] = len(self.chunks) + len(added)
+            added.append(Later(partial(self._fill, make, rows)))
+        self.chunks += added
+        return added
+
+    def _fill(self, make: Callable[[list[Record]], Views], rows: np.ndarray) -> None:
+        views = make([self.records[row] for row in rows])
         self._views.vectors[rows], self._views.there[rows] = views.vectors, views.there
+
+    def __contains__(self, record: Record) -> bool:
+        return record.id in self._row_of
+
+    def rows(self, records: Sequence[Record]) -> np.ndarray:
+        """Where records stand in the table of views."""
+        return np.array([self._row_of[record.id] for record in records], int)
 
     def views(self, rows: np.ndarray | None = None) -> Views:
         """The table, once the chunks that hold `rows` (all of them by default) are made."""
@@ -138,13 +170,23 @@ class ViewMaker:
         variants_per_image: int,
         counts: EditCounts,
     ) -> None:
-        self.store, self.pipeline, self.transform, self.variants_per_image, self.counts = (
-            store,
-            pipeline,
-            transform,
-            variants_per_image,
-            counts,
-        )
+        self.store, self.pipeline, self.counts = store, pipeline, counts
+        self.transform, self.variants_per_image = transform, variants_per_image
+
+    def pool(self, kind: str, category_names: Sequence[str]) -> Pool:
+        """A pool for views of a kind: "unsafe" and "natural" are originals, "counterfactual" and "shuffled" counterfactuals."""
+        n_views = self.variants_per_image if kind in EDITED or self.transform == "classic" else 1
+        return Pool(n_views, self.store.encoder.dim, category_names)
+
+    def make(self, kind: str, records: list[Record]) -> Views:
+        """The views of records of a kind, see `pool`."""
+        return self.counterfactuals(records) if kind in EDITED else self.originals(records)
+
+    def name(self, kind: str) -> str:
+        """What the views of a kind are called; arms that call them alike may share them."""
+        if kind in EDITED:
+            return f"counterfactuals, {self.variants_per_image} each"
+        return {"none": "originals", "null_edit": "null edits", "classic": f"classic views, {self.variants_per_image} each"}[self.transform]
 
     def embed(self, records: Sequence[Record]) -> np.ndarray:
         """(n, d) embeddings; those that the source brings are taken as they are."""

@@ -8,17 +8,18 @@ Views of images (themselves, counterfactuals, null edits, crops) are made once, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from guardkit.checks import is_whole
 from guardkit.counterfactual.pipeline import EditCounts
-from guardkit.data.arms import Arm, Batch, Choice, Orders, Split, assemble, category_numbers, choose, every_turn
-from guardkit.data.budget import check_edits, edited
+from guardkit.data.arms import Arm, Batch, Choice, Orders, choose, make_batch
+from guardkit.data.budget import check_edits, edited, shortage
 from guardkit.data.datamodule import GuardDataModule
-from guardkit.data.views import ViewMaker, Views
+from guardkit.data.views import EDITED, Pool, ViewMaker
 from guardkit.progress import progress
 from guardkit.schema import InputError, Record
 
@@ -100,37 +101,35 @@ class Stock:
             raise InputError(
                 f"no cell of the sweep can be fitted: {'; '.join(str(one) for one in dict.fromkeys(reasons))}; set sweep.sizes"
             )
-        self._rows: dict[str, dict[str, int]] = {}
-        self._views: dict[str, Views] = {}
-        self._categories: dict[str, np.ndarray] = {}
-        self.edit_counts: dict[str, EditCounts] = {}
+        self._pools: dict[str, Pool] = {}  # by the names of views
+        self._makers = {
+            arm.name: ViewMaker(
+                data.store,
+                data.pipeline,
+                transform=arm.transform,
+                variants_per_image=arm.variants_per_image or 1,
+                counts=EditCounts(),
+            )
+            for arm in arms
+        }
         for arm in arms:
-            counts = self.edit_counts.setdefault(arm.name, EditCounts())
-            self._make(arm, counts)
+            self._make(arm)
+        self.edit_counts = {name: maker.counts for name, maker in self._makers.items()}
         self.test = data.make_test_set()
         for what, vectors in (("test images", self.test.embeddings), ("test counterfactuals", self.test.counterfactuals)):
             _check_finite(vectors, self._where, what)
 
     def reason_against(self, cell: Cell) -> str | None:
         """Why the source cannot serve a cell, or None."""
-        arm, orders = self._arms[cell.arm], self._orders[cell.seed]
-        # the same words for every cell, so that they can be said once for all
-        if len(orders.unsafe) < cell.n_unsafe:
-            return f"more unsafe images are needed than the {len(orders.unsafe)} that {self._where} has for training"
-        if "shuffled" in arm.negatives and len(orders.unsafe) < 2 * cell.n_unsafe:
-            return (
-                f"as many other unsafe images are needed beside the labelled ones, and {self._where} has {len(orders.unsafe)} for training"
-            )
-        if "natural" in arm.negatives and len(orders.safe) < cell.n_unsafe:
-            return f"more safe images are needed than the {len(orders.safe)} that {self._where} has for training"
-        return self._refused[arm.name]
+        arm = self._arms[cell.arm]
+        return shortage(self._orders[cell.seed], cell.n_unsafe, arm.negatives, self._where) or self._refused[arm.name]
 
     def _refusal(self, arm: Arm) -> str | None:
         """Why the editor can edit none of the images of an arm, or None."""
         orders = next(iter(self._orders.values()))
-        everything = Choice(Split(orders.unsafe), Split(orders.safe if "natural" in arm.negatives else []), Split(orders.unsafe))
+        everything = {kind: orders.safe if kind == "natural" else orders.unsafe for kind in ("unsafe", *arm.negatives)}
         try:
-            check_edits(self._data.pipeline, edited(everything, arm.negatives, arm.transform), self._where)
+            check_edits(self._data.pipeline, edited(Choice(everything, {}), arm.transform), self._where)
         except InputError as error:
             return str(error)
         return None
@@ -145,17 +144,15 @@ class Stock:
         if reason:
             raise CellError(reason)
         arm = self._arms[cell.arm]
-        choice = choose(self._orders[cell.seed], cell.n_unsafe, arm.negatives)
-        train = self._batch(arm, _side(choice, "train"), every_view=True)
-        validation = self._batch(arm, _side(choice, "validation"), every_view=False)
+        choice = self.subset_of(cell)
+        train, validation = self._batch(arm, choice.train, None), self._batch(arm, choice.validation, 0)
         requested, accepted = self._edits(arm, choice)
         for label, name in ((1, "unsafe"), (0, "safe")):
             if not (train["labels"] == label).any():
                 reasons = "; ".join(f"{count} x {reason}" for reason, count in self.edit_counts[arm.name].rejected.items())
                 why = f"all edits were rejected ({reasons} among those of the arm)" if requested and not accepted else "one class only"
                 raise CellError(f"no {name} image to train on: {why}")
-        n_safe = len(choice.natural.train) + len(choice.natural.validation)
-        return CellData(train, validation, n_safe, requested, accepted)
+        return CellData(train, validation, len(choice.of("natural")), requested, accepted)
 
     def subset_of(self, cell: Cell) -> Choice:
         """The images of a cell."""
@@ -163,74 +160,46 @@ class Stock:
 
     # --- views ---------------------------------------------------------------------------------------------------------
 
-    def _make(self, arm: Arm, counts: EditCounts) -> None:
+    def _make(self, arm: Arm) -> None:
         """Makes what an arm needs for all sizes and seeds and what no arm before it has made."""
+        maker = self._makers[arm.name]
         needed: dict[str, dict[str, Record]] = {}
-        for seed, orders in self._orders.items():
+        kinds: dict[str, str] = {}
+        for seed in self._orders:
             served = [size for size in self._sizes if not self.reason_against(Cell(arm.name, "", size, seed))]
-            # a smaller budget's images are among a larger one's, its `others` are not
+            # a smaller budget's images are among a larger one's, those that are shuffled are not
             for size in served if "shuffled" in arm.negatives else served[-1:]:
-                choice = choose(orders, size, arm.negatives)
-                for side in ("train", "validation"):
-                    for kind, records in _side(choice, side).items():
-                        if kind == "unsafe" or kind in arm.negatives:
-                            needed.setdefault(self._table(arm, kind), {}).update((record.id, record) for record in records)
-        maker = ViewMaker(
-            self._data.store, self._data.pipeline, transform=arm.transform, variants_per_image=(arm.variants_per_image or 1), counts=counts
-        )
-        for table, wanted in needed.items():
-            missing = [record for name, record in wanted.items() if name not in self._rows.get(table, {})]
+                choice = self.subset_of(Cell(arm.name, "", size, seed))
+                for images in (choice.train, choice.validation):
+                    for kind, records in images.items():
+                        kinds[maker.name(kind)] = kind
+                        needed.setdefault(maker.name(kind), {}).update((record.id, record) for record in records)
+        for name, wanted in needed.items():
+            pool = self._pools.setdefault(name, maker.pool(kinds[name], self._names))
+            missing = [record for record in wanted.values() if record not in pool]
             if not missing:
                 continue
-            make = maker.counterfactuals if table.startswith("counterfactual") else maker.originals
-            parts = [missing[start : start + _RECORDS_AT_ONCE] for start in range(0, len(missing), _RECORDS_AT_ONCE)]
-            views = [make(part) for part in progress(parts, total=len(parts), what=f"{arm.name}: {table}")]
-            self._keep(table, missing, views)
+            chunks = pool.add(missing, partial(maker.make, kinds[name]), _RECORDS_AT_ONCE)
+            for chunk in progress(chunks, total=len(chunks), what=f"{arm.name}: {name}"):
+                chunk.get()
+            _check_finite(pool.views().vectors, self._where, name, [record.id for record in pool.records])
 
-    def _keep(self, table: str, records: list[Record], views: Iterable[Views]) -> None:
-        known = [self._views[table]] if table in self._views else []
-        parts = [*known, *views]
-        vectors = np.concatenate([part.vectors for part in parts])
-        _check_finite(vectors, self._where, table, [*self._rows.get(table, {}), *(record.id for record in records)])
-        self._views[table] = Views(vectors, np.concatenate([part.there for part in parts]))
-        rows = self._rows.setdefault(table, {})
-        rows |= {record.id: len(rows) + i for i, record in enumerate(records)}
-        numbers = category_numbers(records, self._names)
-        self._categories[table] = np.concatenate([self._categories.get(table, np.zeros(0, int)), numbers])
+    def _pool(self, arm: Arm, kind: str) -> Pool:
+        return self._pools[self._makers[arm.name].name(kind)]
 
-    @staticmethod
-    def _table(arm: Arm, kind: str) -> str:
-        """The name of the views of one kind; arms that want the same views share them."""
-        if kind in ("counterfactual", "shuffled"):
-            return f"counterfactuals, {(arm.variants_per_image or 1)} each"
-        return {"none": "originals", "null_edit": "null edits", "classic": f"classic views, {(arm.variants_per_image or 1)} each"}[
-            arm.transform
-        ]
-
-    def _batch(self, arm: Arm, records: dict[str, list[Record]], *, every_view: bool) -> Batch:
-        views, rows, turns = {}, {}, {}
-        for kind in ("unsafe", *arm.negatives):
-            table = self._table(arm, kind)
-            position = self._rows.get(table, {})
-            mine = np.array([position[record.id] for record in records[kind]], int)
-            if len(mine):
-                views[kind], rows[kind] = self._views[table], mine
-        n_turns = max(one.vectors.shape[1] for one in views.values()) if every_view and views else 1
-        for kind, mine in rows.items():
-            rows[kind], turns[kind] = every_turn(mine, n_turns)
-        return assemble(views, rows, turns, self._categories[self._table(arm, "unsafe")], len(self._names))
+    def _batch(self, arm: Arm, images: dict[str, list[Record]], turn: int | None) -> Batch:
+        pools = {kind: self._pool(arm, kind) for kind in images}
+        return make_batch(pools, {kind: pools[kind].rows(records) for kind, records in images.items()}, turn)
 
     def _edits(self, arm: Arm, choice: Choice) -> tuple[int, int]:
         """Edits asked for and accepted among the images of a cell."""
         requested = accepted = 0
-        for kind in ("unsafe", *arm.negatives):
-            if kind in ("counterfactual", "shuffled") or arm.transform == "null_edit":
-                table = self._table(arm, kind)
-                for side in ("train", "validation"):
-                    rows = [self._rows[table][record.id] for record in _side(choice, side)[kind]]
-                    there = self._views[table].there[rows]
-                    requested += there.size
-                    accepted += int(there.sum())
+        for kind in choice.train:
+            if kind in EDITED or arm.transform == "null_edit":
+                pool = self._pool(arm, kind)
+                there = pool.views().there[pool.rows(choice.of(kind))]
+                requested += there.size
+                accepted += int(there.sum())
         return requested, accepted
 
 
@@ -246,11 +215,6 @@ def chosen_sizes(sizes: Sequence[int]) -> list[int]:
     if not sizes:
         raise InputError("sweep.sizes is empty; give label budgets such as [4,16,64]")
     return sorted(set(sizes))
-
-
-def _side(choice: Choice, side: str) -> dict[str, list[Record]]:
-    unsafe = getattr(choice.unsafe, side)
-    return {"unsafe": unsafe, "counterfactual": unsafe, "natural": getattr(choice.natural, side), "shuffled": getattr(choice.others, side)}
 
 
 def _check_finite(vectors: np.ndarray, where: str, what: str, ids: Sequence[str] = ()) -> None:

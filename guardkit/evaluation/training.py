@@ -91,15 +91,15 @@ def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int
     """
     guard = fitted.guard
     tested, measured = test_figures(guard, data)
-    unsafe, natural = data.choice.unsafe, data.choice.natural
+    choice = data.choice
     controls = {name: _control(one) for name, one in data.controls().items()}
     metrics: dict[str, Any] = {
         "experiment": experiment,
         "seed": seed,
-        "n_unsafe": len(unsafe.train) + len(unsafe.validation),
-        "n_safe": len(natural.train) + len(natural.validation),
+        "n_unsafe": len(choice.of("unsafe")),
+        "n_safe": len(choice.of("natural")),
         "n_counterfactuals": data.n_counterfactuals,
-        "n_validation": {"unsafe": len(unsafe.validation), "safe": len(natural.validation)},
+        "n_validation": {"unsafe": len(choice.validation["unsafe"]), "safe": len(choice.validation.get("natural", []))},
         "inputs": {"given": data.loaded.given, "rejected": [{"id": r.id, "reason": r.reason} for r in data.loaded.rejected]},
         **tested,
         "edits": data.edits.as_dict(),

@@ -170,7 +170,7 @@ class GuardModule(L.LightningModule):
             InputError: an unknown operating point.
         """
         batch = data.validation_batch()
-        noted = {"prevalence": self.objective.prevalence, "n_unsafe": len(data.choice.unsafe.train)}
+        noted = {"prevalence": self.objective.prevalence, "n_unsafe": len(data.choice.train["unsafe"])}
         guard = GuardClassifier(self.head.cpu().eval(), data.store.encoder, data.policy, threshold=DEFAULT_THRESHOLD, training=noted)
         guard.operating_points = operating_points(batch["labels"].numpy(), guard.score_embeddings(batch["embeddings"].numpy()))
         guard.threshold = self.threshold = choose_threshold(threshold, guard.operating_points)

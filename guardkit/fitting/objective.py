@@ -57,7 +57,7 @@ class Objective:
 
         Args:
             logits: (n, 1 + k), the decision first.
-            batch: see `guardkit.data.arms.assemble`.
+            batch: see `guardkit.data.arms.make_batch`.
         Returns:
             A scalar.
         """
