@@ -73,6 +73,7 @@ def synthesize(
         raise InputError("source=embeddings holds no images to edit; choose a source of images")
     if not records:
         raise InputError(f"source={source.name} has no image to edit in direction={direction}")
+    pipeline.supply(loaded.train)
     records = records[:limit]
     for note in check_edits(pipeline, [("images", "counterfactual", records)], f"source={source.name}"):
         log.warning("%s", note)

@@ -22,10 +22,10 @@ from guardkit.checks import check_whole
 from guardkit.counterfactual.instructor import Instruction, Instructor
 from guardkit.counterfactual.store import Edit, Try, TryStore
 from guardkit.counterfactual.verifier import Candidate, Verdict, Verifier, sanity
-from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult, Kind, refusal
+from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult, Kind, Photograph, refusal, supply
 from guardkit.images import decode_png, encode_png
 from guardkit.policy import Policy
-from guardkit.schema import ImageError, Record
+from guardkit.schema import SAFE, ImageError, Record
 
 _NO_IMAGE = "no image: the source holds embeddings only"
 _Pixels = tuple[np.ndarray, np.ndarray]  # of an original and its edit, (h, w, 3) uint8 RGB
@@ -142,6 +142,23 @@ class CounterfactualPipeline:
                     counts.rejected[_NO_IMAGE] += 1
             counts.seconds += time.perf_counter() - started
             return made
+
+    def supply(self, pool: Sequence[Record]) -> None:
+        """Gives the editor the safe images of a training pool that it may paste from.
+
+        Args:
+            pool: what may be trained on; nothing that is tested on.
+        Raises:
+            InputError: they are fewer than the editor asks for.
+        """
+        supply(
+            self.editor,
+            [
+                Photograph(record.content, record.region, record.caption, is_look_alike=record.category is not None)
+                for record in pool
+                if record.label == SAFE and record.content is not None and record.region is not None
+            ],
+        )
 
     def refusals(self, records: Sequence[Record], kind: Kind = "counterfactual") -> Counter[str]:
         """Why records will not be edited, and how many, as far as it is known without their pixels."""

@@ -136,6 +136,7 @@ class GuardDataModule(L.LightningDataModule):
             else:
                 self._candidates, test = self.loaded.train, self.loaded.test
             self.test: list[Record] = test
+            self.pipeline.supply(self._candidates)
         return self._candidates
 
     def _check_embeddings(self, loaded: Loaded) -> None:

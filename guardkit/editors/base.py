@@ -51,8 +51,26 @@ class EditResult:
     reason: str | None = None
 
 
+@dataclass(frozen=True)
+class Photograph:
+    """A safe image with a box around an object, to paste from.
+
+    Attributes:
+        content: the image.
+        region: where the object is.
+        caption: what it is, in words; may be empty.
+        is_look_alike: it looks like something that is unsafe.
+    """
+
+    content: Content
+    region: Region
+    caption: str = ""
+    is_look_alike: bool = False
+
+
 class Editor(Protocol):
-    """Edits images. One that cannot edit some images whatever they show may say so ahead, see `refusal`.
+    """Edits images. One that cannot edit some images whatever they show may say so ahead, see `refusal`; one that pastes
+    from other images is given them, see `supply`.
 
     Attributes:
         name: a short name for tables.
@@ -82,3 +100,19 @@ def refusal(editor: Editor, request: EditRequest) -> str | None:
     """
     refuses = getattr(editor, "refuses", None)
     return None if refuses is None else refuses(request)
+
+
+def supply(editor: Editor, photographs: Sequence[Photograph]) -> None:
+    """Gives an editor the images that it may paste from, before its `config` is asked for or anything is edited.
+
+    An editor takes them by a method `supply`; one without it needs none.
+
+    Args:
+        editor: of any kind.
+        photographs: of the images that are trained on, never of those that are tested on.
+    Raises:
+        InputError: they are fewer than the editor's settings ask for.
+    """
+    take = getattr(editor, "supply", None)
+    if take is not None:
+        take(photographs)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from guardkit.artifacts import fingerprint
 from guardkit.checks import check_number
-from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult, refusal
+from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult, Photograph, refusal, supply
 
 
 class ImperfectEditor:
@@ -43,6 +43,10 @@ class ImperfectEditor:
     def refuses(self, request: EditRequest) -> str | None:
         """Why an image will not be edited, or None."""
         return refusal(self.editor, request)
+
+    def supply(self, photographs: Sequence[Photograph]) -> None:
+        """Hands them on."""
+        supply(self.editor, photographs)
 
     def _succeeds(self, request: EditRequest) -> bool:
         # the same draw at every rate, so that a better editor does well what a worse one did
