@@ -63,6 +63,7 @@ class Record:
         counterfactuals: those that the source brings along; where there are some, no editor is asked.
         embedding: (d,) float32 unit vector, when the source holds embeddings instead of images.
         perceptual_hash: 64 bits, by which near-duplicates are found; None where the image was not looked at.
+        counterfactual_hashes: the same of `counterfactuals`, in their order; empty where nobody looked at them.
         listed_group: the group that the source lists it in, by its own name; None where `group` is only derived.
     """
 
@@ -77,6 +78,7 @@ class Record:
     counterfactuals: tuple[Content, ...] = ()
     embedding: np.ndarray | None = field(default=None, compare=False, repr=False)
     perceptual_hash: int | None = field(default=None, compare=False)
+    counterfactual_hashes: tuple[int | None, ...] = field(default=(), compare=False)
     listed_group: str | None = field(default=None, compare=False)
 
 

@@ -171,6 +171,37 @@ def test_training_images_saved_anew_as_jpeg_are_found(trained, album, compose, t
     assert set(measured) == {name.replace(".png", ".jpg") for name in held_out}
 
 
+@pytest.mark.parametrize("made", ["brought along", "on the fly"])
+def test_counterfactuals_are_training_images_too(compose, tmp_path, made):
+    """Safe images of a data set that were a guard's negatives, under other names and in other bytes."""
+    from guardkit.runs.evaluate import run as evaluate
+    from guardkit.runs.synthesize import run as synthesize
+    from guardkit.runs.train import run as train
+
+    boxes = ["file_name,label,category,x_min,y_min,x_max,y_max"]
+    (tmp_path / "photos").mkdir()
+    for i in range(N):
+        picture(i, (48, 48)).save(tmp_path / f"photos/{i}.png")
+        picture(300 + i, (48, 48)).save(tmp_path / f"photos/s{i}.png")
+        boxes += [f"{i}.png,unsafe,weapons,0.1,0.1,0.8,0.8", f"s{i}.png,safe,,,,,"]
+    (tmp_path / "photos/metadata.csv").write_text("\n".join(boxes) + "\n")
+    common = ["policy=handled_objects", "source=folder", f"source.root={tmp_path}/photos", "editor=inpaint"]
+    synthesize(compose("synthesize", *common), tmp_path / "pairs")
+    if made == "brought along":
+        common = ["policy=handled_objects", "source=pairs", f"source.root={tmp_path}/pairs", "editor=none"]
+    train(compose("train", "experiment=pairs_aug", "trainer.max_epochs=1", *common), {}, tmp_path / "run")
+    used = json.loads((tmp_path / "run/metrics.json").read_text())["n_counterfactuals"]
+    assert used > 5
+    for i, path in enumerate(sorted((tmp_path / "pairs/images").glob("*_edited.png"))):
+        (tmp_path / "album/safe").mkdir(parents=True, exist_ok=True)
+        Image.open(path).save(tmp_path / f"album/safe/{i}.jpg", quality=90)
+        (tmp_path / "album/unsafe").mkdir(exist_ok=True)
+        picture(500 + i).save(tmp_path / f"album/unsafe/{i}.png")
+    album = ["policy=handled_objects", "source=folder", f"source.root={tmp_path}/album", "split=all", "n_resamples=100"]
+    report = evaluate(compose("evaluate", f"guard={tmp_path}/run", *album), tmp_path / "out")
+    assert report.summary["classifiers"]["pairs_aug"]["seen_left_out_by"] == {"near-duplicate": used}
+
+
 def test_nothing_left_is_one_line(trained, album, compose, tmp_path):
     from guardkit.runs.evaluate import run
 

@@ -244,6 +244,15 @@ def test_equal_images_share_a_group_in_hub_pairs_and_embeddings(policy, tmp_path
         assert shared(*split_test(loaded.train, 0.3, 0)) == []
 
 
+def test_pairs_whose_counterfactuals_are_the_same_image_share_a_group(policy, tmp_path):
+    for i in range(24):
+        picture(i).save(tmp_path / f"{i}.png")
+        picture(100 + i // 3, (96, 72)).resize((96 - i, 72 - i)).save(tmp_path / f"{i}_edited.png")
+    loaded = PairsSource(policy, str(tmp_path)).load()
+    assert len(loaded.train) == 24
+    assert len({record.group for record in loaded.train}) == 8
+
+
 def test_training_rows_that_are_test_rows_leave_the_training_pool(policy, tmp_path):
     source = hub(tmp_path / "set", policy, train=[(i, i % 2) for i in range(8)], test=[(i, i % 2) for i in range(6, 12)])
     loaded = load_source(source)

@@ -27,13 +27,14 @@ from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.data.arms import NEGATIVES, TRANSFORMS, Batch, Choice, Orders, make_batch
 from guardkit.data.budget import check_edits, chosen_in_budget, edited
 from guardkit.data.controls import Control, make_controls
+from guardkit.data.duplicates import perceptual_hash
 from guardkit.data.grouping import load_source, why_rejected
 from guardkit.data.sources.base import Loaded, Source
 from guardkit.data.splits import split_test
 from guardkit.data.views import EDITED, Later, Pool, ViewMaker
 from guardkit.embeddings import EmbeddingStore
 from guardkit.policy import Policy
-from guardkit.schema import Content, InputError, Record
+from guardkit.schema import UNSAFE, Content, InputError, Record
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +249,7 @@ class GuardDataModule(L.LightningDataModule):
         return self._controls.get()
 
     def used_images(self) -> list[tuple[str, Record]]:
-        """("train" or "validation", image) of all that this arm was given, and of the counterfactuals that a source brought along."""
+        """("train" or "validation", image) of all that this arm was given, and of its counterfactuals, but for those of drawn scenes."""
         parts = {"train": self.choice.train, "validation": self.choice.validation}
         used = [
             (split, record)
@@ -258,11 +259,20 @@ class GuardDataModule(L.LightningDataModule):
             for record in records
         ]
         if set(EDITED) & set(self.negatives):
-            twins = [(split, record, content) for split, record in used for content in record.counterfactuals]
-            used += [
-                (split, replace(record, content=content, counterfactuals=(), perceptual_hash=None)) for split, record, content in twins
-            ]
+            used += [(split, twin) for split, record in used for twin in self._used_counterfactuals(record)]
         return used
+
+    def _used_counterfactuals(self, record: Record) -> list[Record]:
+        """What the source brought along, or else the editor made, each with the hash by which it is known when it is saved anew."""
+        if record.counterfactuals:
+            pairs = zip_longest(record.counterfactuals, record.counterfactual_hashes)
+        elif record.label == UNSAFE and record.perceptual_hash is not None:
+            seeds = list(range(self.variants_per_image))
+            tries = self.pipeline.make([record] * len(seeds), seeds, "counterfactual", EditCounts())
+            pairs = [(one, perceptual_hash(one.load())) for one in tries if one is not None and one.accepted]
+        else:
+            return []
+        return [replace(record, content=content, counterfactuals=(), perceptual_hash=seen, counterfactual_hashes=()) for content, seen in pairs]
 
     def labelled(self) -> tuple[np.ndarray, np.ndarray]:
         """All embeddings that training saw, (n, d), and their labels, (n,): the first view of each."""

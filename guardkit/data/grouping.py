@@ -107,6 +107,7 @@ def group(loaded: Loaded, *, check_images: bool = True, near_duplicate_distance:
     rejected = list(loaded.rejected)
     records = [*loaded.train, *(loaded.test or [])]
     looked = _look_at(records) if check_images else {}
+    twins = _look_at_counterfactuals(records) if check_images else {}
     kept: list[Record] = []
     n_train = 0
     for row, record in enumerate(records):
@@ -116,7 +117,9 @@ def group(loaded: Loaded, *, check_images: bool = True, near_duplicate_distance:
         if isinstance(seen, str):
             rejected.append(Rejected(record.id, seen))
             continue
-        kept.append(record if seen == record.perceptual_hash else replace(record, perceptual_hash=seen))
+        hashes = twins.get(row, record.counterfactual_hashes)
+        is_known = (seen, hashes) == (record.perceptual_hash, record.counterfactual_hashes)
+        kept.append(record if is_known else replace(record, perceptual_hash=seen, counterfactual_hashes=hashes))
         n_train += row < len(loaded.train)
     names = _group_names(kept, near_duplicate_distance)
     kept = [record if record.group == name else replace(record, group=name) for record, name in zip(kept, names, strict=True)]
@@ -152,6 +155,13 @@ def _look_at(records: Sequence[Record]) -> dict[int, int | str]:
         return {row: seen for (row, _), seen in zip(wanted, looks, strict=True)}
 
 
+def _look_at_counterfactuals(records: Sequence[Record]) -> dict[int, tuple[int | None, ...]]:
+    """By row, the hashes of counterfactuals that nobody has looked at yet; one that cannot be read shows in use."""
+    wanted = {row: record for row, record in enumerate(records) if record.counterfactuals and not record.counterfactual_hashes}
+    seen = {row: [look(content) for content in record.counterfactuals] for row, record in wanted.items()}
+    return {row: tuple(one if isinstance(one, int) else None for one in several) for row, several in seen.items()}
+
+
 def _group_names(records: Sequence[Record], distance: int) -> list[str]:
     """A group for each record: the same for what is equal, nearly equal or listed together."""
     leader: dict[Hashable, Hashable] = {}
@@ -162,14 +172,15 @@ def _group_names(records: Sequence[Record], distance: int) -> list[str]:
             key = leader[key]
         return key
 
-    hashed = [row for row, record in enumerate(records) if record.perceptual_hash is not None]
-    alike = near_duplicate_groups(np.array([records[row].perceptual_hash for row in hashed], np.uint64), distance)
+    looks = [(row, value) for row, record in enumerate(records) for value in (record.perceptual_hash, *record.counterfactual_hashes)]
+    hashed = [row for row, value in looks if value is not None]
+    alike = near_duplicate_groups(np.array([value for _, value in looks if value is not None], np.uint64), distance)
     embedded = [row for row, record in enumerate(records) if record.embedding is not None]
     equal = near_equal_groups([records[row].embedding for row in embedded])  # type: ignore[misc]
     for kind, rows, numbers in (("alike", hashed, alike), ("equal", embedded, equal)):
         for row, number in zip(rows, numbers.tolist(), strict=True):
             leader[find((kind, number))] = find(("group", records[row].group))
-    for row in hashed:
+    for row in dict.fromkeys(hashed):
         for content in (records[row].content, *records[row].counterfactuals):
             if content is not None:
                 leader[find(("content", content.key))] = find(("group", records[row].group))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from guardkit.checks import check_choice, check_number
 from guardkit.data.grouping import load_source, why_rejected
@@ -116,10 +117,10 @@ def _pairs(loaded: Loaded, records: Sequence[Record]) -> list[tuple[Record, Reco
         pairs = loaded.test_pairs
     else:
         pairs = [
-            (record, replace(record, id=f"{record.id}#{i}", content=content, counterfactuals=(), region=None))
+            (record, replace(record, id=f"{record.id}#{i}", content=content, counterfactuals=(), region=None, perceptual_hash=seen))
             for record in records
             if record.label == UNSAFE
-            for i, content in enumerate(record.counterfactuals)
+            for i, (content, seen) in enumerate(zip_longest(record.counterfactuals, record.counterfactual_hashes))
         ]
     marked = [(original, replace(twin, label=SAFE, category=original.category, group=original.group)) for original, twin in pairs]
     return [(original, replace(twin, id=f"{twin.id}#counterfactual")) for original, twin in marked]

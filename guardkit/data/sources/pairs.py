@@ -143,7 +143,8 @@ class PairsSource:
     def _record(
         self, unsafe: str, safe: list[str], category: str | None, source: str, listed: str, region: Region | None, rejected: list[Rejected]
     ) -> Record | None:
-        contents, hashes = {}, {}
+        contents: dict[str, FileContent] = {}
+        hashes: dict[str, int] = {}
         for name in [unsafe, *safe]:
             try:
                 content = FileContent(image_file(self.root, name), self.max_pixels)
@@ -154,9 +155,20 @@ class PairsSource:
                 rejected.append(Rejected(name, looked))
             else:
                 contents[name], hashes[name] = content, looked
-        twins = tuple(contents[name] for name in safe if name in contents)
-        if unsafe not in contents or not twins:
+        readable = [name for name in safe if name in contents]
+        if unsafe not in contents or not readable:
             if unsafe in contents:
                 rejected.append(Rejected(unsafe, "its counterfactual cannot be read"))
             return None
-        return Record(unsafe, 1, category, source, listed, contents[unsafe], region, counterfactuals=twins, perceptual_hash=hashes[unsafe])
+        return Record(
+            unsafe,
+            1,
+            category,
+            source,
+            listed,
+            contents[unsafe],
+            region,
+            counterfactuals=tuple(contents[name] for name in readable),
+            perceptual_hash=hashes[unsafe],
+            counterfactual_hashes=tuple(hashes[name] for name in readable),
+        )
