@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from guardkit.schema import InputError
+
+MAX_SEED = 2**63 - 1  # that torch takes
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -59,6 +63,20 @@ def check_flag(name: str, value: object) -> None:
     """True or false."""
     if not isinstance(value, bool):
         raise InputError(f"{name} must be true or false, got {value!r}")
+
+
+def check_map(name: str, value: object, example: str, *, optional: bool = True) -> None:
+    """A map, or null where it is optional; `example` shows one as a command line has it."""
+    if not isinstance(value, Mapping) and not (value is None and optional):
+        raise InputError(f"{name} must be a map, as in {name}={example}{', or null' * optional}, got {value!r}")
+
+
+def check_path(name: str, value: object) -> Path:
+    """The path that a text or a Path is, with ~ expanded. An empty one is refused: it would be the present folder."""
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        hint = "; was a variable of the shell empty?" if value == "" else ""
+        raise InputError(f"{name} must be a path, got {value!r}{hint}")
+    return Path(os.fsdecode(value)).expanduser()
 
 
 def check_choice(name: str, value: object, allowed: Collection[str | bool | None]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from guardkit.artifacts import fingerprint
+from guardkit.checks import check_whole
 from guardkit.encoders.base import Encoder
 from guardkit.encoders.lookup import ENCODER_KINDS, find_encoder
 from guardkit.guard_folder import read_guard, write_guard
@@ -111,9 +112,10 @@ class GuardClassifier:
             One decision per image, in order. A decision on an image that cannot be decided has the action "error", no
             label, a NaN score and the reason in `error`.
         Raises:
-            ValueError: the threshold is out of range, or `images` is neither an image nor a collection.
+            ValueError: threshold or max_pixels is out of range, or `images` is neither an image nor a collection.
         """
         limit = self.threshold if threshold is None else _checked_threshold(threshold)
+        check_whole("max_pixels", max_pixels, 1)
         decisions: list[Decision] = []
         batch: list[Any] = []
         for image in each_image(images):

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from guardkit import __version__
 from guardkit.artifacts import fingerprint, hash_file, read_json, written
+from guardkit.checks import check_path
 from guardkit.encoders.lookup import ENCODER_KINDS
 from guardkit.guard_config import check_config
 from guardkit.guard_parts import check_logits, filled, head_class, outlines, reason_of, tensors
@@ -86,10 +87,12 @@ def read_guard(
 
 
 def _locate(folder: str | Path) -> Path:
-    name = os.fspath(folder)
-    path = Path(name).expanduser()
+    path = check_path("the guard's folder", folder)
+    name = os.fsdecode(folder)
     if path.exists():
-        if (path / CONFIG).exists() or not path.is_dir():
+        if not path.is_dir():
+            raise InputError(f"{name} is a file; give the folder `guard/` that training wrote")
+        if (path / CONFIG).exists():
             return path
         if not (path / "guard" / CONFIG).exists():
             raise InputError(f"{name} holds no guard (no {CONFIG}, nor guard/{CONFIG}); give the folder `guard/` that training wrote")

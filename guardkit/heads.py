@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from guardkit.checks import check_number, check_whole
 from guardkit.encoders.base import Encoder, require_texts
-from guardkit.kinds import Kinds
+from guardkit.kinds import MAX_WIDTH, Kinds
 from guardkit.policy import Policy
 from guardkit.schema import InputError, shortened
 
@@ -178,7 +178,7 @@ class MLPHead(Head):
 
     def __init__(self, dim: int, n_categories: int, *, hidden: int = 256, dropout: float = 0.1) -> None:
         super().__init__()
-        check_whole("head.hidden", hidden, 1)
+        check_whole("head.hidden", hidden, 1, MAX_WIDTH)
         check_number("head.dropout", dropout, "[0, 1)")
         self.config = {"dim": dim, "n_categories": n_categories, "hidden": hidden, "dropout": dropout}
         self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 1 + n_categories))

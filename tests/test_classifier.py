@@ -97,6 +97,10 @@ def test_one_changed_byte_is_noticed(folder, name):
 def test_missing_pieces_are_named(folder, tmp_path):
     with pytest.raises(InputError, match="does not exist; give the folder"):
         GuardClassifier.from_pretrained(tmp_path / "nowhere" / "deep")
+    with pytest.raises(InputError, match="is a file; give the folder `guard/`"):
+        GuardClassifier.from_pretrained(folder / "config.json")
+    with pytest.raises(InputError, match="the guard's folder must be a path, got ''"):
+        GuardClassifier.from_pretrained("")
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"model.safetensors is missing or damaged"):
         GuardClassifier.from_pretrained(folder)

@@ -206,6 +206,12 @@ def test_an_embedding_without_a_direction_has_no_score(guard, value):
         guard.score_embeddings(rows)
 
 
+@pytest.mark.parametrize("value", [0, "many", None, True])
+def test_a_wrong_limit_is_not_blamed_on_the_images(guard, value):
+    with pytest.raises(InputError, match="max_pixels must be a whole number of at least 1"):
+        guard.predict([np.zeros((8, 8, 3), np.uint8)], max_pixels=value)
+
+
 @pytest.mark.parametrize("value", [float("nan"), -0.1, 2, 10**400, "0.5", True, None])
 def test_a_threshold_is_a_number(guard, value):
     before = guard.threshold

@@ -170,7 +170,7 @@ def test_wrong_settings_of_whitening_are_named(scenes_policy, wrong):
 
 
 def test_wrong_settings_are_named():
-    with pytest.raises(InputError, match="head.hidden must be a whole number of at least 1, got 0"):
+    with pytest.raises(InputError, match="head.hidden must be a whole number from 1 to 1048576, got 0"):
         MLPHead(4, 2, hidden=0)
     with pytest.raises(InputError, match="head.scale must be a number above 0, got 0"):
         PromptHead(4, 2, n_prompts=3, scale=0)

@@ -159,6 +159,12 @@ def test_all_unsafe_baseline():
     assert always_unsafe_f1(labels) == pytest.approx(0.552, abs=5e-4)
 
 
+def test_a_balance_that_is_no_better_than_chance_is_no_operating_point():
+    point = operating_points(np.array([1, 1, 0, 0]), np.array([0.1, 0.2, 0.8, 0.9]))["balanced"]
+    assert point["threshold"] is None
+    assert point["reason"] == "no threshold tells the 2 unsafe validation images from the 2 safe ones better than chance"
+
+
 def test_operating_points_keep_their_promise_and_say_how_sure_they_are():
     from scipy.stats import binomtest
 

@@ -247,7 +247,7 @@ def test_a_dataset_without_a_pair_is_no_success(compose, tmp_path, monkeypatch, 
         (["threshold=1.5"], r"threshold must lie in \[0, 1\]"),
         (["optimizer.lr=-1"], "optimizer cannot work with these settings .Invalid learning rate: -1"),
         (["optimizer.lr=1e39"], "optimizer cannot work with these settings .*overflow"),
-        (["+optimizer.speed=3"], "optimizer cannot work with these settings .*speed"),
+        (["+optimizer.speed=3"], "optimizer cannot be built: torch.optim.AdamW got an unexpected keyword argument 'speed'"),
         (["trainer.max_epochs=many"], "trainer.max_epochs must be a whole number of at least -1, got 'many'"),
         (["trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch must be a whole number of at least 1, got 0"),
         (["early_stopping_patience=soon"], "early_stopping_patience must be a whole number of at least 0, got 'soon'"),
@@ -267,9 +267,28 @@ def test_a_dataset_without_a_pair_is_no_success(compose, tmp_path, monkeypatch, 
         (["trainer.deterministic=x"], "trainer.deterministic must be one of true, false, warn, got 'x'"),
         (["data.all_views=maybe"], "data.all_views must be true or false, got 'maybe'"),
         (["encoder.preprocess=nan"], r"encoder.preprocess must be \{size, mean, .*\}, each with its value, got nan"),
-        (["head=mlp", "head.hidden=0"], "head.hidden must be a whole number of at least 1, got 0"),
+        (["head=mlp", "head.hidden=0"], "head.hidden must be a whole number from 1 to 1048576, got 0"),
         (["encoder=open_clip", "encoder.weights=local-dir:/nowhere"], "holds no open_clip_config.json"),
         (["verifier=guard", "verifier.guard.folder=/nowhere"], "/nowhere"),
+        (
+            ["verifier=guard", "verifier.guard=/nowhere"],
+            "verifier.guard must be a guard, got '/nowhere'; name its folder as verifier.guard.folder",
+        ),
+        (["head=mlp", "head.hidden=10000000000"], "head.hidden must be a whole number from 1 to 1048576"),
+        (["seed=99999999999999999999"], "seed must be a whole number from 0 to 9223372036854775807"),
+        (["trainer.devices=2"], "trainer.devices=2 would start 2 processes, and a guard is trained in one; set trainer.devices=1"),
+        (["encoder._target_=guardkit.policy.Policy"], "encoder cannot be built: guardkit.policy.Policy got an unexpected keyword argument"),
+        (["+source.colour=red"], "source cannot be built: .*ScenesSource got an unexpected keyword argument 'colour'"),
+        (["cache_dir=''"], "cache_dir must be a path, got ''; was a variable of the shell empty?"),
+        (["policy_file=''"], "policy_file must be a path, got ''"),
+        (["source=folder", "source.root=''"], "source.root must be a path, got ''"),
+        (["source=pairs", "source.root=null"], "source.root must be a path, got None"),
+        (
+            ["source=folder", "source.root=.", "source.labels=x"],
+            "source.labels must be a map, as in source.labels={good: safe, bad: unsafe}",
+        ),
+        (["source=hub", "source.dataset=x", "source.categories=[a]"], "source.categories must be a map"),
+        (["source=parquet", "source.files=x", "source.max_pixels=many"], "source.max_pixels must be a whole number of at least 1"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "sweep"])
@@ -286,6 +305,14 @@ def test_settings_that_cannot_work_are_said_before_any_image_is_read(compose, tm
     line = user_error(caught.value)
     assert line is not None, caught.value
     assert re.search(message, line), line
+
+
+@pytest.mark.parametrize("name", ["''", "5", "null", "[a]"])
+def test_a_name_that_no_guard_could_be_loaded_with_is_refused(compose, tmp_path, name):
+    from guardkit.runs.train import run
+
+    with pytest.raises(InputError, match="experiment_name must be a text"):
+        run(compose("train", f"experiment_name={name}"), {}, tmp_path)
 
 
 @pytest.mark.parametrize(

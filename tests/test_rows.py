@@ -107,6 +107,7 @@ KINDS = ["folder", "hub", "embeddings"]
         ([True, False, None], [1, 0]),
         ([1.0, 0.0, float("nan")], [1, 0]),
         ([1, 0, -1], [1, 0]),
+        (["unsafe", "safe", "nan", "None", "<NA>", "N/A"], [1, 0]),  # a missing cell that became text
     ],
 )
 def test_label_words_and_missing_labels_mean_the_same_in_every_source(make, kind, labels, expected):

@@ -17,6 +17,7 @@ from conftest import ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from guardkit.runs.errors import user_error
+from guardkit.runs.hydra import CONF_DIR
 from guardkit.runs.overrides import job_name, mended, quoted
 from guardkit.schema import ImageError, InputError
 from guardkit.terminal import LineFormatter, one_line
@@ -108,6 +109,32 @@ def test_any_path_can_be_typed_as_it_is(tmp_path, monkeypatch, name):
         (argument,) = mended([f"source.root={text}"])
         assert parser.parse_override(argument).value() == text
         assert parser.parse_override(f"k={quoted(text)}").value() == text
+
+
+@pytest.mark.parametrize("name", ["2024", "2024_11_26", "1e5", "true", "007", "1_000"])
+def test_a_path_that_looks_like_a_number_is_a_path(name):
+    parser = OverridesParser.create()
+    for key in ("source.root", "output_dir", "cache_dir", "guard", "verifier.guard.folder"):
+        (argument,) = mended([f"{key}={name}"])
+        assert parser.parse_override(argument).value() == name
+    assert mended(["source.root=null", f"seed={name}"]) == ["source.root=null", f"seed={name}"]
+    _, argument = mended(["-m", f"source.root={name},b"])
+    assert [getattr(one, "text", one) for one in parser.parse_override(argument).value().list] == [name, "b"]
+
+
+@pytest.mark.parametrize("group", ["policy", "logger", "encoder", "editor"])
+def test_a_group_that_is_set_to_nothing_says_what_there_is(group):
+    with pytest.raises(InputError, match=f"{group}=null must name one of .*, or a file of your own in a folder {group}/"):
+        mended([f"{group}=null"], CONF_DIR)
+    assert mended(["policy_file=null", "seed=null"], CONF_DIR) == ["policy_file=null", "seed=null"]
+
+
+def test_what_hydra_refuses_by_no_kind_of_its_own_is_one_line():
+    for arguments in (["--resolve"], ["=5"]):
+        done = subprocess.run([sys.executable, "-m", "guardkit.embed", *arguments], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert "Traceback" not in done.stderr
 
 
 def test_what_hydra_reads_keeps_its_meaning(tmp_path, monkeypatch):

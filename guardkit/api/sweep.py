@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from guardkit import __version__
-from guardkit.checks import check_choice, check_whole, is_list, is_number, is_whole
+from guardkit.checks import MAX_SEED, check_choice, check_whole, is_list, is_number, is_whole
 from guardkit.counterfactual.edits import Edits
 from guardkit.data.arms import Arm, arm_named
 from guardkit.data.sources.base import Source
@@ -256,10 +256,10 @@ def _plan(
     if baseline not in [arm.name for arm in arms]:
         log.warning("sweep.baseline=%s is not among sweep.arms, so arms are not compared", baseline)
     check_whole("sweep.n_resamples", n_resamples, 100)
-    check_whole("seed", seed, 0)
+    check_whole("seed", seed, 0, MAX_SEED)
     budgets = chosen_sizes(list(sizes))
     subsets = list(range(seeds)) if is_whole(seeds) else list(seeds) if is_list(seeds) else []
-    if not subsets or not all(is_whole(one) and one >= 0 for one in subsets) or len(set(subsets)) < len(subsets):
+    if not subsets or not all(is_whole(one) and 0 <= one <= MAX_SEED for one in subsets) or len(set(subsets)) < len(subsets):
         raise InputError(
             f"sweep.seeds must be a number of seeds of at least 1, or a list of different whole numbers of at least 0, got {seeds}"
         )

@@ -13,7 +13,7 @@ import lightning as L
 import torch
 
 from guardkit.artifacts import write_json
-from guardkit.checks import check_whole
+from guardkit.checks import MAX_SEED, check_whole
 from guardkit.classifier import GuardClassifier
 from guardkit.counterfactual.edits import Edits
 from guardkit.data.arms import Arm, arm_named
@@ -115,7 +115,7 @@ def train_guard(
             other settings.
     """
     started = time.perf_counter()
-    check_whole("seed", seed, 0)
+    check_whole("seed", seed, 0, MAX_SEED)
     recipe = Recipe(Objective.of(loss or {}), optimizer, trainer or {}, early_stopping_patience)
     recipe.check()
     check_threshold(threshold)

@@ -6,6 +6,7 @@ that is later trained on what the verifier accepted inherits the verifier's blin
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -185,8 +186,10 @@ class ScoreVerifier:
             guard: any guard.
             max_score: see the class, like the rest.
         Raises:
-            InputError: the guard enforces other categories.
+            InputError: it is no guard, or enforces other categories.
         """
+        if isinstance(guard, (str, os.PathLike)):
+            raise InputError(f"verifier.guard must be a guard, got {os.fspath(guard)!r}; name its folder as verifier.guard.folder")
         if guard.policy.category_names != policy.category_names:
             raise InputError(
                 f"verifier.guard enforces policy {guard.policy.name!r}, the run has {policy.name!r} with other categories; choose a guard of the run's policy"

@@ -22,7 +22,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from guardkit.checks import check_choice, check_flag, check_number, check_same, check_whole, is_list
+from guardkit.checks import MAX_SEED, check_choice, check_flag, check_number, check_same, check_whole, is_list
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.data.arms import NEGATIVES, TRANSFORMS, Batch, Choice, Orders, make_batch
 from guardkit.data.budget import check_edits, chosen_in_budget, edited
@@ -90,7 +90,7 @@ class GuardDataModule(L.LightningDataModule):
             ("split_seed", split_seed, 0),
         ):
             check_whole(f"data.{name}", value, least)
-        check_whole("seed", seed, 0)
+        check_whole("seed", seed, 0, MAX_SEED)
         if not is_list(negatives) or not negatives or not all(one in NEGATIVES for one in negatives):
             raise InputError(f"data.negatives must be a list of some of {', '.join(NEGATIVES)}, got {negatives!r}")
         check_choice("data.transform", transform, TRANSFORMS)
@@ -264,6 +264,7 @@ class GuardDataModule(L.LightningDataModule):
 
     def _used_counterfactuals(self, record: Record) -> list[Record]:
         """What the source brought along, or else the editor made, each with the hash by which it is known when it is saved anew."""
+        pairs: Iterable[tuple[Content, int | None]]
         if record.counterfactuals:
             pairs = zip_longest(record.counterfactuals, record.counterfactual_hashes)
         elif record.label == UNSAFE and record.perceptual_hash is not None:
@@ -272,7 +273,9 @@ class GuardDataModule(L.LightningDataModule):
             pairs = [(one, perceptual_hash(one.load())) for one in tries if one is not None and one.accepted]
         else:
             return []
-        return [replace(record, content=content, counterfactuals=(), perceptual_hash=seen, counterfactual_hashes=()) for content, seen in pairs]
+        return [
+            replace(record, content=content, counterfactuals=(), perceptual_hash=seen, counterfactual_hashes=()) for content, seen in pairs
+        ]
 
     def labelled(self) -> tuple[np.ndarray, np.ndarray]:
         """All embeddings that training saw, (n, d), and their labels, (n,): the first view of each."""

@@ -61,8 +61,9 @@ def why_rejected(loaded: Loaded) -> str:
     return f" ({len(loaded.rejected)} of {loaded.given} inputs were rejected, the first is {first.id[:100]}: {first.reason})"
 
 
-def check_grouping_settings(check_images: bool, near_duplicate_distance: int) -> None:
-    """Raises InputError unless the two settings of a source are usable."""
+def check_image_settings(max_pixels: int, check_images: bool, near_duplicate_distance: int) -> None:
+    """Raises InputError unless these settings of a source are usable."""
+    check_whole("source.max_pixels", max_pixels, 1)
     check_flag("source.check_images", check_images)
     check_whole("source.near_duplicate_distance", near_duplicate_distance, 0, 15)
 

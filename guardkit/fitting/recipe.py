@@ -145,7 +145,12 @@ def _check_trainer(settings: Mapping[str, Any]) -> None:
         check_flag(f"trainer.{name}", wanted[name])
     check_choice("trainer.deterministic", wanted["deterministic"], (True, False, "warn"))
     try:
-        make_trainer(settings)
+        trainer = make_trainer(settings)
     except Exception as error:  # Lightning's own kinds and those of Python: whatever it is, it comes of these settings
         reason = shortened(str(error.__cause__ or error), 200)
         raise InputError(f"trainer cannot work with these settings ({reason}); see conf/trainer/default.yaml") from error
+    if trainer.num_devices * trainer.num_nodes != 1:
+        raise InputError(
+            f"trainer.devices={wanted['devices']} would start {trainer.num_devices * trainer.num_nodes} processes, and a guard is trained in one; "
+            "set trainer.devices=1"
+        )

@@ -22,8 +22,8 @@ def operating_points(labels: np.ndarray, scores: np.ndarray) -> dict[str, dict[s
         most that share of safe validation images flagged), each with threshold, recall, fpr, n_unsafe, n_safe and
         `fpr_ci_high`, the upper end of the 95 % Clopper-Pearson interval of the false-positive rate: with 10 safe
         images a rate of 0 may still be 0.31. A rate that cannot be seen on so few safe images (0.05 on fewer than 20)
-        has a `reason` beside it; where no threshold keeps the rate and flags anything, threshold, recall, fpr and
-        fpr_ci_high are None. Empty when a class is missing.
+        has a `reason` beside it; where no threshold keeps the rate and flags anything, or none is better than chance, threshold,
+        recall, fpr and fpr_ci_high are None. Empty when a class is missing.
     """
     from guardkit.metrics.intervals import clopper_pearson  # SciPy takes a while to load
 
@@ -40,6 +40,9 @@ def operating_points(labels: np.ndarray, scores: np.ndarray) -> dict[str, dict[s
     best = np.flatnonzero(gain >= gain.max() - 1e-12)
     thresholds = {"balanced": float(candidates[best[np.abs(candidates[best] - 0.5).argmin()]])}
     reasons: dict[str, str] = {}
+    if gain.max() <= 0:
+        thresholds["balanced"] = math.nan
+        reasons["balanced"] = f"no threshold tells the {n_unsafe} unsafe validation images from the {n_safe} safe ones better than chance"
     for max_fpr in (0.01, 0.05):
         name, needed = f"fpr_{max_fpr}", math.ceil(1 / max_fpr)
         fine = np.flatnonzero(fpr <= max_fpr)

@@ -22,6 +22,7 @@ _NO_SPACE = re.compile(
     re.IGNORECASE,
 )
 _READ_ONLY = re.compile(r"read-only file system|readonly database|errno 30\b", re.IGNORECASE)
+_OF_HYDRA = re.compile("The --resolve flag can only|Config group override must be")  # of what was typed, though of no kind of its own
 _KEPT = "what was finished is kept, and the same command goes on from there"
 
 
@@ -39,6 +40,8 @@ def user_error(error: BaseException) -> str | None:
             return line
     if (line := _of_a_foreign_part(chain)) is not None:
         return line
+    if isinstance(error, ValueError) and _OF_HYDRA.match(str(error)):
+        return one_line(f"{error}; see --help for all settings")
     if isinstance(error, (HydraException, OmegaConfBaseException)) and all(
         isinstance(cause, (HydraException, OmegaConfBaseException, OSError)) for cause in chain
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import stat
@@ -24,6 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from guardkit import __version__
 from guardkit.artifacts import brought_along, fingerprint, write_json, written
+from guardkit.checks import check_path
 from guardkit.folders import FINISHED, LOCK, UNFINISHED, locked, read_mark
 from guardkit.runs.errors import user_error
 from guardkit.runs.overrides import job_name, mended
@@ -104,7 +106,7 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[
             forgiving_streams()
             with stoppable(), _readable_errors():
                 _settle_without_home()
-                sys.argv[1:] = mended(sys.argv[1:])
+                sys.argv[1:] = mended(sys.argv[1:], CONF_DIR)
                 # Hydra would otherwise print an abridged traceback of its own and exit with 1
                 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
                 hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(guarded)()
@@ -170,7 +172,8 @@ def _write_settings(folder: Path, cfg: DictConfig) -> None:
     place = folder / ".hydra"
     for name, value in (("config", cfg), ("hydra", HydraConfig.instance().cfg), ("overrides", HydraConfig.get().overrides.task)):
         with written(place / f"{name}.yaml") as temporary:
-            temporary.write_text(OmegaConf.to_yaml(value), encoding="utf-8")
+            # a path may hold bytes that are no UTF-8: they are written as they are
+            temporary.write_text(OmegaConf.to_yaml(value), encoding="utf-8", errors="surrogateescape")
 
 
 @contextmanager
@@ -262,12 +265,32 @@ def output_dir() -> Path:
 
 def make(cfg: DictConfig, **objects: Any) -> Any:
     """Builds what a group names. Objects are passed by hand because Hydra would turn a dataclass into a configuration."""
-    return factory(cfg)(**objects)
+    made = factory(cfg)
+    _check_fits(cfg, lambda called: called.bind(*made.args, **{**made.keywords, **objects}), made.func)
+    return made(**objects)
 
 
 def factory(cfg: DictConfig) -> Any:
-    """A function that builds what a group names, of the objects that it is given by name."""
-    return hydra.utils.instantiate(cfg, _partial_=True, _convert_="all")
+    """A function that builds what a group names, of the objects that it is given by name.
+
+    Raises:
+        InputError: it does not take the settings that it is given.
+    """
+    made = hydra.utils.instantiate(cfg, _partial_=True, _convert_="all")
+    _check_fits(cfg, lambda called: called.bind_partial(*made.args, **made.keywords), made.func)
+    return made
+
+
+def _check_fits(cfg: DictConfig, bind: Callable[[inspect.Signature], object], called: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(called)
+    except (ValueError, TypeError):
+        return  # one of those that do not say what they take
+    try:
+        bind(signature)
+    except TypeError as error:
+        where = cfg._get_full_key(None) or "_target_"
+        raise InputError(f"{where} cannot be built: {cfg._target_} {error}; see the comments in conf/{where}") from error
 
 
 def plain(value: Any) -> Any:
@@ -281,12 +304,12 @@ def policy(cfg: DictConfig) -> Policy:
 
     if cfg.policy_file is None:
         return Policy.from_dict(OmegaConf.to_container(cfg.policy, resolve=True))
-    return Policy.load(Path(str(cfg.policy_file)).expanduser())
+    return Policy.load(check_path("policy_file", cfg.policy_file))
 
 
 def cache_dir(cfg: DictConfig) -> Path | None:
     """Where results that are made once are kept; None: in memory."""
-    return None if cfg.cache_dir is None else Path(str(cfg.cache_dir)).expanduser()
+    return None if cfg.cache_dir is None else check_path("cache_dir", cfg.cache_dir)
 
 
 def compose_group(group: str, name: str, overrides: list[str], *, root: Mapping[str, Any]) -> DictConfig:

@@ -11,10 +11,13 @@ from guardkit.data.arms import Arm
 from guardkit.embeddings import EmbeddingStore
 from guardkit.fitting.parts import Parts, make_parts
 from guardkit.runs.hydra import cache_dir, factory, make, plain, policy
+from guardkit.schema import InputError
 
 
 def arm(cfg: DictConfig) -> Arm:
     """The arm that `experiment` set."""
+    if not isinstance(cfg.experiment_name, str) or not cfg.experiment_name:
+        raise InputError(f"experiment_name must be a text, as in experiment_name=mine, got {plain(cfg.experiment_name)!r}")
     return Arm(cfg.experiment_name, plain(cfg.data)["negatives"], cfg.data.transform)
 
 

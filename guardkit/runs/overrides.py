@@ -16,24 +16,31 @@ from guardkit.schema import InputError
 
 _SETTING = re.compile(r"(\+{0,2}[A-Za-z_][\w./@:$-]*)=(.*)", re.DOTALL)
 _MAX_SLUG = 60
+# settings that hold paths, by the last part of their names: a folder called 2024_11_26 is no number
+_PATHS = frozenset(
+    {"cache_dir", "ckpt_path", "dataset", "files", "folder", "guard", "output_dir", "pairs", "policy_file", "root", "test", "weights"}
+)
 
 
-def mended(arguments: Sequence[str]) -> list[str]:
+def mended(arguments: Sequence[str], conf: Path | None = None) -> list[str]:
     """Command line arguments with quotes around values that Hydra would refuse, or take for something else than the path they are.
 
     A value that Hydra reads keeps its meaning: numbers, lists, sweeps and quoted text. Quoted are plain text outside its
-    grammar (a name with `=`, brackets, an umlaut, an apostrophe), and the name of an existing file that it would read as
-    a list, a function, a sweep or with blanks cut off.
+    grammar (a name with `=`, brackets, an umlaut, an apostrophe), the name of an existing file that it would read as
+    a list, a function, a sweep or with blanks cut off, and a path that looks like a number.
 
+    Args:
+        arguments: after the command.
+        conf: the folder of the configuration groups, to say what a group offers; None: groups are not looked at.
     Raises:
-        InputError: a list or quoted text that is not complete, or a sweep over output_dir.
+        InputError: a list or quoted text that is not complete, a sweep over output_dir, a group set to something else than a choice.
     """
     many = any(one in ("-m", "--multirun") for one in arguments)
     parser = OverridesParser.create()
-    return [_mended(parser, one, is_multirun=many) for one in arguments]
+    return [_mended(parser, one, conf, is_multirun=many) for one in arguments]
 
 
-def _mended(parser: OverridesParser, argument: str, *, is_multirun: bool) -> str:
+def _mended(parser: OverridesParser, argument: str, conf: Path | None, *, is_multirun: bool) -> str:
     match = _SETTING.fullmatch(argument)
     if match is None:
         return argument  # a flag, a deletion, or something that Hydra will name
@@ -50,11 +57,27 @@ def _mended(parser: OverridesParser, argument: str, *, is_multirun: bool) -> str
         shown = shlex.quote(f"{key}={quoted(text)}")
         raise InputError(f"{argument} cannot be read ({reason}); close what is open, or if it is text quote it: {shown}") from error
     is_literal = isinstance(value, (bool, int, float)) or value is None
+    if is_literal and conf is not None and (conf / key.lstrip("+")).is_dir():
+        choices = ", ".join(sorted(path.stem for path in (conf / key.lstrip("+")).glob("*.yaml")))
+        raise InputError(
+            f"{argument} must name one of {choices}, or a file of your own in a folder {key.lstrip('+')}/ below --config-dir=DIR"
+        )
+    if key.rpartition(".")[2].lstrip("+") in _PATHS:
+        parts = text.split(",") if is_multirun else [text]
+        if any(_is_number(parser, key, part) for part in parts):
+            return f"{key}={','.join(quoted(part) if _is_number(parser, key, part) else part for part in parts)}"
     if is_path and value != text and (not is_literal or "(" in text):
         return f"{key}={quoted(text)}"
     if override.is_sweep_override() and override.key_or_group == "output_dir":
         raise InputError(f"{argument} would sweep over output_dir; give one folder, every job gets a folder of its own inside it")
     return argument
+
+
+def _is_number(parser: OverridesParser, key: str, text: str) -> bool:
+    try:
+        return isinstance(parser.parse_override(f"{key}={text}").value(), (bool, int, float))
+    except HydraException:
+        return False
 
 
 def _quoted_if_needed(parser: OverridesParser, key: str, text: str) -> str:

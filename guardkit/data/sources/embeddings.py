@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from guardkit.checks import check_path
 from guardkit.data.duplicates import near_equal_groups
 from guardkit.data.grouping import group, why_rejected
 from guardkit.data.sources.base import Loaded
@@ -56,7 +56,7 @@ class EmbeddingsSource:
         group_column: str | None = "group",
         source_column: str | None = "source",
     ) -> None:
-        self.policy, self.root = policy, Path(root).expanduser()
+        self.policy, self.root = policy, check_path("source.root", root)
         columns = {
             "label": label_column,
             "category": category_column,

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from guardkit.checks import check_whole
-from guardkit.data.grouping import DISTANCE, check_grouping_settings, group, why_rejected
+from guardkit.checks import check_path
+from guardkit.data.grouping import DISTANCE, check_image_settings, group, why_rejected
 from guardkit.data.sources import tables
 from guardkit.data.sources.base import Loaded
 from guardkit.data.sources.files import Files
@@ -74,13 +74,12 @@ class FolderSource:
         check_images: bool = True,
         near_duplicate_distance: int = DISTANCE,
     ) -> None:
-        self.policy, self.root = policy, Path(root).expanduser()
+        self.policy, self.root = policy, check_path("source.root", root)
         if not self.root.is_dir():
             raise InputError(
                 f"source.root {root} is {'not a folder' if self.root.exists() else 'not there'}; give the folder that holds the images"
             )
-        check_whole("source.max_pixels", max_pixels, 1)
-        check_grouping_settings(check_images, near_duplicate_distance)
+        check_image_settings(max_pixels, check_images, near_duplicate_distance)
         columns = {"label": label_column, "category": category_column, "caption": caption_column, "group": group_column}
         self._rule = RowRule(
             policy,

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from guardkit.data.grouping import DISTANCE, check_grouping_settings
+from guardkit.data.grouping import DISTANCE, check_image_settings
 from guardkit.data.sources.base import Loaded
 from guardkit.data.sources.data_card import check_card
 from guardkit.data.sources.encoded import load_parts
@@ -82,7 +82,7 @@ class HubSource:
         self.policy, self.dataset, self.name = policy, str(dataset), name
         self.config, self.revision, self.access, self.max_pixels = config, revision, access, max_pixels
         self.splits = {"train": train_split, "test": test_split}
-        check_grouping_settings(check_images, near_duplicate_distance)
+        check_image_settings(max_pixels, check_images, near_duplicate_distance)
         self.check_images, self.near_duplicate_distance = check_images, near_duplicate_distance
         columns = {
             "image": image_column,

@@ -11,13 +11,12 @@ of the unsafe `x.jpg` (SafeEditBench's convention; any image type).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from guardkit.checks import check_flag
+from guardkit.checks import check_flag, check_path
 from guardkit.counterfactual.pair_dataset import MANIFEST, read_pair_dataset
 from guardkit.counterfactual.review import ACCEPT, REJECT, UNSURE, Review, current_reviews, image_file
-from guardkit.data.grouping import DISTANCE, check_grouping_settings, group, look
+from guardkit.data.grouping import DISTANCE, check_image_settings, group, look
 from guardkit.data.sources.base import Loaded
 from guardkit.folders import is_unfinished
 from guardkit.images import MAX_PIXELS, SUFFIXES, FileContent
@@ -55,14 +54,14 @@ class PairsSource:
         reviewed_only: bool = False,
         near_duplicate_distance: int = DISTANCE,
     ) -> None:
-        self.policy, self.root = policy, Path(root).expanduser()
+        self.policy, self.root = policy, check_path("source.root", root)
         if not self.root.is_dir():
             raise InputError(f"source.root {root} is not a folder; give a pair dataset, or a folder of x.jpg beside x_edited.jpg")
         if category is not None:
             policy.check_category(category, "source.category")
         for name, value in (("keep_unsure", keep_unsure), ("reviewed_only", reviewed_only)):
             check_flag(f"source.{name}", value)
-        check_grouping_settings(True, near_duplicate_distance)
+        check_image_settings(max_pixels, True, near_duplicate_distance)
         self.category, self.max_pixels, self.near_duplicate_distance = category, max_pixels, near_duplicate_distance
         self.keep_unsure, self.reviewed_only = keep_unsure, reviewed_only
         self._is_dataset = (self.root / MANIFEST).is_file() or is_unfinished(self.root)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from guardkit.artifacts import hash_file, parse_json
-from guardkit.data.grouping import DISTANCE, check_grouping_settings
+from guardkit.data.grouping import DISTANCE, check_image_settings
 from guardkit.data.sources.base import Loaded
 from guardkit.data.sources.encoded import load_parts
 from guardkit.data.sources.files import path_within
@@ -81,7 +81,7 @@ class ParquetSource:
         near_duplicate_distance: int = DISTANCE,
     ) -> None:
         self.policy, self.name, self.max_pixels = policy, name, max_pixels
-        check_grouping_settings(check_images, near_duplicate_distance)
+        check_image_settings(max_pixels, check_images, near_duplicate_distance)
         self.check_images, self.near_duplicate_distance = check_images, near_duplicate_distance
         columns = {
             "image": image_column,

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+from guardkit.checks import check_map
 from guardkit.policy import Policy
 from guardkit.schema import SAFE, UNLABELLED, UNSAFE, InputError, Region
 
@@ -23,6 +24,8 @@ _WORDS = {
     **dict.fromkeys(("safe", "sfw", "no", "false", "0"), SAFE),
     **dict.fromkeys(("unsafe", "nsfw", "yes", "true", "1"), UNSAFE),
 }
+# what stands for no label: nothing, -1 in the datasets library, and what pandas and spreadsheets make of a missing cell as text
+_MISSING = frozenset({"", "-1", "<na>", "#n/a", "n/a", "na", "nan", "none", "null"})
 # what YAML reads as a truth value although the table holds the word
 _YAML_WORDS = {True: ("true", "yes"), False: ("false", "no")}
 _SHOWN = 8
@@ -81,6 +84,7 @@ class LabelRule:
     """
 
     def __init__(self, labels: Mapping[Any, Any] | None = None, default: Any = None) -> None:
+        check_map("source.labels", labels, "{good: safe, bad: unsafe}")
         self.labels: dict[str, int] | None = None
         if labels is not None:
             self.labels = {}
@@ -95,7 +99,7 @@ class LabelRule:
         return _canonical(value) in (self.labels or {}) or self.default is not None
 
     def read(self, value: Any, where: str) -> int:
-        """1 = unsafe, 0 = safe, -1 = missing: nothing, NaN, blank, or -1, which stands for no label in the datasets library.
+        """1 = unsafe, 0 = safe, -1 = missing: nothing, NaN, blank, -1, or a word for that such as "nan" or "None".
 
         Raises:
             InputError: an unknown value; `where` says in what table and row.
@@ -103,7 +107,7 @@ class LabelRule:
         word = _canonical(value)
         if self.labels is not None and word in self.labels:
             return self.labels[word]
-        if word in ("", "-1"):
+        if word in _MISSING:
             return UNLABELLED
         if self.default is not None:
             return self.default
@@ -157,6 +161,7 @@ class RowRule:
     ) -> None:
         self.policy, self.columns, self.usual, self.boxes = policy, dict(columns), dict(usual or {}), boxes
         self.labels = LabelRule(labels, default_label)
+        check_map("source.categories", categories, "{rifle: weapons}")
         # YAML reads 0 as a number, and a column of numbers holds numbers: both are compared as text
         self.categories = None if categories is None else {text(value): category for value, category in categories.items()}
         for value, category in (self.categories or {}).items():
