@@ -16,9 +16,12 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from guardkit.schema import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _PACKAGE = Path(__file__).resolve().parent
 SHIPPED = "guardkit:"
@@ -80,6 +83,15 @@ def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON, complete or not at all. NaN is refused: a figure that cannot be computed is null."""
     with written(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_table(path: Path, table: pa.Table, *, compression: str = "snappy") -> None:
+    """Writes Parquet, complete or not at all."""
+    import pyarrow.parquet as pq  # here, because commands that only print their help write none
+
+    # an open file, because pyarrow takes no path whose bytes are not UTF-8
+    with written(path) as temporary, open(temporary, "wb") as file:
+        pq.write_table(table, file, compression=compression)
 
 
 def read_json(path: Path, what: str, mend: str = "copy it anew") -> dict[str, Any]:

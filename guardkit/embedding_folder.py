@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from guardkit import __version__
-from guardkit.artifacts import read_json, write_json, written
+from guardkit.artifacts import read_json, write_json, write_table, written
 from guardkit.embeddings import EmbeddingStore
 from guardkit.folders import claim, is_unfinished
 from guardkit.progress import progress
@@ -71,20 +70,14 @@ def write_embedding_folder(
             while len(waiting) >= shard_size or (waiting and not block):
                 with written(folder / "img_emb" / f"img_emb_{n_shards}.npy") as temporary:
                     np.save(temporary, vectors[:shard_size].astype(np.float16))
-                with written(folder / "metadata" / f"metadata_{n_shards}.parquet") as temporary:
-                    pq.write_table(_metadata(waiting[:shard_size]), temporary)
+                write_table(folder / "metadata" / f"metadata_{n_shards}.parquet", _metadata(waiting[:shard_size]))
                 n_written, n_shards = n_written + len(waiting[:shard_size]), n_shards + 1
                 waiting, vectors = waiting[shard_size:], vectors[shard_size:]
         for stale in [*folder.glob("img_emb/img_emb_*.npy"), *folder.glob("metadata/metadata_*.parquet")]:
             if _number(stale) >= n_shards:
                 stale.unlink()
-        with written(folder / REJECTED) as temporary:
-            pq.write_table(
-                pa.table(
-                    {"id": pa.array([r.id for r in refused], pa.string()), "reason": pa.array([r.reason for r in refused], pa.string())}
-                ),
-                temporary,
-            )
+        listed = {"id": pa.array([r.id for r in refused], pa.string()), "reason": pa.array([r.reason for r in refused], pa.string())}
+        write_table(folder / REJECTED, pa.table(listed))
         counts = {"given": n_written + len(refused), "written": n_written, "rejected": len(refused)}
         manifest: dict[str, Any] = {
             "encoder": store.encoder.config | {"name": store.encoder.name},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,33 @@ from guardkit.schema import ImageError
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 32_768  # pixels
 MAX_ASPECT = 300  # longer side over shorter side: resized to a model's shorter side, the longer one must still fit into memory
+MAX_SCANNED = 25 * MAX_PIXELS  # pixels of a JPEG times its scans: seconds of work
 MAX_BYTES = 1 << 30  # of an encoded image
 WORKING_SIDE = 4096  # pixels, of the longer side: larger images are edited, changed and compared at this size
 DECODING_BYTES = 1 << 30  # of pixels that are being decoded at once, in all threads together
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)  # none of those that stand within a scan
 _LARGE_BYTES = 64 << 20  # what is freed of an image below this size, the allocator may keep
 _BYTES_PER_PIXEL = 8  # a decoder's own four, what becomes of them, and some room
+
+
+def check_scans(data: bytes, width: int, height: int) -> None:
+    """Whether a JPEG may be decoded: each of its scans, of a hundred bytes or less, goes over all pixels anew.
+
+    Raises:
+        ImageError: its scans and pixels together are more than `MAX_SCANNED`.
+    """
+    most = MAX_SCANNED // (width * height)
+    # scans alone begin with these bytes, but a thumbnail, or what lies behind the image, may hold some too
+    if data.count(b"\xff\xda") > most and _n_scans(data) > most:
+        raise ImageError(f"a JPEG of {width}x{height} in more than {most} scans")
+
+
+def _n_scans(data: bytes) -> int:
+    n, at = 0, 2
+    while (marker := _JPEG_MARKER.search(data, at)) is not None and marker[1] != b"\xd9":
+        n += marker[1] == b"\xda"
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])  # over the segment, which may hold anything
+    return n
 
 
 def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:

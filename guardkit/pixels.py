@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from guardkit.colour import Conversion, as_rgb, conversion_to_srgb
-from guardkit.limits import check_size, decoding
+from guardkit.limits import check_scans, check_size, decoding
 from guardkit.schema import ImageError
 
 _STRIP_PX = 1 << 20  # pixels that are converted at once
@@ -49,6 +49,8 @@ def _first_frame(image: Image.Image) -> Iterator[None]:
     """The frame that a viewer shows first, where Pillow does not come to it by itself."""
     if image.format == "AVIF":
         _check_avif(image)
+    if image.format in ("JPEG", "MPO") and (data := _encoded(image)) is not None:
+        check_scans(data, *image.size)
     if image.format != "PNG" or image.tell() or not getattr(image, "default_image", False) or not _goes_on(image):
         yield
         return
@@ -87,12 +89,18 @@ def _check_avif(image: Image.Image) -> None:
     Raises:
         ImageError: OpenCV reads AVIF, but not this one.
     """
-    file = getattr(image, "fp", None)
-    if not getattr(image, "tile", None) or file is None or not _opencv_reads_avif():
-        return
-    file.seek(0)
-    if cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_COLOR) is None:
+    data = _encoded(image) if _opencv_reads_avif() else None
+    if data is not None and cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) is None:
         raise ImageError("damaged image: AVIF that does not decode without errors")
+
+
+def _encoded(image: Image.Image) -> bytes | None:
+    """The bytes of an image that is not decoded yet; None where they are gone."""
+    file = getattr(image, "fp", None)
+    if not getattr(image, "tile", None) or file is None:
+        return None
+    file.seek(0)
+    return bytes(file.read())
 
 
 @cache

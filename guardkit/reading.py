@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 from guardkit.artifacts import parse_json
 from guardkit.schema import InputError
 
+_LEAST_BYTES, _MOST_TIMES = 1 << 30, 64  # that a table may take in memory, whatever and by its size on disk
+_BATCH_ROWS = 512
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -64,7 +66,8 @@ def read_table(
         InputError: it cannot be read, or something above does not hold.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        # an open file, because pyarrow takes no path whose bytes are not UTF-8
+        with open(path, "rb") as opened, pq.ParquetFile(opened) as file:
             if n_rows is not None and file.metadata.num_rows != n_rows:
                 raise InputError(f"{path} has {file.metadata.num_rows} rows, expected are {n_rows}; {mend}")
             names = file.schema_arrow.names
@@ -74,7 +77,7 @@ def read_table(
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise InputError(f"{path} has the column {twice[0]!r} more than once; {mend}")
-            table = file.read()
+            table = _within(file, max(_LEAST_BYTES, _MOST_TIMES * os.fstat(opened.fileno()).st_size))
         table.validate(full=True)  # texts that are not UTF-8 among others
     except OSError as error:
         raise InputError(f"{path} cannot be read as a table ({_line(error)}); {mend}") from error
@@ -95,6 +98,17 @@ def read_table(
             raise InputError(f"{path} column {field.name} is empty in {column.null_count} row(s); {mend}")
         table = table.set_column(table.column_names.index(field.name), field.name, column)
     return table
+
+
+def _within(file: pq.ParquetFile, most: int) -> pa.Table:
+    """The table, read bit by bit: a few bytes on disk may stand for more than any memory holds."""
+    batches, n_bytes = [], 0
+    for batch in file.iter_batches(_BATCH_ROWS):
+        n_bytes += batch.nbytes
+        if n_bytes > most:
+            raise ValueError(f"it unfolds to more than {most} bytes, which no table of its size on disk holds")
+        batches.append(batch)
+    return pa.Table.from_batches(batches, file.schema_arrow).combine_chunks()
 
 
 def read_json_lines(path: Path, mend: str = "copy it anew") -> pa.Table:

@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from guardkit.artifacts import written
+from guardkit.artifacts import write_table
 from guardkit.reading import read_table
 from guardkit.schema import ImageError, InputError, Record
 
@@ -152,8 +151,7 @@ class SeenImages:
     def save(self, path: Path) -> None:
         """Writes Parquet."""
         about = {"format": "1", "near": str(self.near)}
-        with written(path) as temporary:
-            pq.write_table(self.table.replace_schema_metadata(about), temporary, compression="zstd")
+        write_table(path, self.table.replace_schema_metadata(about), compression="zstd")
 
     @classmethod
     def load(cls, path: Path) -> SeenImages:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, picture
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from guardkit.runs.errors import user_error
@@ -109,6 +109,27 @@ def test_any_path_can_be_typed_as_it_is(tmp_path, monkeypatch, name):
         (argument,) = mended([f"source.root={text}"])
         assert parser.parse_override(argument).value() == text
         assert parser.parse_override(f"k={quoted(text)}").value() == text
+
+
+@pytest.mark.slow
+def test_a_path_may_hold_bytes_that_are_no_text(tmp_path):
+    name = os.fsdecode(b"stra\xdfe")
+    places = {kind: os.fsencode(tmp_path) + b"/" + kind + b"\xff" for kind in (b"photos", b"embedded", b"trained", b"measured")}
+    for label in ("safe", "unsafe"):
+        (tmp_path / os.fsdecode(places[b"photos"]) / label).mkdir(parents=True)
+        for i in range(8):
+            picture(100 * len(label) + i, (32, 32)).save(tmp_path / os.fsdecode(places[b"photos"]) / label / f"{i}.png")
+
+    def call(command, *arguments):
+        asked = [sys.executable, "-m", f"guardkit.{command}", "policy=handled_objects", f"cache_dir={tmp_path / name}", *arguments]
+        done = subprocess.run(asked, capture_output=True)
+        assert done.returncode == 0, done.stderr
+
+    call("embed", "source=folder", b"source.root=" + places[b"photos"], b"output_dir=" + places[b"embedded"])
+    few = ["experiment=unpaired", "editor=none", "trainer.max_epochs=1"]
+    call("train", "source=embeddings", b"source.root=" + places[b"embedded"], b"output_dir=" + places[b"trained"], *few)
+    guard = b"guard=" + places[b"trained"]
+    call("evaluate", guard, "source=folder", b"source.root=" + places[b"photos"], b"output_dir=" + places[b"measured"], "n_resamples=100")
 
 
 @pytest.mark.parametrize("name", ["2024", "2024_11_26", "1e5", "true", "007", "1_000"])

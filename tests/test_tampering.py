@@ -30,7 +30,7 @@ from guardkit.embedding_folder import write_embedding_folder
 from guardkit.embeddings import EmbeddingStore
 from guardkit.evaluation.judgments import JudgmentStore
 from guardkit.policy import Policy
-from guardkit.schema import Judgment
+from guardkit.schema import InputError, Judgment
 from guardkit.seen import SeenImages
 from guardkit.vlm.base import Answer, Question, StoredVLM
 
@@ -58,6 +58,18 @@ def test_embedding_folders(tmp_path, scenes_policy, name, least):
 
     expected = read()
     check(folder / name, read, lambda found: found.items() <= expected.items(), least)
+
+
+def test_a_table_that_unfolds_beyond_all_bounds_is_not_read(scenes_policy, tmp_path):
+    # 60,000 times the same long text, which Parquet keeps once
+    rows = pa.table({"image_path": pa.DictionaryArray.from_arrays(np.zeros(60_000, np.int32), pa.array(["x" * 20_000]))})
+    (tmp_path / "img_emb").mkdir()
+    (tmp_path / "metadata").mkdir()
+    np.save(tmp_path / "img_emb/img_emb_0.npy", np.ones((60_000, 1), np.float16))
+    pq.write_table(rows, tmp_path / "metadata/metadata_0.parquet", store_schema=False)
+    assert (tmp_path / "metadata/metadata_0.parquet").stat().st_size < 1_000_000
+    with pytest.raises(InputError, match="metadata_0.parquet cannot be read as a table .it unfolds to more than 1073741824 bytes"):
+        EmbeddingsSource(scenes_policy, str(tmp_path))
 
 
 @pytest.mark.parametrize(("suffix", "least"), [(".parquet", 40), (".jsonl", 40)])

@@ -223,6 +223,18 @@ def test_damaged_avif_is_rejected(capfd):
 # --- what one image may cost ------------------------------------------------------------------------------------------
 
 
+def test_a_jpeg_of_very_many_scans_is_rejected_and_one_with_a_film_behind_it_is_not():
+    """A scan of some dozen bytes goes over all pixels anew."""
+    whole = encoded(Image.new("L", (6000, 6000), 90), "JPEG", progressive=True)
+    tables, last = (whole.rindex(mark) for mark in (b"\xff\xc4", b"\xff\xda"))
+    assert tables < last
+    started = time.process_time()
+    with pytest.raises(ImageError, match="a JPEG of 6000x6000 in more than 69 scans"):
+        read_image(whole[:-2] + whole[tables:-2] * 5000 + b"\xff\xd9")
+    assert time.process_time() - started < 5
+    assert read_image(whole + b"\xff\xda" * 5000).shape == (6000, 6000, 3)
+
+
 @pytest.mark.parametrize("size", [(99_999, 1_000), (limits.MAX_SIDE + 1, 400), (3010, 10)])
 def test_too_long_or_thin_images_are_rejected_before_they_are_decoded(size):
     header = png([(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 0, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b"")])

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from guardkit import __version__
-from guardkit.artifacts import fingerprint, read_json, write_json, written
+from guardkit.artifacts import fingerprint, read_json, write_json, write_table, written
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.counterfactual.review import REVIEWS, VERDICTS, ReviewLog, combined, current_reviews
 from guardkit.counterfactual.store import Try
@@ -139,11 +138,9 @@ def write_pair_dataset(
                 block = []
         _fill_reviews(folder, rows, _written_reviews(folder))
         table = pa.Table.from_pylist(rows, schema=_SCHEMA)
-        with written(folder / METADATA) as temporary:
-            pq.write_table(table, temporary)
-        with written(folder / REJECTED_INPUTS) as temporary:
-            columns = {"id": [one.id for one in unreadable], "reason": [one.reason for one in unreadable]}
-            pq.write_table(pa.table(columns, schema=pa.schema([("id", pa.string()), ("reason", pa.string())])), temporary)
+        write_table(folder / METADATA, table)
+        columns = {"id": [one.id for one in unreadable], "reason": [one.reason for one in unreadable]}
+        write_table(folder / REJECTED_INPUTS, pa.table(columns, schema=pa.schema([("id", pa.string()), ("reason", pa.string())])))
         accepted = sum(row["status"] == "accepted" for row in rows)
         manifest = {
             **settings,
@@ -159,7 +156,7 @@ def write_pair_dataset(
             "guardkit_version": __version__,
         }
         with written(folder / GALLERY) as temporary:
-            temporary.write_text(gallery(rows, manifest), encoding="utf-8")
+            temporary.write_text(gallery(rows, manifest), encoding="utf-8", errors="backslashreplace")
         write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -189,8 +186,7 @@ def write_reviews(folder: Path) -> bool:
             reviews = [row["review"] for row in _reviewed(folder, table)]
             if reviews != table["review"].to_pylist():
                 place = table.column_names.index("review")
-                with written(folder / METADATA) as temporary:
-                    pq.write_table(table.set_column(place, _SCHEMA.field("review"), pa.array(reviews, pa.string())), temporary)
+                write_table(folder / METADATA, table.set_column(place, _SCHEMA.field("review"), pa.array(reviews, pa.string())))
     except Timeout:
         return False
     return True

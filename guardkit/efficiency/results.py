@@ -251,14 +251,16 @@ class CellTable:
         types |= dict.fromkeys(("l2", "validation_loss", "objective", "gradient"), pa.float64()) | {"is_chosen": pa.bool_()}
         types |= dict.fromkeys(figures, pa.float64()) | {"reason": pa.string()}
         self._strengths, self._schema, self._rows = strengths, pa.schema(types), list[dict[str, Any]]()
-        self._writer = pq.ParquetWriter(path, self._schema)
+        self._file = open(path, "wb")  # noqa: SIM115 - closed on the way out; pyarrow takes no path whose bytes are not UTF-8
+        self._writer = pq.ParquetWriter(self._file, self._schema)
 
     def __enter__(self) -> CellTable:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._write()
-        self._writer.close()
+        with self._file:
+            self._write()
+            self._writer.close()
 
     def add(self, cell: Cell, one: FinishedCell | None, figures: Mapping[str, float | None], reason: str | None) -> None:
         """The rows of a cell: finished, left out, or both, where it could be fitted but not measured."""

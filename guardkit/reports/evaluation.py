@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from guardkit import __version__
-from guardkit.artifacts import write_json, written
+from guardkit.artifacts import write_json, write_table, written
 from guardkit.evaluation.effectiveness import uncovered_categories
 from guardkit.evaluation.outcome import Evaluation, plain, shown
 from guardkit.metrics.figures import OF_IMAGES, OF_PAIRS, always_unsafe_f1
@@ -32,25 +31,23 @@ EFFECTIVENESS = pa.schema(
 
 def write_tables(folder: Path, evaluation: Evaluation) -> None:
     """effectiveness.parquet and predictions.parquet."""
-    with written(folder / "effectiveness.parquet") as temporary:
-        pq.write_table(pa.Table.from_pylist(evaluation.rows, schema=EFFECTIVENESS), temporary)
+    write_table(folder / "effectiveness.parquet", pa.Table.from_pylist(evaluation.rows, schema=EFFECTIVENESS))
     sheet, scored = evaluation.sheet, evaluation.scored
-    with written(folder / "predictions.parquet") as temporary:
-        names = [contender.name for contender in sheet.contenders]
-        n, k = len(sheet.records), len(names)
-        columns = {
-            "id": pa.array([record.id for record in sheet.records for _ in names], pa.string()),
-            "label": pa.array(np.repeat(sheet.labels, k), pa.int8()),
-            "category": pa.array([record.category for record in sheet.records for _ in names], pa.string()),
-            "source": pa.array([record.source for record in sheet.records for _ in names], pa.string()),
-            "group": pa.array([record.group for record in sheet.records for _ in names], pa.string()),
-            "is_counterfactual": pa.array(np.repeat(np.arange(n) >= sheet.n_natural, k)),
-            "classifier": pa.array(names * n, pa.string()),
-            "score": pa.array(sheet.scores.ravel(), pa.float64(), mask=np.isnan(sheet.scores.ravel())),
-            "threshold": pa.array([contender.guard.threshold for contender in sheet.contenders] * n, pa.float64()),
-            "abstained": pa.array([scored.reasons[column].get(row) for row in range(n) for column in range(k)], pa.string()),
-        }
-        pq.write_table(pa.table(columns), temporary)
+    names = [contender.name for contender in sheet.contenders]
+    n, k = len(sheet.records), len(names)
+    columns = {
+        "id": pa.array([record.id for record in sheet.records for _ in names], pa.string()),
+        "label": pa.array(np.repeat(sheet.labels, k), pa.int8()),
+        "category": pa.array([record.category for record in sheet.records for _ in names], pa.string()),
+        "source": pa.array([record.source for record in sheet.records for _ in names], pa.string()),
+        "group": pa.array([record.group for record in sheet.records for _ in names], pa.string()),
+        "is_counterfactual": pa.array(np.repeat(np.arange(n) >= sheet.n_natural, k)),
+        "classifier": pa.array(names * n, pa.string()),
+        "score": pa.array(sheet.scores.ravel(), pa.float64(), mask=np.isnan(sheet.scores.ravel())),
+        "threshold": pa.array([contender.guard.threshold for contender in sheet.contenders] * n, pa.float64()),
+        "abstained": pa.array([scored.reasons[column].get(row) for row in range(n) for column in range(k)], pa.string()),
+    }
+    write_table(folder / "predictions.parquet", pa.table(columns))
 
 
 def summary(evaluation: Evaluation) -> dict[str, Any]:
@@ -168,6 +165,6 @@ def write_report(folder: Path, evaluation: Evaluation) -> dict[str, Any]:
     facts = summary(evaluation)
     for name, text in (("report.html", html(evaluation, facts)), ("report.md", markdown(evaluation, facts))):
         with written(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # it shows paths, which may be no text
     write_json(folder / "summary.json", facts)
     return facts

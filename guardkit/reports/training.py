@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from guardkit.artifacts import written
+from guardkit.artifacts import write_table, written
 from guardkit.data.datamodule import GuardDataModule
 from guardkit.evaluation.training import Fitted, Measured
 from guardkit.reports import training_plots as plots
@@ -40,8 +39,7 @@ def write_predictions(path: Path, measured: Measured) -> None:
             **{f"score_{name}": [float(one[4][1 + i]) for one in rows] for i, name in enumerate(measured.category_names)},
         }
     )
-    with written(path) as temporary:
-        pq.write_table(table, temporary)
+    write_table(path, table)
 
 
 def write_pictures(folder: Path, fitted: Fitted, data: GuardDataModule, measured: Measured) -> None:

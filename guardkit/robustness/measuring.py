@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from guardkit.artifacts import written
+from guardkit.artifacts import write_table
 from guardkit.embeddings import EmbeddingStore
 from guardkit.metrics.intervals import clopper_pearson
 from guardkit.progress import progress
@@ -95,8 +94,7 @@ def measure_robustness(
 
 def write_robustness(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes rows of any guards as one Parquet table, complete or not at all."""
-    with written(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(list(rows), schema=COLUMNS), temporary)
+    write_table(path, pa.Table.from_pylist(list(rows), schema=COLUMNS))
 
 
 @dataclass(frozen=True)

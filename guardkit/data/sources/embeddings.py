@@ -12,6 +12,7 @@ from guardkit.checks import check_path
 from guardkit.data.duplicates import near_equal_groups
 from guardkit.data.grouping import group, why_rejected
 from guardkit.data.sources.base import Loaded
+from guardkit.data.sources.files import printable
 from guardkit.data.sources.rows import Row, RowRule, text
 from guardkit.embedding_folder import read_stored_embeddings
 from guardkit.policy import Policy
@@ -70,7 +71,7 @@ class EmbeddingsSource:
         self.encoder_fingerprint: str | None = (self._stored.manifest or {}).get("encoder_fingerprint")
         self.asked: dict[str, Any] = {
             "source": self.name,
-            "root": self.root.name,
+            "root": printable(self.root.name),
             "encoder": self.encoder_fingerprint,
             "n": len(self._stored.vectors),
             **self._rule.asked,

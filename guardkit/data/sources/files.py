@@ -63,6 +63,11 @@ class Files:
         return "/".join(place)
 
 
+def printable(name: str) -> str:
+    """A file name that can be written as UTF-8, as every result file is."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def path_within(roots: Sequence[Path], name: str) -> Path:
     """The file that a table's cell names, by its place below one of the roots or relative to the first; it need not be there.
 

@@ -16,7 +16,7 @@ from guardkit.checks import check_path
 from guardkit.data.grouping import DISTANCE, check_image_settings, group, why_rejected
 from guardkit.data.sources import tables
 from guardkit.data.sources.base import Loaded
-from guardkit.data.sources.files import Files
+from guardkit.data.sources.files import Files, printable
 from guardkit.data.sources.rows import Row, RowRule, text, word_label
 from guardkit.images import MAX_PIXELS, SUFFIXES, FileContent
 from guardkit.policy import Policy
@@ -100,7 +100,7 @@ class FolderSource:
                     )
         self.asked: dict[str, Any] = {
             "source": self.name,
-            "root": self.root.name,
+            "root": printable(self.root.name),
             "metadata": self.metadata.name if self.metadata else None,
             "metadata_sha256": hashlib.sha256(self.metadata.read_bytes()).hexdigest() if self.metadata else None,
             **self._rule.asked,
@@ -201,8 +201,8 @@ class FolderSource:
         return found
 
     def _add(self, name: str, row: Row, found: list[tuple[str, Row]], rejected: list[Rejected]) -> None:
-        if name != _printable(name):
-            rejected.append(Rejected(_printable(name), "its name is not valid UTF-8"))
+        if name != printable(name):
+            rejected.append(Rejected(printable(name), "its name is not valid UTF-8"))
         elif Path(name).suffix.lower() not in SUFFIXES:
             rejected.append(Rejected(name, f"not an image: its name ends in {Path(name).suffix or 'nothing'}"))
         else:
@@ -215,13 +215,13 @@ class FolderSource:
             return Path(path).relative_to(self.root).as_posix()
 
         def unlisted(error: OSError) -> None:
-            rejected.append(Rejected(_printable(name(error.filename)), f"folder cannot be listed: {error.strerror}"))
+            rejected.append(Rejected(printable(name(error.filename)), f"folder cannot be listed: {error.strerror}"))
 
         for parent, folders, files in os.walk(self.root / folder, onerror=unlisted):
             folders[:] = sorted(one for one in folders if not one.startswith("."))
             for one in folders:
                 if os.path.islink(os.path.join(parent, one)):
-                    rejected.append(Rejected(_printable(name(os.path.join(parent, one))), "link to a folder, which is not followed"))
+                    rejected.append(Rejected(printable(name(os.path.join(parent, one))), "link to a folder, which is not followed"))
             yield from (name(os.path.join(parent, one)) for one in sorted(files) if not one.startswith("."))
 
     def _class_of(self, folder: str) -> tuple[int, str | None]:
@@ -274,8 +274,3 @@ def _unique(rows: list[tuple[str, Row]], rejected: list[Rejected]) -> list[tuple
         else:
             kept[name] = row
     return list(kept.items())
-
-
-def _printable(name: str) -> str:
-    """A file name that can be written as UTF-8, as every result file is."""
-    return name.encode(errors="backslashreplace").decode()

@@ -18,6 +18,7 @@ from guardkit.counterfactual.pair_dataset import MANIFEST, read_pair_dataset
 from guardkit.counterfactual.review import ACCEPT, REJECT, UNSURE, Review, current_reviews, image_file
 from guardkit.data.grouping import DISTANCE, check_image_settings, group, look
 from guardkit.data.sources.base import Loaded
+from guardkit.data.sources.files import printable
 from guardkit.folders import is_unfinished
 from guardkit.images import MAX_PIXELS, SUFFIXES, FileContent
 from guardkit.policy import Policy
@@ -70,7 +71,7 @@ class PairsSource:
             raise InputError(f"source.reviewed_only needs a pair dataset with reviews; {root} is a plain folder")
         self.asked: dict[str, Any] = {
             "source": self.name,
-            "root": self.root.name,
+            "root": printable(self.root.name),
             "category": category,
             "manifest": manifest,
             "reviews": {row["pair_id"]: row["review"] for row in self._rows if row["review"]},
