@@ -22,7 +22,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from guardkit.fitting.objective import category_loss, decision_loss, pair_loss
+from guardkit.fitting.objective import Objective
 from guardkit.heads import LinearHead
 from guardkit.runs.hydra import CONF_DIR, default_cache_dir
 from guardkit.runs.objects import build
@@ -62,13 +62,11 @@ def by_hand(cfg, encoder, policy, unsafe, others) -> dict[str, float]:
     y, targets = torch.cat([torch.ones(n), torch.zeros(n)]), torch.zeros(2 * n, len(policy.categories))
     for i, scene in enumerate(unsafe):
         targets[i, policy.category_names.index(scene.category)] = 1
-    head = LinearHead.build(encoder, policy)
+    batch = {"labels": y, "targets": targets, "unsafe_rows": torch.arange(n), "counterfactual_rows": n + torch.arange(n)}
+    head, goal = LinearHead.build(encoder, policy), Objective()
     optimizer = torch.optim.AdamW(head.parameters(), lr=cfg.optimizer.lr, weight_decay=cfg.optimizer.weight_decay)
     for epoch in range(cfg.trainer.max_epochs):
-        logits = head(x)
-        loss = (
-            decision_loss(logits[:, 0], y, 0.5) + 0.5 * category_loss(logits[:, 1:], targets) + pair_loss(logits[:n, 0], logits[n:, 0], 1.0)
-        )
+        loss = goal.loss(head(x), batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -33,7 +33,7 @@ from omegaconf import OmegaConf
 from sklearn.linear_model import LogisticRegression
 
 from guardkit.efficiency.cells import Cell, Stock
-from guardkit.efficiency.engine import BatchedEngine
+from guardkit.efficiency.engine import LinearProblem
 from guardkit.efficiency.lightning_engine import LBFGS, LightningEngine
 from guardkit.efficiency.solver import Rows, fit_linear
 from guardkit.fitting.objective import Objective
@@ -128,8 +128,8 @@ def main(arguments: list[str]) -> None:
     stock = Stock(parts.data, arms_of(cfg), sizes, seeds)
     cells = [Cell(arm.name, "linear", size, seed) for arm in arms_of(cfg) for size in sizes for seed in seeds]
     plain = LinearHead(parts.encoder.dim, len(parts.policy.categories))
-    engine = BatchedEngine(Objective(pair_weight=0.0), strengths, lambda *_: plain, None)
-    fitted_to = [engine.rows(stock.data_of(cell).train, plain) for cell in cells]
+    goal = Objective(pair_weight=0.0, category_weight=0.0)
+    fitted_to = [LinearProblem(goal, stock.data_of(cell).train, plain.features).rows(0) for cell in cells]
     labels = np.array([record.label for record in stock.test.records])
     n_fits = len(cells) * len(strengths)
     operations_rate, bytes_rate = rates()
@@ -168,7 +168,7 @@ def main(arguments: list[str]) -> None:
                 f"{theirs_over:.0e} of it above the engine's, the engine's up to {ours_over:.0e} above"
             )
         if width == parts.encoder.dim and int(settings["lightning"]):
-            recipe = Recipe(Objective(pair_weight=0.0, category_weight=0.0))
+            recipe = Recipe(goal)
             shared = {name: cfg.data[name] for name in ("batch_size", "all_views", "test_share", "split_seed")}
             engine = LightningEngine(parts, arms_of(cfg), {"linear": LinearHead.build}, (0.1,), recipe, LBFGS, shared)
             sample = [cell for cell in cells if cell.seed == 0 and cell.n_unsafe in (sizes[0], sizes[len(sizes) // 2], sizes[-1])]

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from guardkit.encoders.transformers import TransformersEncoder
     from guardkit.fitting.module import BestHead, GuardModule
     from guardkit.fitting.objective import Objective
+    from guardkit.fitting.terms import Gaps, Term
     from guardkit.heads import Head, LinearHead, MLPHead, PromptHead
     from guardkit.policy import Category, Policy
     from guardkit.schema import Decision, EmbeddingGuard, Guard, ImageError, ImageGuard, InputError, Judgment, Record, Rejected
@@ -65,6 +66,8 @@ _HOMES = {
     "GuardModule": "guardkit.fitting.module",
     "BestHead": "guardkit.fitting.module",
     "Objective": "guardkit.fitting.objective",
+    "Term": "guardkit.fitting.terms",
+    "Gaps": "guardkit.fitting.terms",
     "GuardDataModule": "guardkit.data.datamodule",
     # images and embeddings
     "Encoder": "guardkit.encoders.base",

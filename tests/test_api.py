@@ -6,7 +6,6 @@ import inspect
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -155,7 +154,7 @@ def test_defaults_are_those_of_the_commands():
         assert given[name] == data[name], name
     chosen = {key: value for one in train["defaults"] if isinstance(one, dict) for key, value in one.items()}
     assert (given["head"], given["arm"]) == (chosen["head"], chosen["experiment"])
-    assert train["loss"] == asdict(guardkit.Objective())
+    assert train["loss"] == guardkit.Objective().settings
     assert dict(TRAINER) == conf("trainer/default.yaml")
     assert _keywords(given["optimizer"]) == plain(_arguments("optimizer/adamw.yaml"))
 

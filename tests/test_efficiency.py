@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from guardkit.efficiency.solver import NumpyProducts, TorchProducts, decision_rows, fit_linear, logistic
-from guardkit.fitting.objective import Objective, decision_loss, pair_loss
+from guardkit.efficiency.engine import LinearProblem
+from guardkit.efficiency.solver import NumpyProducts, TorchProducts, fit_linear
+from guardkit.fitting.objective import Objective
 
 
 def problem(n=40, d=16, seed=0, pairs=True):
@@ -17,6 +18,20 @@ def problem(n=40, d=16, seed=0, pairs=True):
     return embeddings, labels, np.stack([np.arange(n), n + np.arange(n)], axis=1) if pairs else np.zeros((0, 2), int)
 
 
+def as_batch(embeddings, labels, pairs):
+    return {
+        "embeddings": torch.from_numpy(embeddings),
+        "labels": torch.from_numpy(labels).double(),
+        "targets": torch.zeros(len(labels), 0),
+        "unsafe_rows": torch.from_numpy(pairs[:, 0]),
+        "counterfactual_rows": torch.from_numpy(pairs[:, 1]),
+    }
+
+
+def decision_rows(embeddings, labels, pairs, **loss):
+    return LinearProblem(Objective(**loss), as_batch(embeddings, labels, pairs), lambda vectors: vectors).rows(0)
+
+
 def test_agrees_with_scikit_learn():
     from sklearn.linear_model import LogisticRegression
 
@@ -24,65 +39,22 @@ def test_agrees_with_scikit_learn():
     rows = decision_rows(embeddings, labels, pairs, prevalence=0.3)
     penalties = np.array([1e-3, 1e-2, 1.0])
     solved = fit_linear([rows], penalties)
+    shares = np.where(labels == 1, 0.3, 0.7) / (len(labels) / 2)
     for i, l2 in enumerate(penalties):
-        reference = LogisticRegression(C=1 / l2, tol=1e-10, max_iter=10_000).fit(embeddings, labels, sample_weight=rows.shares)
+        reference = LogisticRegression(C=1 / l2, tol=1e-10, max_iter=10_000).fit(embeddings, labels, sample_weight=shares)
         np.testing.assert_allclose(solved.weights[0, i], reference.coef_[0], atol=2e-5)
         np.testing.assert_allclose(solved.bias[0, i], reference.intercept_[0], atol=2e-5)
 
 
-def test_the_solvers_terms_are_those_of_training():
-    """Value, gradient and curvature with respect to the decision logits: written by hand there, by autograd here."""
-    n = 12
-    labels, pairs = np.repeat([1, 0], n // 2), np.array([[0, 6], [1, 7], [1, 8]])
-    goal = Objective(prevalence=0.3, pair_weight=0.7, pair_margin=1.5, category_weight=0.0)
-    logits = np.random.default_rng(0).normal(size=n) * 3
-    batch = {
-        "labels": torch.from_numpy(labels).double(),
-        "unsafe_rows": torch.from_numpy(pairs[:, 0]),
-        "counterfactual_rows": torch.from_numpy(pairs[:, 1]),
-    }
-    # the weights of a head on unit vectors are the logits themselves
-    settings = {"prevalence": goal.prevalence, "pair_weight": goal.pair_weight, "pair_margin": goal.pair_margin}
-    rows = decision_rows(np.eye(n), labels, pairs, **settings)
-    losses, slopes = logistic(rows.margins - rows.vectors @ logits)
-
-    def loss(values):
-        return goal.loss(values[:, None], batch)
-
-    values = torch.from_numpy(logits).requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(values), values)
-    curvature = torch.autograd.functional.hessian(loss, values)
-    assert rows.shares @ losses == pytest.approx(float(loss(values).detach()), rel=1e-12)
-    np.testing.assert_allclose(-(rows.shares * slopes) @ rows.vectors, gradient.numpy(), atol=1e-14)
-    np.testing.assert_allclose((rows.vectors.T * (rows.shares * slopes * (1 - slopes))) @ rows.vectors, curvature.numpy(), atol=1e-14)
-
-
-@pytest.mark.parametrize(("n", "d"), [(40, 16), (4, 64)])
-def test_the_optimum_of_the_training_objective(n, d):
-    """No step in any direction lowers the losses that training minimises, with few images and with many."""
-    embeddings, labels, pairs = problem(n, d)
-    solved = fit_linear([decision_rows(embeddings, labels, pairs, pair_weight=0.7, pair_margin=1.5)], np.array([0.01, 0.1]))
-    assert solved.gradient.max() < 1e-8
-    x, y = torch.from_numpy(embeddings), torch.from_numpy(labels).double()
-    for i, l2 in enumerate((0.01, 0.1)):
-        w = torch.from_numpy(solved.weights[0, i]).requires_grad_()
-        b = torch.tensor(solved.bias[0, i], requires_grad=True)
-        logits = x @ w + b
-        loss = decision_loss(logits, y, 0.5) + 0.7 * pair_loss(logits[pairs[:, 0]], logits[pairs[:, 1]], 1.5) + 0.5 * l2 * w.square().sum()
-        loss.backward()
-        assert w.grad.abs().max() < 1e-7
-        assert b.grad.abs() < 1e-7
-
-
-def test_an_image_that_counts_three_times_is_as_good_as_three():
-    embeddings, labels, pairs = problem()
-    counts = np.where(np.arange(len(labels)) % 2, 3, 1)
-    repeated = np.repeat(np.arange(len(labels)), counts)
-    penalties = np.array([0.01, 0.1])
-    once = fit_linear([decision_rows(embeddings, labels, pairs, counts=counts, prevalence=0.3)], penalties)
-    often = fit_linear([decision_rows(embeddings[repeated], labels[repeated], np.searchsorted(repeated, pairs), prevalence=0.3)], penalties)
-    np.testing.assert_allclose(once.weights, often.weights, atol=1e-6)
-    np.testing.assert_allclose(once.objective, often.objective, rtol=1e-12)
+def test_an_image_that_is_there_three_times_is_one_row_of_three_times_the_weight():
+    embeddings, labels, _ = problem(pairs=False)
+    repeated = np.repeat(np.arange(len(labels)), np.where(np.arange(len(labels)) % 2, 3, 1))
+    rows = decision_rows(embeddings[repeated], labels[repeated], np.zeros((0, 2), int), prevalence=0.3)
+    assert len(rows.shares) == len(labels)
+    for sign, prevalence in ((1, 0.3), (-1, 0.7)):
+        few, many = np.unique(rows.shares[rows.bias == sign])
+        assert many == pytest.approx(3 * few)
+        assert rows.shares[rows.bias == sign].sum() == pytest.approx(prevalence)
 
 
 def test_many_heads_are_the_same_as_one_by_one():
@@ -110,10 +82,10 @@ def test_a_head_is_pulled_towards_its_start():
     start = np.random.default_rng(1).normal(size=32)
     solved = fit_linear([decision_rows(embeddings, labels, pairs)], np.array([1e-2, 1e6]), start=start)
     np.testing.assert_allclose(solved.weights[0, 1], start, atol=1e-4)
-    x, y, w0 = torch.from_numpy(embeddings), torch.from_numpy(labels).double(), torch.from_numpy(start)
-    w = torch.from_numpy(solved.weights[0, 0]).requires_grad_()
-    logits = x @ w + solved.bias[0, 0]
-    loss = decision_loss(logits, y, 0.5) + pair_loss(logits[pairs[:, 0]], logits[pairs[:, 1]], 1.0) + 0.005 * (w - w0).square().sum()
+    w, w0 = torch.from_numpy(solved.weights[0, 0]).requires_grad_(), torch.from_numpy(start)
+    one = as_batch(embeddings, labels, pairs)
+    logits = one["embeddings"] @ w + solved.bias[0, 0]
+    loss = Objective().loss(logits[:, None], one) + 0.005 * (w - w0).square().sum()
     loss.backward()
     assert w.grad.abs().max() < 1e-7
     assert float(loss.detach()) == pytest.approx(solved.objective[0, 0])

@@ -144,6 +144,26 @@ def test_a_foreign_arm_and_head_are_swept(run, tmp_path):
     assert all(point["mean"] is not None for curve in summary["curves"].values() for point in curve.values())
 
 
+HINGE = ["+term@loss.terms.hinge=squared_hinge", "loss.terms.hinge.weight=0.5", "loss.terms.hinge.margin=40", "loss.pair_weight=0"]
+
+
+def test_a_foreign_loss_is_trained_and_swept_with_on_every_engine(run, tmp_path):
+    """A linear head is solved for, another one trained; both engines come to the same, and without the loss to something else."""
+    settings = ["sweep.heads=[linear,cosine]", "+head@heads.cosine=cosine", "sweep.arms=[pairs_aug]", "sweep.sizes=[8]", "sweep.seeds=1"]
+    settings += ["sweep.strengths=[0.1]", "trainer.max_epochs=10", "loss.pair_weight=0"]
+    reached = {}
+    for name, more in {"batched": HINGE, "lightning": [*HINGE, "sweep.engine=lightning"], "without": []}.items():
+        run("-m", "guardkit.sweep", *PARTS, *settings, *more, f"output_dir={tmp_path / name}")
+        reached[name] = pq.read_table(tmp_path / name / "cells.parquet").column("objective").to_pylist()
+    assert reached["batched"] == pytest.approx(reached["lightning"], rel=1e-4)
+    assert min(np.subtract(reached["batched"], reached["without"])) > 1e-3
+    short = ["head=linear", "data.n_unsafe=8", "trainer.max_epochs=10"]
+    run("-m", "guardkit.train", *PARTS, *short, *HINGE, f"output_dir={tmp_path / 'train'}")
+    run("-m", "guardkit.train", *PARTS, *short, "loss.pair_weight=0", f"output_dir={tmp_path / 'other'}")
+    figures = [json.loads((tmp_path / name / "metrics.json").read_text())["pairs"] for name in ("train", "other")]
+    assert figures[0] != figures[1]
+
+
 def test_a_foreign_editor_makes_pairs_that_a_foreign_guard_verifies(run, trained, tmp_path):
     verifier = ["verifier=guard", f"verifier.guard.folder={trained}", "verifier.guard.trust=[guardkit_extension]"]
     run("-m", "guardkit.synthesize", *PARTS, *verifier, "limit=6", f"output_dir={tmp_path / 'out'}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from guardkit.data.unlabelled import Unlabelled
-from guardkit.fitting.objective import category_loss, decision_loss, pair_loss
+from guardkit.fitting.terms import CategoryTerm, DecisionTerm, PairTerm
 from guardkit.heads import LinearHead, MLPHead, PromptHead
 from guardkit.schema import InputError, Record, Rejected
 
@@ -22,19 +22,24 @@ def softplus(x):
 def test_decision_loss_weights_classes_by_prevalence():
     logits, labels = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.0, 0.0, 0.0])
     expected = 0.2 * softplus(-2.0) + 0.8 * (softplus(-1.0) + softplus(0.5)) / 2
-    assert float(decision_loss(logits, labels, 0.2)) == pytest.approx(expected, rel=1e-6)
-    assert float(decision_loss(logits[:1], labels[:1], 0.2)) == pytest.approx(0.2 * softplus(-2.0), rel=1e-6)
+    term = DecisionTerm(prevalence=0.2)
+    assert float(term.loss(logits[:, None], {"labels": labels})) == pytest.approx(expected, rel=1e-6)
+    assert float(term.loss(logits[:1, None], {"labels": labels[:1]})) == pytest.approx(0.2 * softplus(-2.0), rel=1e-6)
 
 
 def test_category_loss_leaves_unknown_out():
-    logits = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
+    logits = torch.tensor([[9.0, 1.0, -2.0], [9.0, 3.0, 4.0]])
     known = torch.tensor([[1.0, 0.0], [float("nan"), float("nan")]])
-    assert float(category_loss(logits, known)) == pytest.approx((softplus(-1.0) + softplus(-2.0)) / 2, rel=1e-6)
+    assert float(CategoryTerm().loss(logits, {"targets": known})) == pytest.approx((softplus(-1.0) + softplus(-2.0)) / 2, rel=1e-6)
 
 
 def test_pair_loss_is_a_soft_margin():
-    assert float(pair_loss(torch.tensor([2.0]), torch.tensor([-1.0]), 1.0)) == pytest.approx(softplus(-2.0), rel=1e-6)
-    assert float(pair_loss(torch.zeros(0), torch.zeros(0), 1.0)) == 0.0
+    logits, (pair, none) = (
+        torch.tensor([[2.0], [-1.0]]),
+        ({"unsafe_rows": torch.arange(n), "counterfactual_rows": torch.arange(n) + 1} for n in (1, 0)),
+    )
+    assert float(PairTerm(margin=1.0).loss(logits, pair)) == pytest.approx(softplus(-2.0), rel=1e-6)
+    assert float(PairTerm().loss(logits, none)) == 0.0
 
 
 class Words:

@@ -17,7 +17,7 @@ from conftest import ROOT, strict_json
 from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import Arm, Cell, CellError, Stock
 from guardkit.efficiency.curves import SWEPT, Curve, Scores, Yardstick, compare, samples_to_target
-from guardkit.efficiency.engine import BatchedEngine, FittedCell, chosen
+from guardkit.efficiency.engine import BatchedEngine, FittedCell, LinearProblem, chosen
 from guardkit.efficiency.results import CellStore, CellTable, FinishedCell, opened, run_cells
 from guardkit.fitting.objective import Objective
 from guardkit.heads import LinearHead
@@ -90,7 +90,7 @@ class World:
 
 
 def engine(strengths=(0.01, 0.1, 1.0), **settings):
-    return BatchedEngine(Objective(), strengths, lambda name, seed: LinearHead(DIM, 2), None, **settings)
+    return BatchedEngine(Objective(category_weight=0.0), strengths, lambda name, seed: LinearHead(DIM, 2), None, **settings)
 
 
 def fitted(world, folder, sizes=(4, 8, 16), seeds=range(6), arms=ARMS):
@@ -284,7 +284,7 @@ def test_images_without_several_views_are_taken_once(tmp_path):
     n = len(stock.subset_of(Cell("pairs_aug", "linear", 8, 0)).train["unsafe"])
     assert len(unpaired.train["labels"]) == 2 * n
     assert len(pairs.train["labels"]) == 6 * n
-    rows = engine().rows(pairs.train, LinearHead(DIM, 2))
+    rows = LinearProblem(Objective(), pairs.train, LinearHead(DIM, 2).features).rows(0)
     assert sorted(np.round(rows.shares[rows.bias == 1] * n, 9)) == [0.5] * n
     assert rows.shares.sum() == pytest.approx(2)  # decision and pairs
 
@@ -294,7 +294,14 @@ def test_a_cell_is_fitted_to_the_images_of_a_training(compose, arm):
     """The same arm, budget and seed: as many times the same embeddings, with every view in the training batch."""
     from guardkit.runs.objects import build
 
-    asked = ("data.n_unsafe=12", "data.variants_per_image=2", "data.all_views=true", "source.n_train=60", "source.n_test=9", "cache_dir=null")
+    asked = (
+        "data.n_unsafe=12",
+        "data.variants_per_image=2",
+        "data.all_views=true",
+        "source.n_train=60",
+        "source.n_test=9",
+        "cache_dir=null",
+    )
     data = build(compose("train", f"experiment={arm}", "seed=5", *asked)).data
     stock = Stock(data, [Arm(arm, data.negatives, data.transform, 2)], (4, 12), (0, 5))
     cell = stock.data_of(Cell(arm, "linear", 12, 5))

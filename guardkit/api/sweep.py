@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,8 @@ def sweep(
         device: of the batched engine: "auto", "cpu", "cuda".
         variants_per_image: counterfactuals of each image, where the arm does not say.
         batch_size, all_views, test_share, split_seed: as for `train_guard`; here a batch holds all images of a cell.
-        loss: prevalence, pair_weight and pair_margin, where they differ from the defaults of `GuardModule`.
+        loss: as for `train_guard`; here the category loss is left out unless `category_weight` is given, and the strengths are
+            in place of `l2`.
         optimizer: of heads that are not linear.
         linear_optimizer: of linear ones, with engine="lightning".
         trainer, early_stopping_patience, logger, cache_dir: as for `train_guard`.
@@ -137,7 +138,10 @@ def sweep(
     )
     check_choice("sweep.engine", engine, ENGINES)
     # the strengths are in place of loss.l2
-    objective = Objective.of({**(loss or {}), "category_weight": 0.0, "l2": 0.0})
+    objective = Objective.of({"category_weight": 0.0, **(loss or {}), "l2": 0.0})
+    for name, term in objective.terms.items():
+        if term.weight and not term.is_convex:
+            log.warning("loss.terms.%s is not convex: linear heads are trained as others are, by optimizer and trainer, not solved", name)
     recipe = Recipe(objective, optimizer, trainer or {}, early_stopping_patience)
     recipe.check()
     check_optimizer(linear_optimizer, "linear_optimizer")
@@ -163,7 +167,7 @@ def sweep(
                 "verifier": pipeline.verifier.config,
                 "edit_max_tries": pipeline.max_tries,
                 "data": data,
-                "loss": asdict(objective),
+                "loss": objective.settings,
                 "optimizer": named(optimizer),
                 "trainer": {name: str(value) for name, value in recipe.trainer.items()},
                 "early_stopping_patience": early_stopping_patience,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def train_guard(
             "head": [made.kind, made.config],
             "arm": [chosen.name, chosen.negatives, chosen.transform, chosen.variants_per_image or variants_per_image],
             "data": [n_unsafe, batch_size, all_views, test_share, split_seed, seed],
-            "loss": asdict(recipe.objective),
+            "loss": recipe.objective.settings,
             "trainer": {name: str(value) for name, value in recipe.trainer.items()},
             "optimizer": named(optimizer),
             "threshold": threshold,

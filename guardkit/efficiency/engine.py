@@ -1,6 +1,6 @@
 """From cells to fitted cells: the batched engine. Linear heads are solved to their optimum, others trained side by side.
 
-Every head is fitted with each strength of regularisation (the `l2` of `guardkit.fitting.module`), and the strength with the
+Every head is fitted with each strength of regularisation (the `l2` of `guardkit.fitting.objective`), and the strength with the
 smallest loss on the cell's validation images is kept. Those count in the label budget; test images are scored once,
 by the head that was kept.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ import torch
 from guardkit.data.arms import Batch
 from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import Cell, CellData, CellError
-from guardkit.efficiency.solver import Rows, decision_rows, fit_linear
+from guardkit.efficiency.solver import Curve, Rows, fit_linear, joined
 from guardkit.efficiency.stacked import Schedule, StackedHeads
 from guardkit.fitting.objective import Objective
+from guardkit.fitting.terms import Gaps, Term
 from guardkit.heads import Head, LinearHead
 
 
@@ -64,7 +65,7 @@ class BatchedEngine:
     """Fits cells side by side, on a CPU or a GPU, in bounded memory.
 
     Args:
-        objective: of every head; its category loss and its l2 are left out.
+        objective: of every head; the strengths are in place of its l2.
         strengths: of the regularisation, l2 above 0, to choose from.
         make_head: a new head by its name and a cell's seed.
         schedule: how heads that are not linear are trained.
@@ -84,8 +85,7 @@ class BatchedEngine:
         device: str = "cpu",
         tolerance: float = 1e-6,
     ) -> None:
-        # categories have outputs of their own: those of a linear head do not touch its decision
-        self._objective, self._strengths = replace(objective, category_weight=0.0, l2=0.0), tuple(strengths)
+        self._objective, self._strengths = objective, tuple(strengths)
         self._make_head, self._schedule = make_head, schedule
         self._device, self._tolerance = device, tolerance
 
@@ -95,7 +95,7 @@ class BatchedEngine:
         data = [one for _, one in cells]
         first = self._make_head(cells[0][0].head, cells[0][0].seed)
         fitted: Sequence[FittedCell | CellError]
-        if type(first) is LinearHead:  # starts alike for every seed; a subclass may compute something else
+        if is_solved(first, self._objective):
             fitted = self._fit_linear(first, data, test)
         else:
             heads = [first, *(self._make_head(cell.head, cell.seed) for cell, _ in cells[1:])]
@@ -104,36 +104,44 @@ class BatchedEngine:
         return [one if isinstance(one, CellError) else replace(one, seconds=seconds) for one in fitted]
 
     def _fit_linear(self, head: LinearHead, data: Sequence[CellData], test: TestSet) -> list[FittedCell | CellError]:
-        start = head.linear.weight[0].detach().double().numpy()
-        problems = [self.rows(one.train, head) for one in data]
-        solved = fit_linear(problems, np.array(self._strengths), start=start, device=self._device, tolerance=self._tolerance)
-        # of the embeddings themselves: features are a linear map of them
-        weights = solved.weights @ head.features(torch.eye(len(start), dtype=torch.double)).numpy().T
-        bias = solved.bias
-        on_validation = [one.validation["embeddings"].double().numpy() @ weights[i].T + bias[i] for i, one in enumerate(data)]
+        """Every column of the head by itself: the decision, and each category that a term reads."""
+        starts, strengths = head.linear.weight.detach().double().numpy(), np.array(self._strengths)
+        width = starts.shape[1]
+        back = head.features(torch.eye(width, dtype=torch.double)).numpy().T  # features are a linear map of the embeddings
+        problems = [LinearProblem(self._objective, one.train, head.features) for one in data]
+        validation = [one.validation["embeddings"].double().numpy() for one in data]
+        on_validation = [np.zeros((len(strengths), len(vectors), len(starts))) for vectors in validation]
+        objectives, gradients = np.zeros((len(data), len(strengths))), np.zeros((len(data), len(strengths)))
+        for column in sorted(problems[0].columns, reverse=True):  # to the decision, which is always read
+            rows = [one.rows(column) for one in problems]
+            solved = fit_linear(rows, strengths, start=starts[column], device=self._device, tolerance=self._tolerance)
+            weights, bias = solved.weights @ back, solved.bias
+            objectives, gradients = objectives + solved.objective, np.maximum(gradients, solved.gradient)
+            for i, vectors in enumerate(validation):
+                on_validation[i][..., column] = (vectors @ weights[i].T + bias[i]).T
         losses = [
-            np.array([self.loss(torch.from_numpy(logits[:, j].copy()), one.validation) for j in range(logits.shape[1])])
-            for logits, one in zip(on_validation, data, strict=True)
+            np.array([float(self._objective.loss(logits, one.validation)) for logits in torch.from_numpy(each)])
+            for each, one in zip(on_validation, data, strict=True)
         ]
         best = [chosen(mine, self._strengths) for mine in losses]
-        rows = np.arange(len(data))
+        cells = np.arange(len(data))
         # in single precision, as the embeddings are: what is kept of a cell is mostly this
         on_test, on_twins = (
-            (vectors @ weights[rows, best].T + bias[rows, best]).astype(np.float32) for vectors in (test.embeddings, test.counterfactuals)
+            (vectors @ weights[cells, best].T + bias[cells, best]).astype(np.float32) for vectors in (test.embeddings, test.counterfactuals)
         )
         return [
             FittedCell(
                 chosen=best[i],
                 validation_losses=losses[i],
-                objectives=solved.objective[i],
-                gradients=solved.gradient[i],
+                objectives=objectives[i],
+                gradients=gradients[i],
                 logits=on_test[:, i],
                 twin_logits=on_twins[:, i],
-                validation_logits=on_validation[i][:, best[i]],
+                validation_logits=on_validation[i][best[i], :, 0],
                 validation_labels=one.validation["labels"].numpy(),
                 seconds=0.0,
             )
-            if np.isfinite(losses[i]).all() and np.isfinite(solved.objective[i]).all()
+            if np.isfinite(losses[i]).all() and np.isfinite(objectives[i]).all()
             else CellError("its loss is not finite; lower loss.pair_weight or loss.pair_margin")
             for i, one in enumerate(data)
         ]
@@ -172,25 +180,65 @@ class BatchedEngine:
             )
         return fitted
 
-    def rows(self, batch: Batch, head: LinearHead) -> Rows:
-        """What a linear head is fitted to on a batch."""
-        # an image that stands beside several counterfactuals is several times in the batch; once with more weight is the same
-        images = torch.cat([batch["embeddings"], batch["labels"][:, None]], dim=1).numpy()
-        as_bytes = np.ascontiguousarray(images).view(np.dtype((np.void, images.itemsize * images.shape[1])))[:, 0]
-        _, first, place, counts = np.unique(as_bytes, return_index=True, return_inverse=True, return_counts=True)
-        return decision_rows(
-            head.features(batch["embeddings"][first].double()).numpy(),
-            batch["labels"].numpy()[first],
-            place[torch.stack([batch["unsafe_rows"], batch["counterfactual_rows"]], dim=1).numpy()],
-            counts=counts,
-            prevalence=self._objective.prevalence,
-            pair_weight=self._objective.pair_weight,
-            pair_margin=self._objective.pair_margin,
-        )
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> float:
-        """The loss that chooses the strength: that of `GuardModule` on the decision, of (n,) logits."""
-        return float(self._objective.loss(logits[:, None], {**batch, "labels": batch["labels"].to(logits)}))
+class LinearProblem:
+    """What the columns of a linear head are fitted to on a batch.
+
+    Args:
+        objective: convex.
+        batch: see `guardkit.data.arms.assemble`.
+        features: of embeddings: what the weights are multiplied with.
+
+    Attributes:
+        columns: that a term reads; 0 is the decision.
+    """
+
+    def __init__(self, objective: Objective, batch: Batch, features: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        # an image that stands beside several counterfactuals is several times in the batch; once with more weight is the same
+        images = batch["embeddings"].numpy()
+        as_bytes = np.ascontiguousarray(images).view(np.dtype((np.void, images.itemsize * images.shape[1])))[:, 0]
+        _, first, self._place = np.unique(as_bytes, return_index=True, return_inverse=True)
+        self._vectors = features(batch["embeddings"][first].double()).numpy()
+        self._terms = [(term, term.gaps(batch)) for term in objective.active]
+        self._all = range(1 + batch["targets"].shape[1])
+        self.columns = {column for _, gaps in self._terms for column in self._columns(gaps)}
+
+    def _columns(self, gaps: Gaps) -> Sequence[int]:
+        return self._all[gaps.columns] if isinstance(gaps.columns, slice) else [self._all[gaps.columns]]
+
+    def rows(self, column: int) -> Rows:
+        """Of one column, those of all its terms."""
+        here = [(term, gaps, self._columns(gaps).index(column)) for term, gaps in self._terms if column in self._columns(gaps)]
+        return joined([self._rows_of(*one) for one in here], self._vectors.shape[1])
+
+    def _rows_of(self, term: Term, gaps: Gaps, i: int) -> Rows:
+        """Of one term, the i-th of its columns."""
+        labels, shares = (np.atleast_2d(each.numpy().T)[i] for each in (gaps.labels, gaps.shares(term.weight)))
+        at, signs = np.flatnonzero(shares), np.where(labels == 1, 1.0, -1.0)
+        place = self._place if gaps.rows is None else self._place[gaps.rows.numpy()]
+        if gaps.others is None:
+            _, kinds = np.unique(shares[at], return_inverse=True)
+            _, kept, counts = np.unique((2 * place[at] + (signs[at] > 0)) * (len(at) + 1) + kinds, return_index=True, return_counts=True)
+            at = at[kept]
+            z, bias, shares = self._vectors[place[at]], signs[at], counts * shares[at]
+        else:
+            z = self._vectors[place[at]] - self._vectors[self._place[gaps.others.numpy()][at]]
+            bias, shares = np.zeros(len(at)), shares[at]
+        margin = term.softplus_margin()
+        curves = [(slice(0, len(at)), _curve(term, signs[at]))] if margin is None else []
+        return Rows(signs[at, None] * z, bias, np.full(len(at), margin or 0.0), shares, curves)
+
+
+def _curve(term: Term, signs: np.ndarray) -> Curve:
+    """A term's function of what rows lack, their gaps with the sign turned."""
+    turned = torch.from_numpy(-signs)
+    labels = (turned < 0).double()
+    return lambda lack: term.each(turned * lack, labels)
+
+
+def is_solved(head: Head, objective: Objective) -> TypeGuard[LinearHead]:
+    """Whether a head is brought to its optimum; others are trained. A subclass of the linear head may compute something else."""
+    return type(head) is LinearHead and objective.is_convex
 
 
 def chosen(losses: np.ndarray, strengths: Sequence[float]) -> int:

@@ -14,11 +14,10 @@ import torch
 from guardkit.data.arms import Arm
 from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import Cell, CellData, CellError
-from guardkit.efficiency.engine import FittedCell, chosen
+from guardkit.efficiency.engine import FittedCell, chosen, is_solved
 from guardkit.fitting.module import Diverged
 from guardkit.fitting.parts import HeadFactory, Parts, new_head
 from guardkit.fitting.recipe import OptimizerFactory, Recipe
-from guardkit.heads import LinearHead
 
 LBFGS: OptimizerFactory = partial(
     torch.optim.LBFGS, lr=1.0, max_iter=2000, tolerance_grad=1e-6, tolerance_change=1e-12, history_size=20, line_search_fn="strong_wolfe"
@@ -74,12 +73,12 @@ class LightningEngine:
         try:
             for l2 in self._strengths:
                 head = new_head(self._heads[cell.head], parts, cell.seed)
-                recipe = self._linear if type(head) is LinearHead else self._recipe
+                recipe = self._linear if is_solved(head, self._recipe.objective) else self._recipe
                 fitted = replace(recipe, objective=replace(recipe.objective, l2=l2)).fit(head, parts)
                 guards.append(fitted.guard)
                 losses.append(fitted.best_loss)
                 with torch.no_grad():
-                    objectives.append(float(fitted.module.loss(next(parts.data.batches(1))) + fitted.module.penalty()))
+                    objectives.append(float(fitted.module.penalised_loss(next(parts.data.batches(1)))))
             validation = parts.data.validation_batch()
         finally:
             parts.data.close()

@@ -1,13 +1,13 @@
 """Fits many linear heads at once, each to the optimum of its convex objective. Knows arrays, not arms or images.
 
-The objective is the one of `guardkit.fitting.module` for the decision of a linear head: for weights w, a bias b and rows z,
+The objective is that of one column of a linear head, the decision or a category: for weights w, a bias b and rows z,
 
-    J(w, b) = sum_i  a_i softplus(m_i - s_i (z_i . w + e_i b))  +  l2 / 2 |w - w0|^2
+    J(w, b) = sum_i  a_i f_i(m_i - s_i (z_i . w + e_i b))  +  l2 / 2 |w - w0|^2
 
-A labelled image is a row with s = +1 (unsafe) or -1 (safe), margin m = 0 and e = 1; its softplus is the cross-entropy of
-its label. A pair is the row z(unsafe) - z(counterfactual) with s = +1, e = 0 and the pair loss's margin. Shares a_i hold
-class and pair weights; w0 is where the head starts (zero, or the policy's texts). With l2 > 0 and at least one row of
-each label the optimum exists and is unique.
+A row is a gap of a term of `guardkit.fitting.terms` with its share a_i: an image, with e = 1, or the difference of two, with e = 0;
+s is +1 where the gap shall be high and -1 where it shall be low. f is the softplus, with the term's margin m (cross-entropy is
+one with m = 0), or another convex function. w0 is where the head starts (zero, or the policy's texts). With l2 > 0 and a row of each
+sign among the images the optimum exists and is unique; without one the bias grows until its own small penalty holds it.
 
 The method is L-BFGS (Liu and Nocedal, 1989) whose first matrix is the exact curvature, renewed every few steps. It needs
 hardly more steps than Newton's method, and far fewer curvatures, which are most of the work. Those are in single precision:
@@ -39,6 +39,8 @@ _BIAS_RIDGE = 1e-10
 # share of the mean curvature that single precision may get wrong, added to every direction
 _ROUNDING = 3e-7
 
+Curve = Callable[[torch.Tensor], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -46,15 +48,17 @@ class Rows:
 
     Attributes:
         vectors: (m, d), already multiplied by the sign s.
-        bias: (m,), s for images and 0 for pairs.
+        bias: (m,), s for images and 0 for differences.
         margins: (m,).
         shares: (m,) the weights a_i, at least 0.
+        curves: f of the rows that have another one than the softplus: what they lack -> losses, number by number.
     """
 
     vectors: np.ndarray
     bias: np.ndarray
     margins: np.ndarray
     shares: np.ndarray
+    curves: Sequence[tuple[slice, Curve]] = ()
 
 
 @dataclass(frozen=True)
@@ -140,38 +144,16 @@ class TorchProducts:
         return (scaled.mT @ scaled).cpu().numpy()
 
 
-def decision_rows(
-    embeddings: np.ndarray,
-    labels: np.ndarray,
-    pairs: np.ndarray,
-    *,
-    counts: np.ndarray | None = None,
-    prevalence: float = 0.5,
-    pair_weight: float = 1.0,
-    pair_margin: float = 1.0,
-) -> Rows:
-    """The rows of a labelled set, weighted as `guardkit.fitting.objective` weights them.
-
-    Args:
-        embeddings: (n, d), scaled as the head scales them.
-        labels: (n,) 1 = unsafe, 0 = safe.
-        pairs: (p, 2) int: rows of an unsafe image and of its counterfactual.
-        counts: (n,) how often each image is in the set; None: once.
-        prevalence: share of unsafe images to train for, in (0, 1).
-        pair_weight: of the pair loss beside cross-entropy.
-        pair_margin: between an unsafe image and its counterfactual, in logits.
-    """
-    signs = np.where(labels == 1, 1.0, -1.0)
-    counts = np.ones(len(labels)) if counts is None else counts
-    n_unsafe, n_safe = max(1, counts[labels == 1].sum()), max(1, counts[labels == 0].sum())
-    shares = counts * np.where(labels == 1, prevalence / n_unsafe, (1 - prevalence) / n_safe)
-    vectors, bias, margins = signs[:, None] * embeddings, signs, np.zeros(len(labels))
-    if len(pairs) and pair_weight:
-        vectors = np.concatenate([vectors, embeddings[pairs[:, 0]] - embeddings[pairs[:, 1]]])
-        bias = np.concatenate([bias, np.zeros(len(pairs))])
-        margins = np.concatenate([margins, np.full(len(pairs), pair_margin)])
-        shares = np.concatenate([shares, np.full(len(pairs), pair_weight / len(pairs))])
-    return Rows(vectors, bias, margins, shares)
+def joined(parts: Sequence[Rows], width: int) -> Rows:
+    """Rows of several terms beneath each other, d = width."""
+    curves, n = [], 0
+    for part in parts:
+        curves += [(slice(n + where.start, n + where.stop), curve) for where, curve in part.curves]
+        n += len(part.shares)
+    bias, margins, shares = (
+        np.concatenate([np.zeros(0), *(getattr(part, name) for part in parts)]) for name in ("bias", "margins", "shares")
+    )
+    return Rows(np.concatenate([np.zeros((0, width)), *(part.vectors for part in parts)]), bias, margins, shares, curves)
 
 
 def logistic(lack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -233,7 +215,7 @@ def _path(rows: Rows, l2: np.ndarray, start: np.ndarray | None, products: Callab
     m, d = vectors.shape
     basis = np.linalg.qr(vectors.T)[0] if m < d else None  # fewer rows than dimensions: solve in their span
     z = np.concatenate([vectors if basis is None else vectors @ basis, rows.bias[:, None]], axis=1)
-    search = _Search(products(z), z.shape, np.asarray(rows.shares, np.float64), margins, tolerance)
+    search = _Search(products(z), z.shape[1], _Losses(rows.curves), np.asarray(rows.shares, np.float64), margins, tolerance)
     thetas, objective, gradient = np.zeros((len(l2), z.shape[1])), np.zeros(len(l2)), np.zeros(len(l2))
     for j in np.argsort(-l2, kind="stable"):
         thetas[j], objective[j], gradient[j] = search.solve(float(l2[j]))
@@ -251,6 +233,33 @@ def _path(rows: Rows, l2: np.ndarray, start: np.ndarray | None, products: Callab
     )
 
 
+class _Losses:
+    """The losses of rows and their derivatives, by what each row lacks."""
+
+    def __init__(self, curves: Sequence[tuple[slice, Curve]]) -> None:
+        self._curves = curves
+
+    def at(self, lack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(m,) losses and (m,) slopes."""
+        losses, slopes = logistic(lack)
+        for where, curve in self._curves:
+            there = torch.from_numpy(lack[where])
+            losses[where], slopes[where] = curve(there).numpy(), _derivative(curve)(there).numpy()
+        return losses, slopes
+
+    def curvatures(self, shares: np.ndarray, slopes: np.ndarray, lack: np.ndarray) -> np.ndarray:
+        """(m,) shares times second derivatives, at least 0; `slopes` are those at `lack`."""
+        found = shares * slopes * (1 - slopes)
+        for where, curve in self._curves:
+            found[where] = shares[where] * _derivative(_derivative(curve))(torch.from_numpy(lack[where])).clamp(min=0).numpy()
+        return found
+
+
+def _derivative(curve: Curve) -> Curve:
+    """Number by number, which the gradient of the sum is."""
+    return torch.func.grad(lambda lack: curve(lack).sum())
+
+
 class _Search:
     """Minimises one problem for one penalty after the other, each from where the last one ended.
 
@@ -258,9 +267,9 @@ class _Search:
         n_curvatures, n_products: so far.
     """
 
-    def __init__(self, products: Products, shape: tuple[int, int], shares: np.ndarray, margins: np.ndarray, tolerance: float) -> None:
-        self._products, self._shares, self._margins, self._tolerance = products, shares, margins, tolerance
-        self._theta, self._pull = np.zeros(shape[1]), np.zeros(shape[0])  # the head, and z @ theta
+    def __init__(self, products: Products, width: int, losses: _Losses, shares: np.ndarray, margins: np.ndarray, tolerance: float) -> None:
+        self._products, self._losses, self._shares, self._margins, self._tolerance = products, losses, shares, margins, tolerance
+        self._theta, self._pull = np.zeros(width), np.zeros(len(shares))  # the head, and z @ theta
         self._curvature: np.ndarray | None = None
         self._n_since = 0  # steps since it was taken
         self.n_curvatures = self.n_products = 0
@@ -269,13 +278,13 @@ class _Search:
         """(r,) the head, its objective and its largest gradient entry."""
         ridge = np.full(len(self._theta), l2)
         ridge[-1] = _BIAS_RIDGE
-        value, sigmoid = self._value(ridge, self._theta, self._pull)
-        gradient = self._gradient(ridge, sigmoid)
+        value, slopes = self._value(ridge, self._theta, self._pull)
+        gradient = self._gradient(ridge, slopes)
         memory: list[tuple[np.ndarray, np.ndarray, float]] = []
         factor = None
         for _ in range(_MAX_STEPS):
             if factor is None or self._n_since >= _RENEW:
-                factor, memory = self._factor(ridge, sigmoid), []
+                factor, memory = self._factor(ridge, slopes), []
             step = -_two_loops(gradient, memory, factor)
             slope = float(gradient @ step)
             if -slope <= 2 * self._tolerance * value:
@@ -283,13 +292,13 @@ class _Search:
             self._n_since += 1
             before = gradient
             self.n_products += 1
-            length, value, sigmoid = self._line_search(ridge, value, step, self._products.times(step), slope)
+            length, value, slopes = self._line_search(ridge, value, step, self._products.times(step), slope)
             if not length:
                 if self._n_since == 1:
                     break
                 self._n_since = _RENEW  # an old curvature misled it
                 continue
-            gradient = self._gradient(ridge, sigmoid)
+            gradient = self._gradient(ridge, slopes)
             change = gradient - before
             curvature = length * float(step @ change)
             if curvature > 0:
@@ -297,20 +306,20 @@ class _Search:
         return self._theta.copy(), value, float(np.abs(gradient).max())
 
     def _value(self, ridge: np.ndarray, theta: np.ndarray, pull: np.ndarray) -> tuple[float, np.ndarray]:
-        """J, and the (m,) sigmoids of m_i - pull_i, which are the slopes of the rows' losses."""
-        losses, sigmoid = logistic(self._margins - pull)
-        return float(self._shares @ losses + 0.5 * (ridge * theta) @ theta), sigmoid
+        """J, and the (m,) slopes of the rows' losses."""
+        losses, slopes = self._losses.at(self._margins - pull)
+        return float(self._shares @ losses + 0.5 * (ridge * theta) @ theta), slopes
 
-    def _gradient(self, ridge: np.ndarray, sigmoid: np.ndarray) -> np.ndarray:
+    def _gradient(self, ridge: np.ndarray, slopes: np.ndarray) -> np.ndarray:
         self.n_products += 1
-        return ridge * self._theta - self._products.transposed(self._shares * sigmoid)
+        return ridge * self._theta - self._products.transposed(self._shares * slopes)
 
-    def _factor(self, ridge: np.ndarray, sigmoid: np.ndarray) -> tuple[np.ndarray, bool]:
+    def _factor(self, ridge: np.ndarray, slopes: np.ndarray) -> tuple[np.ndarray, bool]:
         """Of the curvature, taken anew if the last one is old, and the penalty."""
         if self._curvature is None or self._n_since >= _RENEW:
             self.n_curvatures += 1
             self._n_since = 0
-            self._curvature = self._products.curvature(self._shares * sigmoid * (1 - sigmoid))
+            self._curvature = self._products.curvature(self._losses.curvatures(self._shares, slopes, self._margins - self._pull))
         matrix = self._curvature.astype(np.float64)
         diagonal = np.einsum("ii->i", matrix)
         extra = _ROUNDING * max(float(diagonal.mean()), 0.0)
@@ -325,15 +334,15 @@ class _Search:
     def _line_search(
         self, ridge: np.ndarray, value: float, step: np.ndarray, along: np.ndarray, slope: float
     ) -> tuple[float, float, np.ndarray]:
-        """Goes along a step to where the strong Wolfe conditions hold: the length, the objective and the sigmoids there.
+        """Goes along a step to where the strong Wolfe conditions hold: the length, the objective and the slopes there.
 
         `along` is z @ step. A length of 0: rounding leaves no descent.
         """
         low, high, length = 0.0, np.inf, 1.0
         for _ in range(_MAX_TRIALS):
             theta, pull = self._theta + length * step, self._pull + length * along
-            after, sigmoid = self._value(ridge, theta, pull)
-            slope_there = float((ridge * theta) @ step - (self._shares * sigmoid) @ along)
+            after, slopes = self._value(ridge, theta, pull)
+            slope_there = float((ridge * theta) @ step - (self._shares * slopes) @ along)
             # rounding forbids a descent below the last bits of the value
             too_far = after > value + _ARMIJO * length * slope + 1e-15 * abs(value) or slope_there > -_WOLFE * slope
             if not too_far and slope_there >= _WOLFE * slope:
@@ -346,7 +355,7 @@ class _Search:
         else:
             return 0.0, value, self._value(ridge, self._theta, self._pull)[1]
         self._theta, self._pull = theta, pull
-        return length, after, sigmoid
+        return length, after, slopes
 
 
 def _two_loops(gradient: np.ndarray, memory: Sequence[tuple[np.ndarray, np.ndarray, float]], factor: tuple[np.ndarray, bool]) -> np.ndarray:

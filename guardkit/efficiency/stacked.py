@@ -9,19 +9,20 @@ which epoch is kept and when to stop.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
-from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from guardkit.data.arms import Batch
 from guardkit.efficiency.cells import CellData
 from guardkit.fitting.module import divergence
-from guardkit.fitting.objective import Objective
+from guardkit.fitting.objective import Objective, penalised, start_of
+from guardkit.fitting.terms import Gaps
 from guardkit.heads import Head
 
 _CHUNK_BYTES = 384 << 20
@@ -52,28 +53,26 @@ class _Problems:
     """Batches of several models, padded to one shape; padding has no weight."""
 
     def __init__(self, batches: Sequence[Batch], objective: Objective, device: str) -> None:
-        n = max(len(one["labels"]) for one in batches)
-        p = max(1, max(len(one["unsafe_rows"]) for one in batches))
-        d = batches[0]["embeddings"].shape[1]
-        self.embeddings = torch.zeros(len(batches), n, d, device=device)
-        self.labels, self.shares = torch.zeros(len(batches), n, device=device), torch.zeros(len(batches), n, device=device)
-        self.pairs = torch.zeros(len(batches), p, 2, dtype=torch.long, device=device)
-        self.pair_shares = torch.zeros(len(batches), p, device=device)
-        self.margin = objective.pair_margin
-        for i, one in enumerate(batches):
-            labels, pairs = one["labels"], torch.stack([one["unsafe_rows"], one["counterfactual_rows"]], dim=1)
-            unsafe = labels == 1
-            self.embeddings[i, : len(labels)], self.labels[i, : len(labels)] = one["embeddings"], labels
-            each = objective.prevalence / unsafe.sum().clamp(min=1), (1 - objective.prevalence) / (~unsafe).sum().clamp(min=1)
-            self.shares[i, : len(labels)] = torch.where(unsafe, *each)
-            self.pairs[i, : len(pairs)] = pairs
-            self.pair_shares[i, : len(pairs)] = objective.pair_weight / max(1, len(pairs))
+        def padded(parts: Iterable[Tensor]) -> Tensor:
+            return pad_sequence(list(parts), batch_first=True).to(device)
+
+        self.embeddings = padded(one["embeddings"] for one in batches)
+        self._terms = []
+        for term in objective.active:
+            found = [term.gaps(one) for one in batches]
+            shares = padded(one.shares(term.weight) for one in found).to(self.embeddings.dtype)
+            labels = padded(one.labels for one in found)
+            rows, others = (
+                None if getattr(found[0], name) is None else padded(getattr(one, name) for one in found) for name in ("rows", "others")
+            )
+            self._terms.append((term, Gaps(labels, (), found[0].columns, rows, others), shares))
 
     def losses(self, logits: Tensor) -> Tensor:
-        """(m, n) decision logits -> (m,) losses."""
-        cross = functional.binary_cross_entropy_with_logits(logits, self.labels, reduction="none")
-        unsafe, twin = logits.gather(1, self.pairs[..., 0]), logits.gather(1, self.pairs[..., 1])
-        return (self.shares * cross).sum(dim=1) + (self.pair_shares * functional.softplus(self.margin - (unsafe - twin))).sum(dim=1)
+        """(m, n, 1 + k) logits -> (m,) losses."""
+        total = logits.new_zeros(len(logits))
+        for term, gaps, shares in self._terms:
+            total = total + (shares * term.each(gaps.values(logits), gaps.labels)).flatten(1).sum(dim=1)
+        return total
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class StackedHeads:
 
     Args:
         schedule: optimizer, epochs, validations.
-        objective: of every head; its category loss is left out, and each head has an l2 of its own.
+        objective: of every head; each has an l2 of its own.
         device: where to compute.
     """
 
@@ -138,21 +137,18 @@ class StackedHeads:
         parameters, buffers = stack_module_state(list(heads))
         state = {name: value.detach().to(self._device).requires_grad_() for name, value in parameters.items()}
         shared = {name: value[0].to(self._device) for name, value in buffers.items()}
-        start = {name: value.detach().clone() for name, value in state.items() if value.ndim > 2}
+        start = start_of(state, 1)
         l2 = torch.tensor(strengths, device=self._device)
 
         def one(values: dict[str, Tensor], embeddings: Tensor) -> Tensor:
-            return functional_call(base, {**values, **shared}, (embeddings,))[:, 0]
+            return functional_call(base, {**values, **shared}, (embeddings,))
 
         forward = vmap(one, randomness="different")
         train = _Problems([cell.train for cell in data], self._objective, self._device)
         validation = _Problems([cell.validation for cell in data], self._objective, self._device)
 
         def objective() -> Tensor:
-            losses = train.losses(forward(state, train.embeddings))
-            for name, there in start.items():
-                losses = losses + 0.5 * l2 * (state[name] - there).flatten(1).square().sum(dim=1)
-            return losses
+            return penalised(train.losses(forward(state, train.embeddings)), state, start, l2)
 
         optimizer = self._schedule.optimizer(list(state.values()))
         best = {name: value.detach().clone() for name, value in state.items()}
@@ -195,8 +191,8 @@ class StackedHeads:
             trained = []
             for i, cell in enumerate(data):
                 alone = {name: value[i : i + 1] for name, value in best.items()}
-                on_test = [forward(alone, one[None])[0].cpu().numpy() for one in images]
-                on_validation = logits[i, : len(cell.validation["labels"])].cpu().numpy()
+                on_test = [forward(alone, one[None])[0, :, 0].cpu().numpy() for one in images]
+                on_validation = logits[i, : len(cell.validation["labels"]), 0].cpu().numpy()
                 left = int(left_finite[i])
                 why = divergence(left, optimizer.param_groups[0]["lr"], strengths[i]) if left else None
                 trained.append(Trained(float(best_losses[i]), float(reached[i]), on_validation, on_test, why))

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from guardkit.checks import check_same
 from guardkit.classifier import GuardClassifier
 from guardkit.data.datamodule import Batch, GuardDataModule
-from guardkit.fitting.objective import Objective
+from guardkit.fitting.objective import Objective, penalised, start_of
 from guardkit.heads import Head
 from guardkit.metrics.operating_points import operating_points, operating_threshold
 from guardkit.progress import progress
@@ -80,7 +80,7 @@ class GuardModule(L.LightningModule):
         self.objective = objective or Objective()
         self.threshold = threshold
         self.test_figures: dict[str, Any] = {}
-        self._start = {name: value.detach().clone() for name, value in head.named_parameters() if value.ndim > 1}
+        self._start = start_of(dict(head.named_parameters()))
         self._coins: Tensor | None = None
 
     def check_finite(self, loss: float, epoch: int) -> None:
@@ -89,21 +89,19 @@ class GuardModule(L.LightningModule):
             raise Diverged(divergence(epoch, self.trainer.optimizers[0].param_groups[0]["lr"], self.objective.l2))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Decision, category and pair loss of a batch: what validation compares."""
+        """The loss of a batch: what validation compares."""
         return self.objective.loss(self.head(batch["embeddings"]), batch)
 
-    def penalty(self) -> Tensor:
-        """The pull towards the start; it belongs to the training objective and not to what validation compares."""
-        pulled = [(value, self._start[name].to(value)) for name, value in self.head.named_parameters() if name in self._start]
-        return 0.5 * self.objective.l2 * torch.stack([(value - start).square().sum() for value, start in pulled]).sum()
+    def penalised_loss(self, batch: Batch) -> Tensor:
+        """With the pull towards the start, which belongs to the training objective and not to what validation compares."""
+        loss = self.loss(batch)
+        return penalised(loss, dict(self.head.named_parameters()), self._start, self.objective.l2) if self.objective.l2 else loss
 
     # --- Lightning's hooks ----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:  # noqa: ARG002
         """One batch's loss."""
-        loss = self.loss(batch)
-        if self.objective.l2:
-            loss = loss + self.penalty()
+        loss = self.penalised_loss(batch)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["labels"]))
         return loss
 
@@ -177,7 +175,7 @@ class GuardModule(L.LightningModule):
         return guard
 
     def _trained_for(self) -> dict[str, Any]:
-        return {"head": {"kind": self.head.kind, **self.head.config}, "loss": asdict(self.objective)}
+        return {"head": {"kind": self.head.kind, **self.head.config}, "loss": self.objective.settings}
 
 
 class BestHead(L.Callback):

@@ -1,15 +1,19 @@
-"""The training objective, on logits. Each class counts by a stated prevalence, not by how often it happens to occur."""
+"""What a head is trained for: the terms of `guardkit.fitting.terms` with their settings, and the pull towards the start.
+
+Each class counts by a stated prevalence, not by how often it happens to occur.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from guardkit.checks import check_number
+from guardkit.fitting.terms import CategoryTerm, DecisionTerm, PairTerm, Term
 from guardkit.schema import InputError
 
 
@@ -24,8 +28,9 @@ class Objective:
         category_weight: of the category loss, at least 0; 0 leaves it out.
         l2: at least 0; half of it times the squared distance of the weights from where they started is added: from zero for
             a linear head (ridge), from the policy's texts for a prompt head.
+        terms: further ones, by a name that settings and messages call them.
     Raises:
-        InputError: a value out of range.
+        InputError: a value out of range, or something that is no `Term`.
     """
 
     prevalence: float = 0.5
@@ -33,14 +38,19 @@ class Objective:
     pair_margin: float = 1.0
     category_weight: float = 0.5
     l2: float = 0.0
+    terms: Mapping[str, Term] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_number("loss.prevalence", self.prevalence, "(0, 1)")
         for name in ("pair_weight", "pair_margin", "category_weight", "l2"):
             check_number(f"loss.{name}", getattr(self, name), "[0, inf)")
+        for name, term in self.terms.items():
+            if not isinstance(term, Term):
+                raise InputError(f"loss.terms.{name} must be a guardkit.Term, got {term!r}; docs/extension has one")
+            check_number(f"loss.terms.{name}.weight", term.weight, "[0, inf)")
 
     @classmethod
-    def of(cls, settings: Mapping[str, float]) -> Objective:
+    def of(cls, settings: Mapping[str, Any]) -> Objective:
         """The objective with these settings in place of the defaults.
 
         Raises:
@@ -52,8 +62,28 @@ class Objective:
             raise InputError(f"there is no loss.{unknown[0]}; there are {', '.join(names)}")
         return cls(**settings)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """In plain values; further terms with their classes."""
+        known = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "terms"}
+        further = {
+            name: {"kind": f"{type(term).__module__}:{type(term).__qualname__}", **asdict(term)} for name, term in self.terms.items()
+        }
+        return known | ({"terms": further} if further else {})
+
+    @cached_property
+    def active(self) -> tuple[Term, ...]:
+        """All terms that count."""
+        own = (DecisionTerm(1.0, self.prevalence), CategoryTerm(self.category_weight), PairTerm(self.pair_weight, self.pair_margin))
+        return tuple(term for term in (*own, *self.terms.values()) if term.weight)
+
+    @property
+    def is_convex(self) -> bool:
+        """Whether linear heads have an optimum to be brought to."""
+        return all(term.is_convex for term in self.active)
+
     def loss(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """Decision, category and pair loss.
+        """All terms, without the pull towards the start.
 
         Args:
             logits: (n, 1 + k), the decision first.
@@ -61,59 +91,24 @@ class Objective:
         Returns:
             A scalar.
         """
-        decision = logits[:, 0]
-        total = decision_loss(decision, batch["labels"], self.prevalence)
-        if self.category_weight:
-            total = total + self.category_weight * category_loss(logits[:, 1:], batch["targets"])
-        if self.pair_weight:
-            pairs = pair_loss(decision[batch["unsafe_rows"]], decision[batch["counterfactual_rows"]], self.pair_margin)
-            total = total + self.pair_weight * pairs
+        total = logits.new_zeros(())
+        for term in self.active:
+            total = total + term.weight * term.loss(logits, batch)
         return total
 
 
-def decision_loss(logits: Tensor, labels: Tensor, prevalence: float) -> Tensor:
-    """Cross-entropy of the decision in a population with the given share of unsafe images.
+def start_of(weights: Mapping[str, Tensor], n_axes: int = 0) -> dict[str, Tensor]:
+    """Where weights are pulled to: a copy of all that are matrices. Biases and scales are free.
 
     Args:
-        logits: (n,) decision logits.
-        labels: (n,) float, 1 = unsafe, 0 = safe.
-        prevalence: share of unsafe images to train for, in (0, 1). Weighting the classes shifts the scores as a change
-            of prevalence would (Elkan, 2001, "The foundations of cost-sensitive learning").
-    Returns:
-        A scalar. A class that is missing from the batch adds nothing.
+        weights: of a head, or of several in one tensor each.
+        n_axes: in front of each for the heads.
     """
-    each = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    return prevalence * _mean(each, labels == 1) + (1 - prevalence) * _mean(each, labels == 0)
+    return {name: value.detach().clone() for name, value in weights.items() if value.ndim > n_axes + 1}
 
 
-def category_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Multi-label cross-entropy over the policy's categories, present and absent ones balanced.
-
-    Args:
-        logits: (n, k) category logits.
-        targets: (n, k) float, 1 = violated, 0 = not violated, NaN = unknown: left out.
-    """
-    known = ~targets.isnan()
-    each = functional.binary_cross_entropy_with_logits(logits, torch.nan_to_num(targets), reduction="none")
-    return (_mean(each, known & (targets == 1)) + _mean(each, known & (targets == 0))) / 2
-
-
-def pair_loss(unsafe_logits: Tensor, counterfactual_logits: Tensor, margin: float) -> Tensor:
-    """A soft margin between unsafe images and their counterfactuals: the mean of softplus(margin - (unsafe - counterfactual)).
-
-    The logistic form of the pairwise ranking loss (RankNet, Burges et al., 2005), shifted by a margin.
-
-    Args:
-        unsafe_logits: (p,) decision logits of unsafe images.
-        counterfactual_logits: (p,) those of their counterfactuals, in the same order.
-        margin: in logits, at least 0.
-    Returns:
-        A scalar; 0 when there is no pair.
-    """
-    if len(unsafe_logits) == 0:
-        return unsafe_logits.sum()
-    return functional.softplus(margin - (unsafe_logits - counterfactual_logits)).mean()
-
-
-def _mean(values: Tensor, where: Tensor) -> Tensor:
-    return torch.where(where, values, 0.0).sum() / where.sum().clamp(min=1)
+def penalised(loss: Tensor, weights: Mapping[str, Tensor], start: Mapping[str, Tensor], l2: float | Tensor) -> Tensor:
+    """The loss with the pull of the weights towards their start: of one head, or (m,) losses of m heads, each with its own l2."""
+    for name, there in start.items():
+        loss = loss + 0.5 * l2 * (weights[name] - there.to(weights[name])).flatten(loss.ndim).square().sum(-1)
+    return loss

@@ -26,6 +26,12 @@ def edits(cfg: DictConfig) -> Edits:
     return Edits(make(cfg.editor), make(cfg.instructor), factory(cfg.verifier), cfg.edit_batch_size, cfg.edit_max_tries)
 
 
+def loss(cfg: DictConfig) -> dict[str, Any]:
+    """Settings of the objective, its further terms as objects."""
+    terms = cfg.loss.get("terms") or {}
+    return plain(cfg.loss) | ({"terms": {name: make(term) for name, term in terms.items()}} if terms else {})
+
+
 def data(cfg: DictConfig) -> dict[str, Any]:
     """Settings of the data module that the arms of a comparison share."""
     return {name: cfg.data[name] for name in ("variants_per_image", "batch_size", "all_views", "test_share", "split_seed")}

@@ -12,7 +12,7 @@ from guardkit.checks import is_list
 from guardkit.data.arms import Arm
 from guardkit.runs.hydra import cache_dir, factory, make, plain, policy
 from guardkit.runs.loggers import check_logger, logger_of
-from guardkit.runs.objects import data, edits
+from guardkit.runs.objects import data, edits, loss
 from guardkit.schema import InputError
 
 
@@ -42,7 +42,7 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> SweepReport:
         seed=cfg.seed,
         editor=edits(cfg),
         **data(cfg),
-        loss=plain(cfg.loss),
+        loss=loss(cfg),
         optimizer=factory(cfg.optimizer),
         linear_optimizer=factory(cfg.linear_optimizer),
         trainer=plain(cfg.trainer),

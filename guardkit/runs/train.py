@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from guardkit.api.train import TrainingReport, train_guard
 from guardkit.runs.hydra import cache_dir, factory, make, plain, policy
 from guardkit.runs.loggers import check_logger, logger_of
-from guardkit.runs.objects import arm, data, edits
+from guardkit.runs.objects import arm, data, edits, loss
 
 
 def run(cfg: DictConfig, settings: Any, folder: Path) -> TrainingReport:
@@ -34,7 +34,7 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> TrainingReport:
         n_unsafe=cfg.data.n_unsafe,
         seed=cfg.seed,
         threshold=cfg.threshold,
-        loss=plain(cfg.loss),
+        loss=loss(cfg),
         optimizer=factory(cfg.optimizer),
         trainer=plain(cfg.trainer),
         early_stopping_patience=cfg.early_stopping_patience,
