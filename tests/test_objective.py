@@ -139,7 +139,7 @@ def swept(arguments, folder, loss, engine, heads):
     guardkit.sweep(**arguments, **few, output_dir=folder, loss=loss, engine=engine, heads=heads, trainer=EPOCHS, early_stopping_patience=99)
     cells = [Cell("pairs_aug", head, N_UNSAFE, 0) for head in heads]
     found = CellStore(folder).get(cells)
-    return {cell.head: found[cell].fitted for cell in cells}
+    return {cell.head: found[cell] for cell in cells}
 
 
 LOSSES = {

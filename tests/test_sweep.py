@@ -15,10 +15,10 @@ import pytest
 from conftest import ROOT, strict_json
 
 from guardkit.data.datamodule import TestSet
-from guardkit.efficiency.cells import Arm, Cell, CellError, Stock
-from guardkit.efficiency.curves import SWEPT, Curve, Scores, Yardstick, compare, samples_to_target
+from guardkit.efficiency.cells import COUNTS, Arm, Cell, CellError, Stock
+from guardkit.efficiency.curves import SWEPT, Curve, Yardstick, compare, samples_to_target
 from guardkit.efficiency.engine import BatchedEngine, FittedCell, LinearProblem, chosen
-from guardkit.efficiency.results import CellStore, CellTable, FinishedCell, opened, run_cells
+from guardkit.efficiency.results import CellStore, CellTable, opened, run_cells
 from guardkit.fitting.objective import Objective
 from guardkit.heads import LinearHead
 from guardkit.metrics.draws import GroupDraws
@@ -103,11 +103,11 @@ def fitted(world, folder, sizes=(4, 8, 16), seeds=range(6), arms=ARMS):
 
 def measured(stock, finished, metric, n_resamples=300):
     yardstick = Yardstick(metric, stock.test, GroupDraws([record.group for record in stock.test.records], n_resamples=n_resamples))
-    points = {}
+    parts = {}
     for (arm, size), cells in groupby(sorted(finished, key=lambda cell: (cell.arm, cell.n_unsafe)), lambda cell: (cell.arm, cell.n_unsafe)):
-        scores = [Scores(finished[cell].fitted.logits, finished[cell].fitted.twin_logits, 0.0) for cell in cells]
-        points.setdefault(arm, {})[size] = yardstick.point(scores)
-    return {arm: Curve.of(points[arm]) for arm in NAMES if arm in points}
+        mine = [finished[cell] for cell in cells]
+        parts.setdefault(arm, []).append(yardstick.curve(size, mine, [0.0] * len(mine)))
+    return {arm: Curve.joined(parts[arm]) for arm in NAMES if arm in parts}
 
 
 # --- what may be concluded ---------------------------------------------------------------------------------------------------
@@ -239,9 +239,10 @@ def test_stored_cells_come_back_as_they_were(tmp_path):
     again = CellStore(tmp_path).get(list(finished))
     assert set(again) == set(finished)
     for cell, one in finished.items():
-        assert again[cell].fitted.chosen == one.fitted.chosen
-        np.testing.assert_array_equal(again[cell].fitted.logits, one.fitted.logits)
-        assert again[cell].n_safe == one.n_safe == 4
+        assert again[cell].chosen == one.chosen
+        np.testing.assert_array_equal(again[cell].logits, one.logits)
+        assert again[cell].counts == one.counts
+        assert one.counts["n_safe"] == 4
 
 
 def test_memory_does_not_grow_with_the_number_of_cells(tmp_path):
@@ -256,14 +257,14 @@ def test_memory_does_not_grow_with_the_number_of_cells(tmp_path):
     sizes, seeds = tuple(range(2, 122)), (0, 1, 2)
     plan = Plan(("pairs_aug",), ("linear",), "pairs_aug", sizes, seeds, "pair_accuracy", (), (), 2, 0.5, n_resamples=100, draw_seed=0)
 
-    def cell(size, seed):
-        one = FittedCell(0, *np.ones((3, 1)), *rng.normal(size=(2, 4000)).astype(np.float32), np.ones(1), np.ones(1), seconds=0.0)
-        one = replace(one, twin_logits=one.twin_logits[:2000])
-        return FinishedCell(Cell("pairs_aug", "linear", size, seed), one, size, 1, 0, size, size)
+    def cell(size):
+        logits, counterfactual_logits = (rng.normal(size=n).astype(np.float32) for n in (4000, 2000))
+        counts = dict(zip(COUNTS, (size, 1, 0, size, size), strict=True))
+        return FittedCell(0, *np.ones((3, 1)), logits, counterfactual_logits, np.ones(1), np.ones(1), counts, seconds=0.0)
 
     with opened(tmp_path, {"shared": {}, "arms": {}, "heads": {}}) as store:
         for size in sizes:
-            store.put([cell(size, seed) for seed in seeds])
+            store.put({Cell("pairs_aug", "linear", size, seed): cell(size) for seed in seeds})
         yardsticks = Yardsticks(plan, test)
         with CellTable(tmp_path / "cells.parquet", (1.0,), FIGURES) as table:
             tracemalloc.start()
@@ -322,7 +323,7 @@ def test_unsafe_images_that_cannot_be_divided_all_train(tmp_path):
     world.pool = [replace(record, group="burst") if record.label else record for record in world.pool]
     _, finished, failed = fitted(world, tmp_path, sizes=(4,), seeds=(0,), arms=ARMS[:1])
     assert not failed
-    assert [(one.n_train, one.n_validation) for one in finished.values()] == [(7, 1)]
+    assert [(one.counts["n_train"], one.counts["n_validation"]) for one in finished.values()] == [(7, 1)]
 
 
 # --- choosing and measuring ----------------------------------------------------------------------------------------------------
@@ -348,10 +349,10 @@ def test_metrics_are_those_of_training(tmp_path):
     test = stock.test
     labels = np.array([record.label for record in test.records])
     for cell, one in finished.items():
-        scores, twins = (1 / (1 + np.exp(-logits.astype(float))) for logits in (one.fitted.logits, one.fitted.twin_logits))
+        scores, twins = (1 / (1 + np.exp(-logits.astype(float))) for logits in (one.logits, one.counterfactual_logits))
         reference = {**classification_metrics(labels, scores, 0.5), **pair_metrics(scores[test.pair_rows], twins, 0.5)}
         for metric in SWEPT:
-            found = Yardstick(metric, test).values([Scores(one.fitted.logits, one.fitted.twin_logits, 0.0)])
+            found = Yardstick(metric, test).values([one], [0.0])
             assert found[0] == pytest.approx(reference[metric]), (cell, metric)
 
 
@@ -363,7 +364,8 @@ def test_redraws_of_a_metric_are_the_metric_of_redrawn_images():
     groups = [f"g{i % 10}" for i in range(20)]  # an unsafe and a safe image each
     draws = GroupDraws(groups, n_resamples=12, seed=3)
     logits = np.round(rng.normal(size=20), 1)
-    scores = [Scores(logits, rng.normal(size=10), 0.2)]
+    empty = np.zeros(0)
+    one = FittedCell(0, empty, empty, empty, logits, rng.normal(size=10), empty, empty, {}, seconds=0.0)
     labels = np.repeat([1, 0], 10)
     rows = draws.weights(np.arange(20)).astype(int).T[1:]
     reference = {
@@ -372,7 +374,7 @@ def test_redraws_of_a_metric_are_the_metric_of_redrawn_images():
         "balanced_accuracy": lambda chosen: np.mean([((logits >= 0.2) == y)[chosen][labels[chosen] == y].mean() for y in (0, 1)]),
     }  # fmt: skip
     for metric, expected in reference.items():
-        drawn = Yardstick(metric, world.test, draws).point(scores).draws
+        drawn = Yardstick(metric, world.test, draws).curve(8, [one], [0.2]).draws[0]
         for i, counts in enumerate(rows):
             chosen_rows = np.repeat(np.arange(20), counts)
             assert drawn[i] == pytest.approx(expected(chosen_rows)), metric
@@ -622,14 +624,18 @@ def test_both_engines_make_the_same_decisions(sweep, tmp_path):
     assert len(batched) == len(lightning) == len(cells)
     same, strengths = [], np.array([0.01, 0.1, 1.0])  # of SMALL
     for cell in cells:
-        first, second = batched[cell].fitted, lightning[cell].fitted
+        first, second = batched[cell], lightning[cell]
         gaps = np.abs(first.objectives - second.objectives)
         assert gaps.max() < 2e-5, cell
         # an objective with l2 as its curvature holds the head, and so the validation loss, to the square root of 2 gap / l2
         room = 2e-2 + 5 * np.sqrt(2 * gaps / strengths)
         assert (np.abs(first.validation_losses - second.validation_losses) <= room).all(), cell
         same.append(
-            np.mean(np.concatenate([(first.logits >= 0) == (second.logits >= 0), (first.twin_logits >= 0) == (second.twin_logits >= 0)]))
+            np.mean(
+                np.concatenate(
+                    [(first.logits >= 0) == (second.logits >= 0), (first.counterfactual_logits >= 0) == (second.counterfactual_logits >= 0)]
+                )
+            )
         )
     assert np.mean(same) >= 0.995
     for arm, points in reports["batched"].summary["curves"].items():

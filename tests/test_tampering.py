@@ -159,7 +159,7 @@ def test_settings_and_cells_of_a_sweep(tmp_path):
             return store.get(list(expected))
 
     def is_right(found):  # a cell that does not check is not finished
-        return all(np.array_equal(one.fitted.logits, expected[cell].fitted.logits) for cell, one in found.items())
+        return all(np.array_equal(one.logits, expected[cell].logits) for cell, one in found.items())
 
     assert len(read()) == 4
     check(tmp_path / "settings.json", read, is_right, 40)
@@ -301,7 +301,7 @@ def test_one_cells_scores_under_the_names_of_all_are_found(tmp_path):
     assert len(CellStore(tmp_path).known(list(expected))) == 1
     _, again, _ = fitted(World(), tmp_path, sizes=(4,), seeds=range(3), arms=ARMS[:2])
     for cell, one in expected.items():
-        np.testing.assert_array_equal(again[cell].fitted.logits, one.fitted.logits)
+        np.testing.assert_array_equal(again[cell].logits, one.logits)
 
 
 def test_a_cell_made_with_other_settings_is_another(tmp_path):
@@ -337,4 +337,4 @@ def test_stored_cells_of_wrong_values_are_fitted_anew(tmp_path, change):
     assert CellStore(tmp_path).known(list(expected)) == set()
     _, again, _ = fitted(World(), tmp_path, sizes=(4,), seeds=(0,), arms=ARMS[:1])
     for cell, one in expected.items():
-        np.testing.assert_array_equal(again[cell].fitted.logits, one.fitted.logits)
+        np.testing.assert_array_equal(again[cell].logits, one.logits)

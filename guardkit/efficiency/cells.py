@@ -24,6 +24,7 @@ from guardkit.progress import progress
 from guardkit.schema import InputError, Record
 
 _RECORDS_AT_ONCE = 256
+COUNTS = ("n_train", "n_validation", "n_safe", "n_requested", "n_accepted")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ class CellData:
     n_safe: int
     n_requested: int
     n_accepted: int
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """`COUNTS`: images to fit and to choose on, counterfactuals included, and those above."""
+        n_train, n_validation = len(self.train["labels"]), len(self.validation["labels"])
+        return dict(zip(COUNTS, (n_train, n_validation, self.n_safe, self.n_requested, self.n_accepted), strict=True))
 
 
 class CellError(Exception):

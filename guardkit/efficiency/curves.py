@@ -14,41 +14,13 @@ from typing import Any
 import numpy as np
 
 from guardkit.data.datamodule import TestSet
+from guardkit.efficiency.engine import FittedCell
 from guardkit.metrics import intervals
 from guardkit.metrics.draws import GroupDraws
 from guardkit.metrics.figures import METRICS, Images, Pairs, weighted
 
 # curves rise towards a better guard, and heads here give logits
 SWEPT = tuple(name for name, metric in METRICS.items() if metric.better == "higher" and not metric.needs_probabilities)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What one guard says of the test set.
-
-    Attributes:
-        logits: (n,) of the test images; counterfactuals: (p,) of the test counterfactuals.
-        threshold: in logits; flagged when at least that.
-    """
-
-    logits: np.ndarray
-    counterfactuals: np.ndarray
-    threshold: float
-
-
-@dataclass(frozen=True)
-class Point:
-    """One arm at one label budget.
-
-    Attributes:
-        value: mean over seeds.
-        draws: (b,) of it, on redrawn seeds and test images.
-        n_seeds: behind it.
-    """
-
-    value: float
-    draws: np.ndarray
-    n_seeds: int
 
 
 class Yardstick:
@@ -86,28 +58,30 @@ class Yardstick:
             return f"the test set has {n_unsafe} unsafe and {self.n - n_unsafe} safe images"
         return None
 
-    def values(self, scores: Sequence[Scores]) -> np.ndarray:
-        """(c,) values of c guards; NaN where undefined."""
-        if not scores or self.reason_against():
-            return np.full(len(scores), np.nan)
-        return self._on(scores, self._as_is)[:, 0]
+    def values(self, fitted: Sequence[FittedCell], thresholds: Sequence[float]) -> np.ndarray:
+        """(c,) values of c cells, each flagging what has at least its threshold, in logits; NaN where undefined."""
+        if not fitted or self.reason_against():
+            return np.full(len(fitted), np.nan)
+        return self._on(fitted, thresholds, self._as_is)[:, 0]
 
-    def point(self, scores: Sequence[Scores]) -> Point | None:
-        """The mean over guards that differ in their seed, in the order of their seeds; None where it is undefined."""
-        if not scores or self.reason_against():
+    def curve(self, size: int, fitted: Sequence[FittedCell], thresholds: Sequence[float]) -> Curve | None:
+        """One label budget of a curve, of cells that differ in their seed, in the order of their seeds; None where it is undefined."""
+        if not fitted or self.reason_against():
             return None
-        found = self._on(scores, self._draws)
-        return Point(float(found[:, 0].mean()), intervals.over_seeds(np.ascontiguousarray(found[:, 1:])), len(scores))
+        found = self._on(fitted, thresholds, self._draws)
+        draws = intervals.over_seeds(np.ascontiguousarray(found[:, 1:]))
+        return Curve((size,), np.array([found[:, 0].mean()]), draws[None], (len(fitted),))
 
-    def _on(self, scores: Sequence[Scores], draws: GroupDraws) -> np.ndarray:
-        """(c, b) values of c guards on every draw."""
-        thresholds = np.array([one.threshold for one in scores])
+    def _on(self, fitted: Sequence[FittedCell], thresholds: Sequence[float], draws: GroupDraws) -> np.ndarray:
+        """(c, b) values of c cells on every draw."""
+        at = np.array(thresholds)
         of: Images | Pairs
         if self._metric.of == "pairs":
-            unsafe = np.array([one.logits[self._pair_rows] for one in scores])
-            of = Pairs(unsafe, np.array([one.counterfactuals[self._pairs] for one in scores]), thresholds, draws, self._pair_rows)
+            unsafe = np.array([one.logits[self._pair_rows] for one in fitted])
+            safe = np.array([one.counterfactual_logits[self._pairs] for one in fitted])
+            of = Pairs(unsafe, safe, at, draws, self._pair_rows)
         else:
-            of = Images(self._labels, np.array([one.logits[self._images] for one in scores]), thresholds, draws, self._images)
+            of = Images(self._labels, np.array([one.logits[self._images] for one in fitted]), at, draws, self._images)
         return weighted([self._metric.name], of)[self._metric.name]
 
 
@@ -128,13 +102,11 @@ class Curve:
     n_seeds: tuple[int, ...]
 
     @classmethod
-    def of(cls, points: Mapping[int, Point]) -> Curve:
-        """The curve through points by size, at least one; a size with fewer seeds than the others has redraws of its own."""
-        sizes = tuple(sorted(points))
-        found = [points[size] for size in sizes]
-        return cls(
-            sizes, np.array([one.value for one in found]), np.array([one.draws for one in found]), tuple(one.n_seeds for one in found)
-        )
+    def joined(cls, parts: Sequence[Curve]) -> Curve:
+        """The curve through parts of it, at least one; a size with fewer seeds than the others has redraws of its own."""
+        parts = sorted(parts, key=lambda part: part.sizes)
+        sizes, n_seeds = (tuple(one for part in parts for one in getattr(part, name)) for name in ("sizes", "n_seeds"))
+        return cls(sizes, np.concatenate([part.values for part in parts]), np.concatenate([part.draws for part in parts]), n_seeds)
 
     def interval(self, size: int) -> intervals.Interval:
         """At a label budget; the ends lie within the metric's range."""

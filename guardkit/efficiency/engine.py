@@ -8,7 +8,7 @@ by the head that was kept.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeGuard
 
@@ -35,8 +35,9 @@ class FittedCell:
         objectives: (h,) reached in training, by strength.
         gradients: (h,) largest absolute gradient entry there; NaN where it is not known.
         logits: (n,) decision logits of the test images.
-        twin_logits: (p,) of the test counterfactuals.
+        counterfactual_logits: (p,) of the test counterfactuals.
         validation_logits, validation_labels: (v,) of the validation images.
+        counts: of its images and edits, see `CellData.counts`.
         seconds: it took, in a share of what was fitted together.
     """
 
@@ -45,9 +46,10 @@ class FittedCell:
     objectives: np.ndarray
     gradients: np.ndarray
     logits: np.ndarray
-    twin_logits: np.ndarray
+    counterfactual_logits: np.ndarray
     validation_logits: np.ndarray
     validation_labels: np.ndarray
+    counts: Mapping[str, int]
     seconds: float
 
 
@@ -126,7 +128,7 @@ class BatchedEngine:
         best = [chosen(mine, self._strengths) for mine in losses]
         cells = np.arange(len(data))
         # in single precision, as the embeddings are: what is kept of a cell is mostly this
-        on_test, on_twins = (
+        on_test, on_counterfactuals = (
             (vectors @ weights[cells, best].T + bias[cells, best]).astype(np.float32) for vectors in (test.embeddings, test.counterfactuals)
         )
         return [
@@ -136,9 +138,10 @@ class BatchedEngine:
                 objectives=objectives[i],
                 gradients=gradients[i],
                 logits=on_test[:, i],
-                twin_logits=on_twins[:, i],
+                counterfactual_logits=on_counterfactuals[:, i],
                 validation_logits=on_validation[i][best[i], :, 0],
                 validation_labels=one.validation["labels"].numpy(),
+                counts=one.counts,
                 seconds=0.0,
             )
             if np.isfinite(losses[i]).all() and np.isfinite(objectives[i]).all()
@@ -164,7 +167,7 @@ class BatchedEngine:
                 continue
             losses = np.array([one.validation_loss for one in mine])
             best = chosen(losses, self._strengths)
-            logits, twins = mine[best].test_logits
+            logits, counterfactual_logits = mine[best].test_logits
             fitted.append(
                 FittedCell(
                     chosen=best,
@@ -172,9 +175,10 @@ class BatchedEngine:
                     objectives=np.array([one.objective for one in mine]),
                     gradients=np.full(n, np.nan),
                     logits=logits,
-                    twin_logits=twins,
+                    counterfactual_logits=counterfactual_logits,
                     validation_logits=mine[best].validation_logits,
                     validation_labels=cell.validation["labels"].numpy(),
+                    counts=cell.counts,
                     seconds=0.0,
                 )
             )

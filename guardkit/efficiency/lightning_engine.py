@@ -59,14 +59,14 @@ class LightningEngine:
     def fit(self, cells: Sequence[tuple[Cell, CellData]], test: TestSet) -> list[FittedCell | CellError]:
         """One fitted cell each, or why there is none."""
         fitted: list[FittedCell | CellError] = []
-        for cell, _ in cells:
+        for cell, data in cells:
             try:
-                fitted.append(self._fit_one(cell, test))
+                fitted.append(self._fit_one(cell, data.counts, test))
             except Diverged as error:
                 fitted.append(CellError(str(error)))
         return fitted
 
-    def _fit_one(self, cell: Cell, test: TestSet) -> FittedCell:
+    def _fit_one(self, cell: Cell, counts: Mapping[str, int], test: TestSet) -> FittedCell:
         started = time.perf_counter()
         parts = self._parts.rebuilt(self._arms[cell.arm], n_unsafe=cell.n_unsafe, seed=cell.seed, **self._data)
         guards, losses, objectives = [], [], []
@@ -85,7 +85,7 @@ class LightningEngine:
         best = chosen(np.array(losses), self._strengths)
         head = guards[best].head
         with torch.inference_mode():
-            logits, twins, on_validation = (
+            logits, counterfactual_logits, on_validation = (
                 head(torch.as_tensor(x))[:, 0].numpy() for x in (test.embeddings, test.counterfactuals, validation["embeddings"])
             )
         return FittedCell(
@@ -94,8 +94,9 @@ class LightningEngine:
             objectives=np.array(objectives),
             gradients=np.full(len(losses), np.nan),
             logits=logits,
-            twin_logits=twins,
+            counterfactual_logits=counterfactual_logits,
             validation_logits=on_validation,
             validation_labels=validation["labels"].numpy(),
+            counts=counts,
             seconds=time.perf_counter() - started,
         )

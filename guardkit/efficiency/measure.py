@@ -12,9 +12,10 @@ import numpy as np
 
 from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import Cell
-from guardkit.efficiency.curves import SWEPT, Curve, Point, Scores, Yardstick
+from guardkit.efficiency.curves import SWEPT, Curve, Yardstick
+from guardkit.efficiency.engine import FittedCell
 from guardkit.efficiency.plan import Plan
-from guardkit.efficiency.results import CellStore, CellTable, FinishedCell
+from guardkit.efficiency.results import CellStore, CellTable
 from guardkit.fitting.module import choose_threshold
 from guardkit.metrics.draws import GroupDraws
 from guardkit.metrics.operating_points import operating_points
@@ -49,12 +50,11 @@ class Yardsticks:
         }
         self._all = [Yardstick(metric, test) for metric in SWEPT]
 
-    def figures(self, scores: Mapping[Cell, Scores]) -> dict[Cell, dict[str, float | None]]:
+    def figures(self, fitted: Mapping[Cell, FittedCell], thresholds: Sequence[float]) -> dict[Cell, dict[str, float | None]]:
         """`FIGURES` of every cell."""
-        columns = [yardstick.values(list(scores.values())) for yardstick in self._all]
-        rows = [[*values, one.threshold] for *values, one in zip(*columns, scores.values(), strict=True)]
-        known = [[None if np.isnan(value) else float(value) for value in row] for row in rows]
-        return {cell: dict(zip(FIGURES, row, strict=True)) for cell, row in zip(scores, known, strict=True)}
+        columns = [*(yardstick.values(list(fitted.values()), thresholds) for yardstick in self._all), thresholds]
+        known = [[None if np.isnan(value) else float(value) for value in row] for row in zip(*columns, strict=True)]
+        return {cell: dict(zip(FIGURES, row, strict=True)) for cell, row in zip(fitted, known, strict=True)}
 
 
 @dataclass
@@ -81,20 +81,20 @@ class Measured:
     failed: dict[Cell, str] = field(default_factory=dict)
 
 
-class _Points:
-    """Points of curves on one yardstick, as they come."""
+class _Curves:
+    """Curves on one yardstick, size by size."""
 
     def __init__(self, yardstick: Yardstick) -> None:
         self._yardstick = yardstick
-        self._found: dict[str, dict[int, Point]] = {}
+        self._parts: dict[str, list[Curve]] = {}
 
-    def add(self, name: str, size: int, scores: Sequence[Scores]) -> None:
-        point = self._yardstick.point(scores)
-        if point:
-            self._found.setdefault(name, {})[size] = point
+    def add(self, name: str, size: int, fitted: Sequence[FittedCell], thresholds: Sequence[float]) -> None:
+        part = self._yardstick.curve(size, fitted, thresholds)
+        if part:
+            self._parts.setdefault(name, []).append(part)
 
-    def curves(self, names: Sequence[str]) -> dict[str, Curve]:
-        return {name: Curve.of(self._found[name]) for name in names if name in self._found}
+    def joined(self, names: Sequence[str]) -> dict[str, Curve]:
+        return {name: Curve.joined(self._parts[name]) for name in names if name in self._parts}
 
 
 def measure(
@@ -112,38 +112,36 @@ def measure(
         failed: reasons by cell that could not be fitted.
         strengths: of regularisation.
     """
-    overall = _Points(yardsticks.overall)
-    by_source = {name: _Points(one) for name, one in yardsticks.by_source.items()}
-    by_category = {name: _Points(one) for name, one in yardsticks.by_category.items()}
+    overall = _Curves(yardsticks.overall)
+    by_source = {name: _Curves(one) for name, one in yardsticks.by_source.items()}
+    by_category = {name: _Curves(one) for name, one in yardsticks.by_category.items()}
     measured = Measured({}, {}, {})
     for block in progress(blocks := plan.blocks(head), total=len(blocks), what="measuring heads"):
         name, size = plan.curve(block[0].arm, head), block[0].n_unsafe
         finished = store.get(block)
-        scores = dict(_scores(plan, finished, measured.failed))
-        for points in (overall, *by_source.values(), *(by_category.values() if size == plan.table_size else ())):
-            points.add(name, size, list(scores.values()))
-        figures = yardsticks.figures(scores)
+        thresholds = dict(_thresholds(plan, finished, measured.failed))
+        usable = {cell: finished[cell] for cell in thresholds}
+        for curves in (overall, *by_source.values(), *(by_category.values() if size == plan.table_size else ())):
+            curves.add(name, size, list(usable.values()), list(thresholds.values()))
+        figures = yardsticks.figures(usable, list(thresholds.values()))
         for cell in block:
             reason = measured.failed.get(cell) or (None if cell in finished else failed.get(cell, "not fitted"))
             table.add(cell, finished.get(cell), figures.get(cell, {}), reason)
         if finished:
             _count(measured, name, size, list(finished.values()), strengths)
     names = plan.curves(head)
-    measured.curves = overall.curves(names)
-    measured.by_source = {source: points.curves(names) for source, points in by_source.items()}
-    measured.by_category = {category: points.curves(names) for category, points in by_category.items()}
+    measured.curves = overall.joined(names)
+    measured.by_source = {source: curves.joined(names) for source, curves in by_source.items()}
+    measured.by_category = {category: curves.joined(names) for category, curves in by_category.items()}
     return measured
 
 
-def _scores(plan: Plan, finished: Mapping[Cell, FinishedCell], failed: dict[Cell, str]) -> Iterator[tuple[Cell, Scores]]:
-    """Test logits with the threshold of each cell; where its validation images give none, the reason goes to `failed`."""
+def _thresholds(plan: Plan, finished: Mapping[Cell, FittedCell], failed: dict[Cell, str]) -> Iterator[tuple[Cell, float]]:
+    """The threshold of each cell, in logits; where its validation images give none, the reason goes to `failed`."""
     for cell, one in finished.items():
-        fitted = one.fitted
         points = {}
         if isinstance(plan.threshold, str):
-            points = operating_points(
-                fitted.validation_labels, 1 / (1 + np.exp(-np.clip(fitted.validation_logits.astype(float), -700, 700)))
-            )
+            points = operating_points(one.validation_labels, 1 / (1 + np.exp(-np.clip(one.validation_logits.astype(float), -700, 700))))
             if not points:
                 failed[cell] = f"threshold={plan.threshold} needs validation images of both labels"
                 continue
@@ -152,21 +150,20 @@ def _scores(plan: Plan, finished: Mapping[Cell, FinishedCell], failed: dict[Cell
         except InputError as error:
             failed[cell] = str(error)
             continue
-        logit = -math.inf if share <= 0 else math.inf if share >= 1 else math.log(share / (1 - share))
-        yield cell, Scores(fitted.logits, fitted.twin_logits, logit)
+        yield cell, -math.inf if share <= 0 else math.inf if share >= 1 else math.log(share / (1 - share))
 
 
-def _count(measured: Measured, name: str, size: int, finished: Sequence[FinishedCell], strengths: Sequence[float]) -> None:
+def _count(measured: Measured, name: str, size: int, finished: Sequence[FittedCell], strengths: Sequence[float]) -> None:
     measured.n_cells += len(finished)
-    measured.seconds += sum(one.fitted.seconds for one in finished)
+    measured.seconds += sum(one.seconds for one in finished)
     chosen = measured.chosen.setdefault(name, {f"{value:g}": 0 for value in strengths})
     for one in finished:
-        chosen[f"{strengths[one.fitted.chosen]:g}"] += 1
+        chosen[f"{strengths[one.chosen]:g}"] += 1
     costs: dict[str, Any] = {
-        "labels_safe": [one.n_safe for one in finished],
-        "edits_requested": [one.n_requested for one in finished],
-        "edits_accepted": [one.n_accepted for one in finished],
-        "fit_seconds": [one.fitted.seconds for one in finished],
+        "labels_safe": [one.counts["n_safe"] for one in finished],
+        "edits_requested": [one.counts["n_requested"] for one in finished],
+        "edits_accepted": [one.counts["n_accepted"] for one in finished],
+        "fit_seconds": [one.seconds for one in finished],
     }
     mine = {"labels_unsafe": size} | {what: float(np.mean(values)) for what, values in costs.items()}
     measured.cost.setdefault(name, {})[str(size)] = mine

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from safetensors.numpy import load, save
 
 from guardkit.artifacts import fingerprint, read_json, write_json
 from guardkit.checks import changes
-from guardkit.efficiency.cells import Cell, CellData, CellError, Stock
+from guardkit.efficiency.cells import COUNTS, Cell, CellData, CellError, Stock
 from guardkit.efficiency.engine import Engine, FittedCell
 from guardkit.folders import claim
 from guardkit.progress import progress
@@ -31,26 +30,6 @@ SETTINGS, CELLS, TABLE = "settings.json", "cells.sqlite", "cells.parquet"
 _SETTINGS = ("shared", "arms", "heads")
 _PART_BYTES = 64 << 20  # of embeddings and scores that are held together; an engine needs several times as much
 _ROWS_AT_ONCE = 1 << 14  # of the table
-
-
-@dataclass(frozen=True)
-class FinishedCell:
-    """A cell as it is stored.
-
-    Attributes:
-        cell: which.
-        fitted: what the engine gave.
-        n_train, n_validation: images, counterfactuals included.
-        n_safe, n_requested, n_accepted: see `guardkit.efficiency.cells.CellData`.
-    """
-
-    cell: Cell
-    fitted: FittedCell
-    n_train: int
-    n_validation: int
-    n_safe: int
-    n_requested: int
-    n_accepted: int
 
 
 class CellStore:
@@ -64,7 +43,7 @@ class CellStore:
 
     def __init__(self, folder: Path) -> None:
         self._settings = _read_settings(folder)
-        self._store = KeyValueStore(folder, CELLS, {"format": 2}, place="output_dir")
+        self._store = KeyValueStore(folder, CELLS, {"format": 3}, place="output_dir")
 
     def __enter__(self) -> CellStore:
         self._store.__enter__()
@@ -78,11 +57,11 @@ class CellStore:
         """Cells so far whose stored scores did not pass their check, and are fitted anew."""
         return self._store.n_damaged
 
-    def get(self, cells: Sequence[Cell]) -> dict[Cell, FinishedCell]:
+    def get(self, cells: Sequence[Cell]) -> dict[Cell, FittedCell]:
         """Those of the wanted cells that are finished."""
         keys = self._keys(cells)
         found = self._store.get(keys.values(), _read)
-        return {cell: FinishedCell(cell, *found[key]) for cell, key in keys.items() if key in found}
+        return {cell: found[key] for cell, key in keys.items() if key in found}
 
     def known(self, cells: Sequence[Cell]) -> set[Cell]:
         """Which of the wanted cells are finished; one at a time is in memory."""
@@ -90,10 +69,10 @@ class CellStore:
         found = self._store.known(keys.values(), _read)
         return {cell for cell, key in keys.items() if key in found}
 
-    def put(self, finished: Sequence[FinishedCell]) -> None:
+    def put(self, finished: Mapping[Cell, FittedCell]) -> None:
         """Keeps cells, all or none of them."""
-        keys = self._keys([one.cell for one in finished])
-        self._store.put({keys[one.cell]: _written(one) for one in finished})
+        keys = self._keys(list(finished))
+        self._store.put({keys[cell]: _written(one) for cell, one in finished.items()})
 
     def _keys(self, cells: Sequence[Cell]) -> dict[Cell, str]:
         kinds = {(cell.arm, cell.head) for cell in cells}
@@ -166,9 +145,9 @@ def run_cells(cells: Sequence[Cell], stock: Stock, engine: Engine, store: CellSt
             blocks.setdefault((cell.arm, cell.head, cell.n_unsafe), []).append(cell)
     for block in progress(list(blocks.values()), total=len(blocks), what="fitting heads"):
         for ready in _parts(block, stock, failed):
-            outcomes = list(zip(ready, engine.fit(ready, stock.test), strict=True))
-            failed |= {cell: str(one) for (cell, _), one in outcomes if isinstance(one, CellError)}
-            store.put([_finish(cell, data, one) for (cell, data), one in outcomes if not isinstance(one, CellError)])
+            outcomes = dict(zip([cell for cell, _ in ready], engine.fit(ready, stock.test), strict=True))
+            failed |= {cell: str(one) for cell, one in outcomes.items() if isinstance(one, CellError)}
+            store.put({cell: one for cell, one in outcomes.items() if not isinstance(one, CellError)})
     return failed, len(known)
 
 
@@ -191,30 +170,24 @@ def _parts(block: Sequence[Cell], stock: Stock, failed: dict[Cell, str]) -> Iter
         yield ready
 
 
-def _finish(cell: Cell, data: CellData, fitted: FittedCell) -> FinishedCell:
-    n_train, n_validation = len(data.train["labels"]), len(data.validation["labels"])
-    return FinishedCell(cell, fitted, n_train, n_validation, data.n_safe, data.n_requested, data.n_accepted)
-
-
 _BY_STRENGTH = ("validation_losses", "objectives", "gradients")
-_BY_IMAGE = ("logits", "twin_logits", "validation_logits", "validation_labels")
-_COUNTS = ("n_train", "n_validation", "n_safe", "n_requested", "n_accepted")
+_BY_IMAGE = ("logits", "counterfactual_logits", "validation_logits", "validation_labels")
 
 
-def _written(one: FinishedCell) -> bytes:
-    arrays = {name: np.ascontiguousarray(getattr(one.fitted, name)) for name in (*_BY_STRENGTH, *_BY_IMAGE)}
-    arrays["counts"] = np.array([one.fitted.chosen, *(getattr(one, name) for name in _COUNTS)], np.int64)
-    return save(arrays | {"seconds": np.array(one.fitted.seconds, float)})
+def _written(one: FittedCell) -> bytes:
+    arrays = {name: np.ascontiguousarray(getattr(one, name)) for name in (*_BY_STRENGTH, *_BY_IMAGE)}
+    arrays["counts"] = np.array([one.chosen, *(one.counts[name] for name in COUNTS)], np.int64)
+    return save(arrays | {"seconds": np.array(one.seconds, float)})
 
 
-def _read(value: bytes) -> tuple[Any, ...]:
-    """What a `FinishedCell` holds besides its cell. Raises ValueError when the value is none."""
+def _read(value: bytes) -> FittedCell:
+    """Raises ValueError when the value is no finished cell."""
     try:
         arrays = load(value)
     except Exception as error:  # a damaged header names types that there are not, and more
         raise ValueError(str(error)) from error
     names = {*_BY_STRENGTH, *_BY_IMAGE, "counts", "seconds"}
-    if arrays.keys() != names or arrays["counts"].dtype != np.int64 or arrays["counts"].shape != (1 + len(_COUNTS),):
+    if arrays.keys() != names or arrays["counts"].dtype != np.int64 or arrays["counts"].shape != (1 + len(COUNTS),):
         raise ValueError("not a finished cell")
     chosen, *counts = (int(number) for number in arrays.pop("counts"))
     seconds = arrays.pop("seconds")
@@ -233,7 +206,7 @@ def _read(value: bytes) -> tuple[Any, ...]:
     )
     if not is_cell:
         raise ValueError("not a finished cell")
-    return FittedCell(chosen=chosen, seconds=float(seconds), **arrays), *counts
+    return FittedCell(chosen=chosen, counts=dict(zip(COUNTS, counts, strict=True)), seconds=float(seconds), **arrays)
 
 
 class CellTable:
@@ -247,7 +220,7 @@ class CellTable:
 
     def __init__(self, path: Path, strengths: Sequence[float], figures: Sequence[str]) -> None:
         types = {"arm": pa.string(), "head": pa.string(), "n_unsafe": pa.int64(), "seed": pa.int64()}
-        types |= dict.fromkeys(_COUNTS, pa.int64()) | {"seconds": pa.float64()}
+        types |= dict.fromkeys(COUNTS, pa.int64()) | {"seconds": pa.float64()}
         types |= dict.fromkeys(("l2", "validation_loss", "objective", "gradient"), pa.float64()) | {"is_chosen": pa.bool_()}
         types |= dict.fromkeys(figures, pa.float64()) | {"reason": pa.string()}
         self._strengths, self._schema, self._rows = strengths, pa.schema(types), list[dict[str, Any]]()
@@ -262,23 +235,23 @@ class CellTable:
             self._write()
             self._writer.close()
 
-    def add(self, cell: Cell, one: FinishedCell | None, figures: Mapping[str, float | None], reason: str | None) -> None:
+    def add(self, cell: Cell, one: FittedCell | None, figures: Mapping[str, float | None], reason: str | None) -> None:
         """The rows of a cell: finished, left out, or both, where it could be fitted but not measured."""
         row: dict[str, Any] = {"arm": cell.arm, "head": cell.head, "n_unsafe": cell.n_unsafe, "seed": cell.seed, "reason": reason}
         if one is None:
             self._rows.append(row)
         else:
-            row |= {name: getattr(one, name) for name in _COUNTS} | {"seconds": one.fitted.seconds}
+            row |= {**one.counts, "seconds": one.seconds}
             for i, l2 in enumerate(self._strengths):
-                gradient = float(one.fitted.gradients[i])
+                gradient = float(one.gradients[i])
                 measured = {
                     "l2": float(l2),
-                    "validation_loss": float(one.fitted.validation_losses[i]),
-                    "objective": float(one.fitted.objectives[i]),
+                    "validation_loss": float(one.validation_losses[i]),
+                    "objective": float(one.objectives[i]),
                     "gradient": None if np.isnan(gradient) else gradient,
-                    "is_chosen": i == one.fitted.chosen,
+                    "is_chosen": i == one.chosen,
                 }
-                self._rows.append(row | measured | (dict(figures) if i == one.fitted.chosen else {}))
+                self._rows.append(row | measured | (dict(figures) if i == one.chosen else {}))
         if len(self._rows) >= _ROWS_AT_ONCE:
             self._write()
 
