@@ -15,6 +15,7 @@ import yaml
 from conftest import ROOT
 
 import guardkit
+from guardkit.robustness.measuring import RobustnessSettings
 from guardkit.schema import InputError
 
 
@@ -139,6 +140,17 @@ def test_evaluate_gives_what_the_command_gives(compose, world, tmp_path):
     # a folder does as well as the guard itself
     again = guardkit.evaluate(tmp_path / "unpaired", world["source"], output_dir=tmp_path / "again", n_resamples=100)
     assert list(again.summary["classifiers"]) == ["unpaired"]
+
+
+def test_guards_of_one_name_are_told_apart_and_keep_it(world, tmp_path):
+    first, second = (
+        guardkit.train_guard(**world, arm="unpaired", n_unsafe=8, seed=seed, trainer={"max_epochs": 3}).guard for seed in (0, 1)
+    )
+    attacks = RobustnessSettings(protocols=("unsafebench",), n_unsafebench=2)
+    report = guardkit.evaluate([first, second], world["source"], output_dir=tmp_path, n_resamples=100, robustness=attacks)
+    assert list(report.summary["classifiers"]) == ["linear", "linear 2"]
+    assert set(pq.read_table(tmp_path / "robustness.parquet")["guard"].to_pylist()) == {"linear", "linear 2"}
+    assert first.name == second.name == "linear"
 
 
 # --- defaults ---------------------------------------------------------------------------------------------------------------

@@ -202,7 +202,6 @@ def unique(contenders: Sequence[Contender]) -> list[Contender]:
         while name in names:
             name, number = f"{one.name} {number}", number + 1
         names.add(name)
-        one.guard.name = name  # rows of robustness carry the guard's own
         found.append(replace(one, name=name))
     return found
 
@@ -283,5 +282,6 @@ def _attack(contender: Contender, sheet: Sheet, settings: RobustnessSettings, st
         [record.label for record in chosen],
         [record.group for record in chosen],
         settings,
+        name=contender.name,
         store=stores[guard.encoder.fingerprint] if takes_embeddings(guard) else None,
     )

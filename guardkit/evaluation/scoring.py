@@ -62,7 +62,7 @@ class Scored:
         reasons: per contender, row -> why it abstained.
         rejected: what could not be read, with reasons.
         embeddings: encoder fingerprint -> (n, d) unit vectors.
-        counts: images read, encoded and judged, plain JSON.
+        counts: images read, encoded and judged, plain JSON; none of a part.
     """
 
     records: list[Record]
@@ -112,7 +112,7 @@ def score(
     """
     judges = {one.guard.fingerprint: JudgmentStore(one.guard, cache_dir) for one in contenders if not takes_embeddings(one.guard)}
     reads = _Reads()
-    blocks: list[_Block] = []
+    blocks: list[Scored] = []
     rejected: list[Rejected] = []
     stream = iter(progress(records, total=len(records), what="scoring images"))
     start = 0
@@ -165,16 +165,6 @@ class LazyImages(Sequence[np.ndarray]):
         return self._contents[row].load()
 
 
-@dataclass(frozen=True)
-class _Block:
-    records: list[Record]
-    rows: np.ndarray
-    scores: np.ndarray
-    reasons: list[dict[int, str]]
-    rejected: list[Rejected]
-    embeddings: dict[str, np.ndarray]
-
-
 def _score_block(
     records: list[Record],
     contenders: Sequence[Contender],
@@ -182,7 +172,7 @@ def _score_block(
     judges: Mapping[str, JudgmentStore],
     reads: _Reads,
     encoder_fingerprint: str | None,
-) -> _Block:
+) -> Scored:
     held = _Held(reads, keep=len(stores) + len(judges) > 1)
     wrapped = [record if record.content is None else replace(record, content=_ReadOnce(record.content, held)) for record in records]
     unreadable: dict[int, str] = {}
@@ -207,13 +197,14 @@ def _score_block(
                     reasons[column][int(row)] = reason
     kept = np.array([row for row in range(len(records)) if row not in unreadable], int)
     place = {int(row): i for i, row in enumerate(kept)}
-    return _Block(
+    return Scored(
         records=[records[row] for row in kept],
         rows=kept,
         scores=scores[kept],
         reasons=[{place[row]: reason for row, reason in mine.items() if row in place} for mine in reasons],
         rejected=[Rejected(records[row].id, reason) for row, reason in sorted(unreadable.items())],
         embeddings={name: matrix[kept] for name, matrix in vectors.items()},
+        counts={},
     )
 
 
