@@ -207,8 +207,9 @@ def test_arms_are_those_of_the_experiments():
     assert set(files) - set(known) == {"zero_shot"}  # it trains nothing: train_guard(head="prompt", trainer={"max_epochs": 0})
     for name, arm in known.items():
         said = files[name]["data"]
-        assert (list(arm.negatives), arm.transform, arm.variants_per_image) == (
+        assert (list(arm.negatives), list(arm.positives), arm.transform, arm.variants_per_image) == (
             said["negatives"],
+            said.get("positives", []),
             said.get("transform", "none"),
             said.get("variants_per_image"),
         )

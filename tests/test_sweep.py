@@ -48,6 +48,7 @@ class World:
         self.policy = SimpleNamespace(category_names=("a", "b"))
         self.store, self.pipeline = self, self
         self.encoder = SimpleNamespace(dim=DIM)
+        self.safe_per_unsafe, self.photographs = 1, []
         self.pool = [self._record(rng, "train", label, i, elsewhere, swap) for label in (1, 0) for i in range(n)]
         test = [self._record(rng, "test", label, i, 0.0, False) for label in (1, 0) for i in range(n_test)]
         vectors = np.array([record.embedding for record in test])
@@ -290,7 +291,7 @@ def test_images_without_several_views_are_taken_once(tmp_path):
     assert rows.shares.sum() == pytest.approx(2)  # decision and pairs
 
 
-@pytest.mark.parametrize("arm", ["pairs_plus", "shuffled_pairs", "null_edits"])
+@pytest.mark.parametrize("arm", ["pairs_plus", "shuffled_pairs", "null_edits", "look_alikes", "pairs_balanced", "unpaired of 3"])
 def test_a_cell_is_fitted_to_the_images_of_a_training(compose, arm):
     """The same arm, budget and seed: as many times the same embeddings, with every view in the training batch."""
     from guardkit.runs.objects import build
@@ -303,15 +304,17 @@ def test_a_cell_is_fitted_to_the_images_of_a_training(compose, arm):
         "source.n_test=9",
         "cache_dir=null",
     )
-    data = build(compose("train", f"experiment={arm}", "seed=5", *asked)).data
-    stock = Stock(data, [Arm(arm, data.negatives, data.transform, 2)], (4, 12), (0, 5))
+    arm, _, ratio = arm.partition(" of ")
+    data = build(compose("train", f"experiment={arm}", f"data.safe_per_unsafe={ratio or 1}", "seed=5", *asked)).data
+    stock = Stock(data, [Arm(arm, data.negatives, data.transform, 2, data.positives)], (4, 12), (0, 5))
     cell = stock.data_of(Cell(arm, "linear", 12, 5))
 
     def rows(batch):
         return sorted(zip(batch["labels"].tolist(), map(tuple, batch["embeddings"].tolist()), strict=True))
 
     (batch,) = data.batches(1)
-    assert len(batch["labels"]) == {"pairs_plus": 54, "shuffled_pairs": 36, "null_edits": 18}[arm]
+    of_arm = {"pairs_plus": 54, "shuffled_pairs": 36, "null_edits": 18, "look_alikes": 27, "pairs_balanced": 72, "unpaired": 9 + 29}
+    assert len(batch["labels"]) == of_arm[arm]
     assert rows(cell.train) == rows(batch)
     assert len(cell.train["unsafe_rows"]) == len(batch["unsafe_rows"])
     assert rows(cell.validation) == rows(data.validation_batch())

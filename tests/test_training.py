@@ -23,17 +23,21 @@ def pairs_aug(train):
     return train("experiment=pairs_aug")
 
 
-@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml")))
+# pairs_transplanted needs boxes around safe objects: test_transplants.py
+EXPERIMENTS = sorted({path.stem for path in (ROOT / "conf/experiment").glob("*.yaml")} - {"pairs_transplanted"})
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs_within_its_budget(train, experiment):
     metrics = train(f"experiment={experiment}").metrics
     assert metrics["experiment"] == experiment
     assert metrics["n_unsafe"] == 24
-    natural = {"pairs_aug": 0, "shuffled_pairs": 0}.get(experiment, 24)
+    natural = {"pairs_aug": 0, "shuffled_pairs": 0, "look_alikes": 48}.get(experiment, 24)
     assert metrics["n_safe"] == natural
     edits = metrics["edits"]
     assert edits["requested"] == edits["accepted"] + sum(edits["rejected"].values())
-    assert metrics["n_counterfactuals"] == (24 if experiment in ("pairs_aug", "pairs_plus", "shuffled_pairs") else 0)
-    if experiment == "null_edits":
+    assert metrics["n_counterfactuals"] == (24 if experiment in ("pairs_aug", "pairs_plus", "pairs_balanced", "shuffled_pairs") else 0)
+    if experiment in ("null_edits", "pairs_balanced"):
         assert edits["accepted"] == 48  # both labels pass through the editor
     assert metrics["test"]["n"] == 108
     assert metrics["pairs"]["n"] == 54
@@ -244,6 +248,14 @@ def test_fewer_images_than_asked_for_is_said_and_used(train, caplog):
         (["data.n_unsafe=1"], "data.n_unsafe must be a whole number of at least 2, got 1"),
         (["data.n_unsafe=abc"], "data.n_unsafe must be a whole number of at least 2, got 'abc'"),
         (["data.negatives=[cats]"], "data.negatives must be a list of some of counterfactual, natural, shuffled"),
+        (["data.positives=[dogs]"], "data.positives must be a list of some of null_edit, transplant, or empty, got"),
+        (["data.safe_per_unsafe=0"], "data.safe_per_unsafe .* must be"),
+        (["data.safe_per_unsafe=many"], "data.safe_per_unsafe .* must be"),
+        (
+            ["experiment=look_alikes", "source.look_alike_rate=0"],
+            "marks 0 other safe images as such .by a category.; give safe images the category",
+        ),
+        (["experiment=pairs_transplanted"], "source=scenes has 0 safe training images with a box, and transplants need at least 2"),
         (["source.scene_shift=2"], r"source.scene_shift must be a number in \[0, 1\], got 2"),
         (["policy=handled_objects"], "category 'hate' is not in policy"),
         (["threshold=best"], "threshold must be a number in .0, 1. or an operating point .balanced"),

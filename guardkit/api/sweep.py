@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -74,6 +74,7 @@ def sweep(
     engine: str = "batched",
     device: str = "auto",
     editor: Editor | Edits | None = None,
+    safe_per_unsafe: int | Literal["all"] = 1,
     variants_per_image: int = 4,
     batch_size: int = 1_000_000,
     all_views: bool = True,
@@ -109,7 +110,8 @@ def sweep(
         n_resamples, seed: of the redraws behind the intervals.
         engine: "batched", or "lightning": the same cells one by one through the code of `train_guard`.
         device: of the batched engine: "auto", "cpu", "cuda".
-        variants_per_image: counterfactuals of each image, where the arm does not say.
+        safe_per_unsafe: natural safe images for each unsafe one, or "all"; of arms that use some.
+        variants_per_image: counterfactuals, or other edits, of each image, where the arm does not say.
         batch_size, all_views, test_share, split_seed: as for `train_guard`; here a batch holds all images of a cell.
         loss: as for `train_guard`; here the category loss is left out unless `category_weight` is given, and the strengths are
             in place of `l2`.
@@ -153,7 +155,13 @@ def sweep(
     refuse_others(folder, "sweep", replaces=False)
     store = EmbeddingStore(encoder, cache)
     pipeline = Edits.of(editor).pipeline(policy, store, cache)
-    data = {"batch_size": batch_size, "all_views": all_views, "test_share": test_share, "split_seed": split_seed}
+    data: dict[str, Any] = {
+        "safe_per_unsafe": safe_per_unsafe,
+        "batch_size": batch_size,
+        "all_views": all_views,
+        "test_share": test_share,
+        "split_seed": split_seed,
+    }
     parts = make_parts(source, policy, store, pipeline, wanted[0], seed=seed, **data)
     try:
         check_parts(encoder, pipeline, policy, made.values())
@@ -177,7 +185,7 @@ def sweep(
                 **({"linear_optimizer": named(linear_optimizer)} if engine == "lightning" else {}),
             },
             "arms": {
-                arm.name: {"negatives": list(arm.negatives), "transform": arm.transform, "variants_per_image": arm.variants_per_image}
+                arm.name: {"kinds": list(arm.kinds), "transform": arm.transform, "variants_per_image": arm.variants_per_image}
                 for arm in wanted
             },
             "heads": {name: named(make_head) for name, make_head in made.items()},

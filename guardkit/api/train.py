@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -62,6 +62,7 @@ def train_guard(
     arm: str | Arm = "pairs_aug",
     editor: Editor | Edits | None = None,
     n_unsafe: int = 64,
+    safe_per_unsafe: int | Literal["all"] = 1,
     variants_per_image: int = 1,
     batch_size: int = 64,
     all_views: bool = False,
@@ -93,7 +94,8 @@ def train_guard(
         editor: makes counterfactuals; with an instructor, a verifier or several tries: `Edits`. None: none can be made, which suits
             arms that edit nothing.
         n_unsafe: labelled unsafe images, validation included: the label budget.
-        variants_per_image: counterfactuals of each image, where the arm does not say.
+        safe_per_unsafe: natural safe images for each unsafe one, or "all"; of arms that use some.
+        variants_per_image: counterfactuals, or other edits, of each image, where the arm does not say.
         batch_size: unsafe images in a batch.
         all_views: every view in every epoch, rather than one after the other.
         test_share: of a source that brings no test set of its own, in (0, 1).
@@ -138,6 +140,7 @@ def train_guard(
         pipeline,
         chosen,
         n_unsafe=n_unsafe,
+        safe_per_unsafe=safe_per_unsafe,
         variants_per_image=variants_per_image,
         batch_size=batch_size,
         all_views=all_views,
@@ -156,8 +159,8 @@ def train_guard(
             "editor": pipeline.editor.config,
             "verifier": pipeline.verifier.config,
             "head": [made.kind, made.config],
-            "arm": [chosen.name, chosen.negatives, chosen.transform, chosen.variants_per_image or variants_per_image],
-            "data": [n_unsafe, batch_size, all_views, test_share, split_seed, seed],
+            "arm": [chosen.name, chosen.kinds, chosen.transform, chosen.variants_per_image or variants_per_image],
+            "data": [n_unsafe, safe_per_unsafe, batch_size, all_views, test_share, split_seed, seed],
             "loss": recipe.objective.settings,
             "trainer": {name: str(value) for name, value in recipe.trainer.items()},
             "optimizer": named(optimizer),

@@ -81,6 +81,7 @@ class CounterfactualPipeline:
         self.policy, self.instructor, self.editor, self.verifier = policy, instructor, editor, verifier
         check_whole("edit_max_tries", max_tries, 1)
         self.batch_size, self.max_tries = batch_size, max_tries
+        self.photographs: list[Photograph] = []
         self._lock = threading.Lock()
         self._store = TryStore(cache_dir)
 
@@ -144,21 +145,19 @@ class CounterfactualPipeline:
             return made
 
     def supply(self, pool: Sequence[Record]) -> None:
-        """Gives the editor the safe images of a training pool that it may paste from.
+        """Gives the editor the safe images of a training pool that it may paste from; `photographs` holds them.
 
         Args:
             pool: what may be trained on; nothing that is tested on.
         Raises:
             InputError: they are fewer than the editor asks for.
         """
-        supply(
-            self.editor,
-            [
-                Photograph(record.content, record.region, record.caption, is_look_alike=record.category is not None)
-                for record in pool
-                if record.label == SAFE and record.content is not None and record.region is not None
-            ],
-        )
+        self.photographs = [
+            Photograph(record.content, record.region, record.caption, is_look_alike=record.category is not None)
+            for record in pool
+            if record.label == SAFE and record.content is not None and record.region is not None
+        ]
+        supply(self.editor, self.photographs)
 
     def refusals(self, records: Sequence[Record], kind: Kind = "counterfactual") -> Counter[str]:
         """Why records will not be edited, and how many, as far as it is known without their pixels."""

@@ -19,7 +19,8 @@ from guardkit.schema import InputError, Record
 
 Batch = dict[str, torch.Tensor]
 
-NEGATIVES = ("counterfactual", "natural", "shuffled")
+NEGATIVES = ("counterfactual", "natural", "shuffled", "look_alike", "transplant_safe")
+POSITIVES = ("null_edit", "transplant")
 TRANSFORMS = ("none", "null_edit", "classic")
 
 
@@ -29,17 +30,26 @@ class Arm:
 
     Attributes:
         name: for tables.
-        negatives: what the unsafe images are told from: any of "counterfactual" (their own), "natural" (as many safe images)
-            and "shuffled" (the counterfactuals of as many other unsafe images).
+        negatives: what the unsafe images are told from: any of "counterfactual" (their own), "natural" (as many safe images, or
+            as the run says), "shuffled" (the counterfactuals of as many other unsafe images), "look_alike" (as many safe images that
+            the source marks as look-alikes) and "transplant_safe" (safe objects in the places of transplants).
         transform: what every image passes through first: "none", "null_edit" (the editor, with an irrelevant change) or
             "classic" (crops, flips, colour changes).
-        variants_per_image: counterfactuals, or classic views, of each image; None: as the run says.
+        variants_per_image: counterfactuals, other edits, or classic views, of each image; None: as the run says.
+        positives: what stands beside the unsafe images: any of "null_edit" (themselves, passed through the editor with an
+            irrelevant change) and "transplant" (their objects in safe photographs, see `guardkit.data.transplants`).
     """
 
     name: str
     negatives: tuple[str, ...]
     transform: Literal["none", "null_edit", "classic"] = "none"
     variants_per_image: int | None = None
+    positives: tuple[str, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of all its images."""
+        return ("unsafe", *self.positives, *self.negatives)
 
 
 # conf/experiment has a file for each, which says what it is for
@@ -50,6 +60,9 @@ ARMS = (
     Arm("shuffled_pairs", ("shuffled",)),
     Arm("null_edits", ("natural",), "null_edit"),
     Arm("classic_aug", ("natural",), "classic", 4),
+    Arm("look_alikes", ("natural", "look_alike")),
+    Arm("pairs_balanced", ("counterfactual", "natural"), positives=("null_edit",)),
+    Arm("pairs_transplanted", ("natural", "transplant_safe"), variants_per_image=4, positives=("transplant",)),
 )
 
 
@@ -65,11 +78,17 @@ def arm_named(arm: str | Arm) -> Arm:
     return known[arm] if isinstance(arm, str) else arm
 
 
+OF_THE_UNSAFE = ("unsafe", "counterfactual", "null_edit", "transplant", "transplant_safe")
+"""Kinds of images that are, or are made of, the labelled unsafe ones; they stand side by side in every batch."""
+# in each of these pairs, what is safe was made to differ from what is unsafe by the feature alone
+_PAIRS = {"counterfactual": "unsafe", "transplant_safe": "transplant"}
+
+
 @dataclass(frozen=True)
 class Choice:
-    """The images of an arm, of one seed and one label budget, by kind: "unsafe", and the arm's negatives.
+    """The images of an arm, of one seed and one label budget, by kind: "unsafe", and the arm's positives and negatives.
 
-    For "counterfactual" these are the unsafe images once more, for "shuffled" other unsafe ones: those that are edited.
+    For "shuffled" these are other unsafe images, for what is made of the unsafe images (`OF_THE_UNSAFE`) those once more.
 
     Attributes:
         train: to fit on.
@@ -78,6 +97,11 @@ class Choice:
 
     train: dict[str, list[Record]]
     validation: dict[str, list[Record]]
+
+    @property
+    def n_safe(self) -> int:
+        """Safe images that the source labelled, validation included."""
+        return len(self.of("natural")) + len(self.of("look_alike"))
 
     def of(self, kind: str) -> list[Record]:
         """All images of a kind; none where the arm does not want it."""
@@ -91,6 +115,11 @@ class Orders:
     unsafe: list[Record]
     safe: list[Record]
 
+    @property
+    def look_alikes(self) -> list[Record]:
+        """The safe images that the source says to look like something unsafe."""
+        return [record for record in self.safe if record.category is not None]
+
     @classmethod
     def of(cls, pool: Sequence[Record], seed: int) -> Orders:
         """The nested orders of both labels."""
@@ -98,18 +127,27 @@ class Orders:
         return cls(unsafe, nested_order([record for record in pool if record.label == 0], seed))
 
 
-def choose(orders: Orders, n_unsafe: int, negatives: Sequence[str]) -> Choice:
-    """The first `n_unsafe` unsafe images of a seed, and what its negatives need.
+def n_natural(n_unsafe: int, safe_per_unsafe: int | str, orders: Orders) -> int:
+    """How many natural safe images stand beside so many unsafe ones; `safe_per_unsafe` is a number or "all"."""
+    return len(orders.safe) if safe_per_unsafe == "all" else n_unsafe * int(safe_per_unsafe)
+
+
+def choose(orders: Orders, n_unsafe: int, kinds: Sequence[str], safe_per_unsafe: int | str = 1) -> Choice:
+    """The first `n_unsafe` unsafe images of a seed, and what the kinds of an arm need.
 
     Smaller budgets are contained in larger ones, and every arm has the same unsafe images. A kind of which there are
     fewer than asked for is smaller, or empty.
     """
     unsafe = orders.unsafe[:n_unsafe]
-    ordered = {"unsafe": unsafe, "counterfactual": unsafe, "natural": orders.safe}
-    if "shuffled" in negatives:
+    n_safe = n_natural(n_unsafe, safe_per_unsafe, orders)
+    ordered = dict.fromkeys(OF_THE_UNSAFE, unsafe) | {"natural": orders.safe}
+    if "shuffled" in kinds:
         taken = {record.group for record in unsafe}
         ordered["shuffled"] = [record for record in orders.unsafe[n_unsafe:] if record.group not in taken]
-    parts = {kind: split_validation(ordered[kind], n_unsafe) for kind in ("unsafe", *negatives)}
+    if "look_alike" in kinds:
+        taken = {record.group for record in orders.safe[:n_safe]} if "natural" in kinds else set()
+        ordered["look_alike"] = [record for record in orders.look_alikes if record.group not in taken]
+    parts = {kind: split_validation(ordered[kind], n_safe if kind == "natural" else n_unsafe) for kind in kinds}
     return Choice({kind: train for kind, (train, _) in parts.items()}, {kind: validation for kind, (_, validation) in parts.items()})
 
 
@@ -117,13 +155,14 @@ def make_batch(pools: Mapping[str, Pool], rows: Mapping[str, np.ndarray], turn: 
     """A batch of the images of an arm.
 
     Args:
-        pools: of "unsafe", and of the arm's negatives.
-        rows: which of their records; "counterfactual" has the rows of "unsafe".
+        pools: of "unsafe", and of the arm's positives and negatives.
+        rows: which of their records; kinds of `OF_THE_UNSAFE` have the same.
         turn: which view of each, in a round over those that are there; None: every view. A record that has fewer views than
             another is there as often as that one, so that all have the same weight.
     Returns:
         embeddings (n, d); labels (n,); targets (n, k), NaN where a category is unknown; unsafe_rows and counterfactual_rows, (p,)
-        where in the batch an unsafe image and its counterfactual stand. Views that are not there are left out.
+        where in the batch an unsafe image and its counterfactual stand, or a transplant and its safe half. Views that are not there
+        are left out.
     """
     n_turns = 1 if turn is not None else max((pools[kind].n_views for kind, mine in rows.items() if len(mine)), default=1)
 
@@ -132,28 +171,34 @@ def make_batch(pools: Mapping[str, Pool], rows: Mapping[str, np.ndarray], turn: 
         turns = np.repeat(np.arange(n_turns) + (turn or 0), len(rows[kind]))
         return pools[kind].views(rows[kind]).pick(wanted, turns)
 
-    vectors, there = pick("unsafe")
-    n = int(there.sum())
-    row_at = np.cumsum(there) - 1  # where an unsafe row stands in the batch
-    known = pools["unsafe"].categories[np.tile(rows["unsafe"], n_turns)[there]]
     n_categories = len(pools["unsafe"].category_names)
-    targets = np.where(known[:, None] >= 0, np.arange(n_categories) == known[:, None], np.nan)
-    parts, labels, all_targets = [vectors[there]], [np.ones(n)], [targets]
-    first, second = np.zeros(0, int), np.zeros(0, int)
+    parts: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    there: dict[str, np.ndarray] = {}
+    row_at: dict[str, np.ndarray] = {}  # where in the batch a view stands, if it is there
+    first, second = [np.zeros(0, int)], [np.zeros(0, int)]
     for kind in rows:
-        if kind == "unsafe":
-            continue
         vectors, found = pick(kind)
-        if kind == "counterfactual":
-            paired = found & there
-            first, second = row_at[paired], sum(len(part) for part in parts) + (np.cumsum(found) - 1)[paired]
+        there[kind], row_at[kind] = found, sum(len(part) for part in parts) + np.cumsum(found) - 1
+        other = _PAIRS.get(kind)
+        if other is not None and other in there:
+            paired = found & there[other]
+            first.append(row_at[other][paired])
+            second.append(row_at[kind][paired])
+        n = int(found.sum())
         parts.append(vectors[found])
-        labels.append(np.zeros(int(found.sum())))
-        all_targets.append(np.zeros((int(found.sum()), n_categories)))
+        if kind == "unsafe" or kind in POSITIVES:
+            known = pools[kind].categories[np.tile(rows[kind], n_turns)[found]]
+            targets.append(np.where(known[:, None] >= 0, np.arange(n_categories) == known[:, None], np.nan))
+            labels.append(np.ones(n))
+        else:
+            targets.append(np.zeros((n, n_categories)))
+            labels.append(np.zeros(n))
     return {
         "embeddings": torch.from_numpy(np.concatenate(parts)),
         "labels": torch.from_numpy(np.concatenate(labels)).float(),
-        "targets": torch.from_numpy(np.concatenate(all_targets)).float(),
-        "unsafe_rows": torch.from_numpy(first),
-        "counterfactual_rows": torch.from_numpy(second),
+        "targets": torch.from_numpy(np.concatenate(targets)).float(),
+        "unsafe_rows": torch.from_numpy(np.concatenate(first)),
+        "counterfactual_rows": torch.from_numpy(np.concatenate(second)),
     }

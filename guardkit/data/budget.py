@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
-from guardkit.data.arms import Choice, Orders, choose
+from guardkit.data.arms import Choice, Orders, choose, n_natural
 from guardkit.editors.base import Kind
 from guardkit.schema import InputError, Record
 
 _LEAST = 2  # images of a kind: one trains, one validates
 
 
-def chosen_in_budget(orders: Orders, n_unsafe: int, negatives: Sequence[str], where: str, why: str = "") -> tuple[Choice, list[str]]:
+def chosen_in_budget(
+    orders: Orders, n_unsafe: int, kinds: Sequence[str], safe_per_unsafe: int | str, where: str, why: str = ""
+) -> tuple[Choice, list[str]]:
     """The images of an arm, and what is missing from its budget, in sentences.
 
     The labelled unsafe images are those of every other arm with this budget and seed; where images are short, an arm has
@@ -25,7 +27,8 @@ def chosen_in_budget(orders: Orders, n_unsafe: int, negatives: Sequence[str], wh
     Args:
         orders: of the training pool.
         n_unsafe: the label budget.
-        negatives: see `guardkit.data.arms.NEGATIVES`.
+        kinds: of the arm's images.
+        safe_per_unsafe: natural safe images for each unsafe one, or "all".
         where: names the source.
         why: what was rejected, to end an error with.
     Raises:
@@ -36,18 +39,25 @@ def chosen_in_budget(orders: Orders, n_unsafe: int, negatives: Sequence[str], wh
         raise InputError(
             f"{where} leaves {len(unsafe)} unsafe image(s) for training; at least {_LEAST} are needed: label more, or lower data.test_share{why}"
         )
-    if "natural" in negatives and len(safe) < _LEAST:
+    if "natural" in kinds and len(safe) < _LEAST:
         raise InputError(
             f"{where} leaves {len(safe)} safe image(s) for training; this arm needs at least {_LEAST}: add some, or use experiment=pairs_aug{why}"
         )
     n, notes = min(n_unsafe, len(unsafe)), []
     if n < n_unsafe:
         notes.append(f"asked for {n_unsafe} unsafe images, {where} has {n} for training: using {n} (set data.n_unsafe)")
-    if "natural" in negatives and len(safe) < n:
-        notes.append(f"asked for {n} safe images, {where} has {len(safe)} for training: using all of them")
-    choice = choose(orders, n, negatives)
+    n_safe = n_natural(n, safe_per_unsafe, orders)
+    if "natural" in kinds and len(safe) < n_safe:
+        notes.append(f"asked for {n_safe} safe images, {where} has {len(safe)} for training: using all of them")
+    choice = choose(orders, n, kinds, safe_per_unsafe)
+    n_alike = len(choice.of("look_alike"))
+    if "look_alike" in kinds and n_alike < n:
+        short = f"asked for {n} look-alikes, {where} marks {n_alike} other safe images as such (by a category)"
+        if n_alike < _LEAST:
+            raise InputError(f"{short}; give safe images the category that they look like, or use experiment=unpaired")
+        notes.append(f"{short}: using all of them")
     n_others = len(choice.of("shuffled"))
-    if "shuffled" in negatives and n_others < n:
+    if "shuffled" in kinds and n_others < n:
         short = (
             f"of the {len(unsafe)} unsafe images that {where} has for training, {n_others} are left beside the {n} labelled ones, and "
             f"experiment=shuffled_pairs takes the counterfactuals of {n} others"
@@ -59,15 +69,17 @@ def chosen_in_budget(orders: Orders, n_unsafe: int, negatives: Sequence[str], wh
     return choice, notes
 
 
-def shortage(orders: Orders, n_unsafe: int, negatives: Sequence[str], where: str) -> str | None:
+def shortage(orders: Orders, n_unsafe: int, kinds: Sequence[str], safe_per_unsafe: int | str, where: str) -> str | None:
     """What the source has too little of to serve an arm in full, in the same words for every seed, or None."""
     n = len(orders.unsafe)
     if n < n_unsafe:
         return f"more unsafe images are needed than the {n} that {where} has for training"
-    if "shuffled" in negatives and n < 2 * n_unsafe:
+    if "shuffled" in kinds and n < 2 * n_unsafe:
         return f"as many other unsafe images are needed beside the labelled ones, and {where} has {n} for training"
-    if "natural" in negatives and len(orders.safe) < n_unsafe:
+    if "natural" in kinds and len(orders.safe) < max(_LEAST, n_natural(n_unsafe, safe_per_unsafe, orders)):
         return f"more safe images are needed than the {len(orders.safe)} that {where} has for training"
+    if "look_alike" in kinds and len(choose(orders, n_unsafe, kinds, safe_per_unsafe).of("look_alike")) < n_unsafe:
+        return f"more look-alikes are needed than the {len(orders.look_alikes)} that {where} marks as such (by a category) for training"
     return None
 
 
@@ -75,8 +87,9 @@ def edited(choice: Choice, transform: str) -> list[tuple[str, Kind, list[Record]
     """What an arm asks an editor for: whose images they are, the kind of edit, the images."""
     wanted: list[tuple[str, Kind, list[Record]]] = []
     if transform == "null_edit":
-        wanted += [("unsafe images", "null", choice.of("unsafe")), ("safe images", "null", choice.of("natural"))]
+        wanted += [("unsafe images", "null", choice.of("unsafe")), ("safe images", "null", choice.of("natural") + choice.of("look_alike"))]
     wanted.append(("unsafe images", "counterfactual", choice.of("counterfactual")))
+    wanted.append(("unsafe images", "null", choice.of("null_edit")))
     wanted.append(("other unsafe images", "counterfactual", choice.of("shuffled")))
     return [one for one in wanted if one[2]]
 
@@ -103,3 +116,31 @@ def check_edits(pipeline: CounterfactualPipeline, wanted: Sequence[tuple[str, Ki
         if n:
             notes.append(f"{n} of the {len(records)} {what} of {where} cannot be edited ({reasons})")
     return notes
+
+
+def check_transplants(pipeline: CounterfactualPipeline, choice: Choice, where: str) -> list[str]:
+    """What stands in the way of transplants that an arm asks for, in sentences.
+
+    Args:
+        pipeline: has the safe photographs that objects are put into.
+        choice: the images of the arm.
+        where: names the source.
+    Raises:
+        InputError: none can be made.
+    """
+    records = choice.of("transplant") or choice.of("transplant_safe")
+    if not records:
+        return []
+    boxed = [record for record in records if record.content is not None and record.region is not None]
+    if not boxed:
+        raise InputError(
+            f"none of the {len(records)} unsafe images of {where} has a box, and transplants cut an object out by its box; give some"
+        )
+    if len(pipeline.photographs) < 2:
+        raise InputError(
+            f"{where} has {len(pipeline.photographs)} safe training images with a box, and transplants need at least 2 to put objects into; "
+            "give safe images a box around an object, or use experiment=unpaired"
+        )
+    if len(boxed) < len(records):
+        return [f"{len(records) - len(boxed)} of the {len(records)} unsafe images of {where} have no box and are not transplanted"]
+    return []

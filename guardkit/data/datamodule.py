@@ -24,8 +24,8 @@ import torch
 
 from guardkit.checks import MAX_SEED, check_choice, check_flag, check_number, check_same, check_whole, is_list
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
-from guardkit.data.arms import NEGATIVES, TRANSFORMS, Batch, Choice, Orders, make_batch
-from guardkit.data.budget import check_edits, chosen_in_budget, edited
+from guardkit.data.arms import NEGATIVES, OF_THE_UNSAFE, POSITIVES, TRANSFORMS, Batch, Choice, Orders, make_batch
+from guardkit.data.budget import check_edits, check_transplants, chosen_in_budget, edited
 from guardkit.data.controls import Control, make_controls
 from guardkit.data.duplicates import perceptual_hash
 from guardkit.data.grouping import load_source, why_rejected
@@ -39,7 +39,6 @@ from guardkit.schema import UNSAFE, Content, InputError, Record
 log = logging.getLogger(__name__)
 
 MAX_CONTROLS = 256
-_LABELLED = ("unsafe", "counterfactual")  # views of the labelled unsafe images, side by side in every batch
 
 
 class GuardDataModule(L.LightningDataModule):
@@ -51,11 +50,12 @@ class GuardDataModule(L.LightningDataModule):
         store: embeds images, each once.
         pipeline: makes counterfactuals and null edits.
         n_unsafe: labelled unsafe images, validation included: the label budget.
-        negatives: what the unsafe images are told from: any of "counterfactual" (their own), "natural" (as many safe
-            images) and "shuffled" (the counterfactuals of as many other unsafe images).
+        negatives: what the unsafe images are told from, see `guardkit.data.arms.Arm`.
+        positives: what stands beside the unsafe images, see there.
+        safe_per_unsafe: natural safe images for each unsafe one, or "all".
         transform: what every image passes through first: "none", "null_edit" (the editor, with an irrelevant change)
             or "classic" (crops, flips, colour changes).
-        variants_per_image: counterfactuals (or classic views) of each image.
+        variants_per_image: counterfactuals, other edits, or classic views, of each image.
         batch_size: unsafe images in a batch.
         all_views: every view in every epoch, rather than one after the other.
         test_share: of a source that brings no test set of its own, in (0, 1).
@@ -74,6 +74,8 @@ class GuardDataModule(L.LightningDataModule):
         *,
         n_unsafe: int = 64,
         negatives: Sequence[str] = ("counterfactual",),
+        positives: Sequence[str] = (),
+        safe_per_unsafe: int | Literal["all"] = 1,
         transform: Literal["none", "null_edit", "classic"] = "none",
         variants_per_image: int = 1,
         batch_size: int = 64,
@@ -93,11 +95,16 @@ class GuardDataModule(L.LightningDataModule):
         check_whole("seed", seed, 0, MAX_SEED)
         if not is_list(negatives) or not negatives or not all(one in NEGATIVES for one in negatives):
             raise InputError(f"data.negatives must be a list of some of {', '.join(NEGATIVES)}, got {negatives!r}")
+        if not is_list(positives) or not all(one in POSITIVES for one in positives):
+            raise InputError(f"data.positives must be a list of some of {', '.join(POSITIVES)}, or empty, got {positives!r}")
+        if safe_per_unsafe != "all":
+            check_whole("data.safe_per_unsafe (a number, or all)", safe_per_unsafe, 1)
         check_choice("data.transform", transform, TRANSFORMS)
         check_flag("data.all_views", all_views)
         check_number("data.test_share", test_share, "(0, 1)")
         self.source, self.policy, self.store, self.pipeline = source, policy, store, pipeline
         self.n_unsafe, self.negatives, self.transform = n_unsafe, tuple(negatives), transform
+        self.positives, self.safe_per_unsafe = tuple(positives), safe_per_unsafe
         self.batch_size, self.test_share, self.split_seed, self.seed = batch_size, test_share, split_seed, seed
         self.variants_per_image, self.all_views = variants_per_image, all_views
         self.edits = EditCounts()  # of this arm
@@ -121,7 +128,9 @@ class GuardDataModule(L.LightningDataModule):
         """
         orders = Orders.of(self.load(), self.seed)
         where = f"source={self.source.name}"
-        choice, self.notes = chosen_in_budget(orders, self.n_unsafe, self.negatives, where, why_rejected(self.loaded))
+        kinds = ("unsafe", *self.positives, *self.negatives)
+        choice, self.notes = chosen_in_budget(orders, self.n_unsafe, kinds, self.safe_per_unsafe, where, why_rejected(self.loaded))
+        self.notes += check_transplants(self.pipeline, choice, where)
         self.notes += check_edits(self.pipeline, edited(choice, self.transform), where)
         for note in self.notes:
             log.warning("%s", note)
@@ -164,7 +173,7 @@ class GuardDataModule(L.LightningDataModule):
         return pools(self.choice.train, self.batch_size), pools(self.choice.validation, None)
 
     def _order(self, kind: str, n: int, epoch: int) -> np.ndarray:
-        stream = 13 if kind in _LABELLED else 14
+        stream = 13 if kind in OF_THE_UNSAFE else 14
         return np.random.default_rng([self.seed, stream, epoch]).permutation(n)
 
     # --- what runs in the background ---------------------------------------------------------------------------------
@@ -255,7 +264,7 @@ class GuardDataModule(L.LightningDataModule):
             (split, record)
             for split, images in parts.items()
             for kind, records in images.items()
-            if kind != "counterfactual"  # the unsafe images once more
+            if kind == "unsafe" or kind not in OF_THE_UNSAFE  # each image once
             for record in records
         ]
         if set(EDITED) & set(self.negatives):
@@ -313,8 +322,13 @@ class GuardDataModule(L.LightningDataModule):
             rows = {}
             for kind, order in orders.items():
                 # a smaller pool goes round, so that every batch has negatives; a batch that is the whole epoch has all
-                whole = len(places) == n and kind not in _LABELLED
-                rows[kind] = order if whole or not len(order) else order[places % len(order)]
+                whole = len(places) == n and kind not in OF_THE_UNSAFE
+                if whole or not len(order):
+                    rows[kind] = order
+                elif len(order) > n:  # a larger one is divided among the batches
+                    rows[kind] = order[places[0] * len(order) // n : (places[-1] + 1) * len(order) // n]
+                else:
+                    rows[kind] = order[places % len(order)]
             yield make_batch(pools, rows, None if self.all_views else epoch)
 
     @property
@@ -324,8 +338,8 @@ class GuardDataModule(L.LightningDataModule):
 
     def check_both_sides(self) -> None:
         """Raises InputError when not a single unsafe image, or not a single negative, came through, with the reasons."""
-        unsafe, *others = (int(pool.views().there.sum()) for pool in self._pools[0].values())
-        for label, n in (("unsafe", unsafe), ("safe", sum(others))):
+        there = {kind: int(pool.views().there.sum()) for kind, pool in self._pools[0].items()}
+        for label, n in (("unsafe", there["unsafe"]), ("safe", sum(there[kind] for kind in self.negatives))):
             if not n:
                 reasons = "; ".join(f"{count} x {reason}" for reason, count in self.edits.rejected.items())
                 raise InputError(
@@ -339,7 +353,17 @@ class GuardDataModule(L.LightningDataModule):
         """Lightning's, for a checkpoint: what the batches depend on."""
         settings = {
             name: getattr(self, name)
-            for name in ("n_unsafe", "negatives", "transform", "batch_size", "all_views", "test_share", "split_seed")
+            for name in (
+                "n_unsafe",
+                "negatives",
+                "positives",
+                "safe_per_unsafe",
+                "transform",
+                "batch_size",
+                "all_views",
+                "test_share",
+                "split_seed",
+            )
         }
         return {
             "data": settings | {"variants_per_image": self.variants_per_image},

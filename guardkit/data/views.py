@@ -17,6 +17,7 @@ import numpy as np
 
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.data.augment import AugmentedContent
+from guardkit.data.transplants import transplant
 from guardkit.editors.base import Kind
 from guardkit.embeddings import EmbeddingStore
 from guardkit.schema import Content, InputError, Record
@@ -24,6 +25,7 @@ from guardkit.schema import Content, InputError, Record
 T = TypeVar("T")
 
 EDITED = ("counterfactual", "shuffled")  # kinds of images that are there as their counterfactuals
+_TRANSPLANTS = {"transplant": True, "transplant_safe": False}  # whether the object is the unsafe one
 
 
 @dataclass(frozen=True)
@@ -174,18 +176,28 @@ class ViewMaker:
         self.transform, self.variants_per_image = transform, variants_per_image
 
     def pool(self, kind: str, category_names: Sequence[str]) -> Pool:
-        """A pool for views of a kind: "unsafe" and "natural" are originals, "counterfactual" and "shuffled" counterfactuals."""
-        n_views = self.variants_per_image if kind in EDITED or self.transform == "classic" else 1
+        """A pool for views of a kind: "unsafe", "natural" and "look_alike" are originals, "counterfactual" and "shuffled"
+        counterfactuals, "null_edit" edits that change nothing relevant, "transplant" and "transplant_safe" what they are called."""
+        several = kind in (*EDITED, "null_edit", *_TRANSPLANTS) or self.transform == "classic"
+        n_views = self.variants_per_image if several else 1
         return Pool(n_views, self.store.encoder.dim, category_names)
 
     def make(self, kind: str, records: list[Record]) -> Views:
         """The views of records of a kind, see `pool`."""
-        return self.counterfactuals(records) if kind in EDITED else self.originals(records)
+        if kind in EDITED:
+            return self.counterfactuals(records)
+        if kind == "null_edit":
+            return self.edited(records, self.variants_per_image, "null", self.counts)
+        if kind in _TRANSPLANTS:
+            return self.transplanted(records, _TRANSPLANTS[kind])
+        return self.originals(records)
 
     def name(self, kind: str) -> str:
         """What the views of a kind are called; arms that call them alike may share them."""
         if kind in EDITED:
             return f"counterfactuals, {self.variants_per_image} each"
+        if kind == "null_edit" or kind in _TRANSPLANTS:
+            return f"{kind}, {self.variants_per_image} each"
         return {"none": "originals", "null_edit": "null edits", "classic": f"classic views, {self.variants_per_image} each"}[self.transform]
 
     def embed(self, records: Sequence[Record]) -> np.ndarray:
@@ -221,6 +233,21 @@ class ViewMaker:
     def counterfactuals(self, records: list[Record]) -> Views:
         """`variants_per_image` counterfactuals of each record; rejected ones are not there."""
         return self.edited(records, self.variants_per_image, "counterfactual", self.counts)
+
+    def transplanted(self, records: Sequence[Record], is_unsafe: bool) -> Views:
+        """`variants_per_image` transplants of each record's object, or safe objects in their places; none of a record without a
+        box. They are drawn when they are embedded, and kept nowhere."""
+        vectors = np.zeros((len(records), self.variants_per_image, self.store.encoder.dim), np.float32)
+        there = np.array([record.content is not None and record.region is not None for record in records])
+        contents = [
+            transplant(record.content, record.region, self.pipeline.photographs, seed, is_unsafe=is_unsafe)
+            for record in records
+            if record.content is not None and record.region is not None
+            for seed in range(self.variants_per_image)
+        ]
+        if contents:
+            vectors[there] = self.store.embed(contents).reshape(-1, *vectors.shape[1:])
+        return Views(vectors, np.repeat(there[:, None], self.variants_per_image, axis=1))
 
     def edited(self, records: Sequence[Record], variants_per_image: int, kind: Kind, counts: EditCounts) -> Views:
         """`variants_per_image` edits of each record, embedded."""

@@ -17,7 +17,7 @@ import numpy as np
 from guardkit.checks import is_whole
 from guardkit.counterfactual.pipeline import EditCounts
 from guardkit.data.arms import Arm, Batch, Choice, Orders, choose, make_batch
-from guardkit.data.budget import check_edits, edited, shortage
+from guardkit.data.budget import check_edits, check_transplants, edited, shortage
 from guardkit.data.datamodule import GuardDataModule
 from guardkit.data.views import EDITED, Pool, ViewMaker
 from guardkit.progress import progress
@@ -129,14 +129,16 @@ class Stock:
     def reason_against(self, cell: Cell) -> str | None:
         """Why the source cannot serve a cell, or None."""
         arm = self._arms[cell.arm]
-        return shortage(self._orders[cell.seed], cell.n_unsafe, arm.negatives, self._where) or self._refused[arm.name]
+        orders, ratio = self._orders[cell.seed], self._data.safe_per_unsafe
+        return shortage(orders, cell.n_unsafe, arm.kinds, ratio, self._where) or self._refused[arm.name]
 
     def _refusal(self, arm: Arm) -> str | None:
         """Why the editor can edit none of the images of an arm, or None."""
         orders = next(iter(self._orders.values()))
-        everything = {kind: orders.safe if kind == "natural" else orders.unsafe for kind in ("unsafe", *arm.negatives)}
+        everything = Choice({kind: orders.safe if kind in ("natural", "look_alike") else orders.unsafe for kind in arm.kinds}, {})
         try:
-            check_edits(self._data.pipeline, edited(Choice(everything, {}), arm.transform), self._where)
+            check_transplants(self._data.pipeline, everything, self._where)
+            check_edits(self._data.pipeline, edited(everything, arm.transform), self._where)
         except InputError as error:
             return str(error)
         return None
@@ -159,11 +161,11 @@ class Stock:
                 reasons = "; ".join(f"{count} x {reason}" for reason, count in self.edit_counts[arm.name].rejected.items())
                 why = f"all edits were rejected ({reasons} among those of the arm)" if requested and not accepted else "one class only"
                 raise CellError(f"no {name} image to train on: {why}")
-        return CellData(train, validation, len(choice.of("natural")), requested, accepted)
+        return CellData(train, validation, choice.n_safe, requested, accepted)
 
     def subset_of(self, cell: Cell) -> Choice:
         """The images of a cell."""
-        return choose(self._orders[cell.seed], cell.n_unsafe, self._arms[cell.arm].negatives)
+        return choose(self._orders[cell.seed], cell.n_unsafe, self._arms[cell.arm].kinds, self._data.safe_per_unsafe)
 
     # --- views ---------------------------------------------------------------------------------------------------------
 
@@ -174,8 +176,8 @@ class Stock:
         kinds: dict[str, str] = {}
         for seed in self._orders:
             served = [size for size in self._sizes if not self.reason_against(Cell(arm.name, "", size, seed))]
-            # a smaller budget's images are among a larger one's, those that are shuffled are not
-            for size in served if "shuffled" in arm.negatives else served[-1:]:
+            # a smaller budget's images are among a larger one's; not those that are others than the ones it has already
+            for size in served if {"shuffled", "look_alike"} & set(arm.kinds) else served[-1:]:
                 choice = self.subset_of(Cell(arm.name, "", size, seed))
                 for images in (choice.train, choice.validation):
                     for kind, records in images.items():
@@ -202,7 +204,7 @@ class Stock:
         """Edits asked for and accepted among the images of a cell."""
         requested = accepted = 0
         for kind in choice.train:
-            if kind in EDITED or arm.transform == "null_edit":
+            if kind in (*EDITED, "null_edit") or arm.transform == "null_edit":
                 pool = self._pool(arm, kind)
                 there = pool.views().there[pool.rows(choice.of(kind))]
                 requested += there.size

@@ -60,7 +60,9 @@ def data_module(
     """The data module of an arm. Views of each image are the arm's where it says how many."""
     if arm.variants_per_image is not None:
         settings["variants_per_image"] = arm.variants_per_image
-    return GuardDataModule(source, policy, store, pipeline, negatives=arm.negatives, transform=arm.transform, **settings)
+    return GuardDataModule(
+        source, policy, store, pipeline, negatives=arm.negatives, positives=arm.positives, transform=arm.transform, **settings
+    )
 
 
 def head_factory(head: str | type[Head] | HeadFactory) -> HeadFactory:

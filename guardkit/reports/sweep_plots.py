@@ -21,8 +21,11 @@ _COLOURS = {
     "shuffled_pairs": "#e08a00",
     "null_edits": "#a6761d",
     "classic_aug": "#cc79a7",
+    "look_alikes": "#56b4e9",
+    "pairs_balanced": "#7b5ea7",
+    "pairs_transplanted": "#d55e00",
 }
-_OTHERS = ("#56b4e9", "#d55e00", "#7b5ea7", "#444444", "#b8b000")
+_OTHERS = ("#444444", "#b8b000", "#9c4f4f", "#5f8a8b", "#b38cd9")
 _LINES = ("-", "--", ":", "-.")
 _INK, _FAINT = "#2a3038", "#8a939d"
 _DIVERGING = LinearSegmentedColormap.from_list("gain", ["#c2543d", "#f7f5f2", "#2f7d6b"])

@@ -18,7 +18,8 @@ def arm(cfg: DictConfig) -> Arm:
     """The arm that `experiment` set."""
     if not isinstance(cfg.experiment_name, str) or not cfg.experiment_name:
         raise InputError(f"experiment_name must be a text, as in experiment_name=mine, got {plain(cfg.experiment_name)!r}")
-    return Arm(cfg.experiment_name, plain(cfg.data)["negatives"], cfg.data.transform)
+    data = plain(cfg.data)
+    return Arm(cfg.experiment_name, data["negatives"], data["transform"], positives=data["positives"])
 
 
 def edits(cfg: DictConfig) -> Edits:
@@ -34,7 +35,8 @@ def loss(cfg: DictConfig) -> dict[str, Any]:
 
 def data(cfg: DictConfig) -> dict[str, Any]:
     """Settings of the data module that the arms of a comparison share."""
-    return {name: cfg.data[name] for name in ("variants_per_image", "batch_size", "all_views", "test_share", "split_seed")}
+    names = ("safe_per_unsafe", "variants_per_image", "batch_size", "all_views", "test_share", "split_seed")
+    return {name: cfg.data[name] for name in names}
 
 
 def build(cfg: DictConfig) -> Parts:

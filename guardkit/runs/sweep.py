@@ -74,12 +74,13 @@ def arms_of(cfg: DictConfig) -> list[Arm]:
                 asked.get("negatives", plain(cfg.data)["negatives"]),
                 asked.get("transform", cfg.data.transform),
                 asked.get("variants_per_image"),
+                asked.get("positives", plain(cfg.data)["positives"]),
             )
         )
     return found
 
 
-_OF_AN_ARM = {"negatives", "transform", "variants_per_image"}
+_OF_AN_ARM = {"negatives", "positives", "transform", "variants_per_image"}
 
 
 def _heads(cfg: DictConfig) -> dict[str, Any]:

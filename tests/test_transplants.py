@@ -1,0 +1,177 @@
+"""Transplants, and the choice and batches of the arms that they and other safe images belong to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import picture
+
+from guardkit.counterfactual.instructor import TemplateInstructor
+from guardkit.counterfactual.pipeline import CounterfactualPipeline
+from guardkit.counterfactual.verifier import NoVerifier
+from guardkit.data.arms import Orders, arm_named, choose
+from guardkit.data.datamodule import GuardDataModule
+from guardkit.data.sources.base import Loaded
+from guardkit.data.transplants import transplant
+from guardkit.editors.base import Photograph
+from guardkit.editors.none import NoEditor
+from guardkit.images import ArrayContent
+from guardkit.schema import InputError, Record
+
+BOX = (0.3, 0.3, 0.7, 0.7)
+
+
+def image(seed, colour=None):
+    pixels = np.asarray(picture(seed, (80, 60))).copy()
+    if colour is not None:
+        pixels[18:42, 24:56] = colour
+    return ArrayContent(pixels)
+
+
+def photographs(n, is_look_alike=False):
+    return [Photograph(image(100 + i, (20, 20, 20 + i)), BOX, is_look_alike=is_look_alike) for i in range(n)]
+
+
+UNSAFE = image(0, (250, 10, 10))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_halves_share_a_scene_and_a_place(seed):
+    """Beside the place both are the host; within it one shows the unsafe object, the other a safe one."""
+    bank = photographs(9)
+    unsafe, safe = (transplant(UNSAFE, BOX, bank, seed, is_unsafe=is_unsafe) for is_unsafe in (True, False))
+    assert unsafe.host is safe.host
+    host, one, other = unsafe.host.load(), unsafe.load(), safe.load()
+    differs = (one != other).any(axis=2)
+    assert 0.02 < differs.mean() < 0.8
+    edited = (one != host).any(axis=2) | (other != host).any(axis=2)
+    assert not (differs & ~edited).any()
+    middle = np.argwhere(differs).mean(axis=0).astype(int)
+    assert one[tuple(middle)].argmax() == 0
+    assert one[tuple(middle)].max() > 180 > other[tuple(middle)].max()
+
+
+def test_seeds_take_other_hosts_and_hosts_are_ordinary():
+    bank = [*photographs(12), *photographs(8, is_look_alike=True)]
+    hosts = [transplant(UNSAFE, BOX, bank, seed, is_unsafe=True).host for seed in range(6)]
+    assert len({id(host) for host in hosts}) == 6
+    ordinary = {id(one.content) for one in bank if not one.is_look_alike}
+    assert {id(host) for host in hosts} <= ordinary
+    again = transplant(UNSAFE, BOX, bank, 3, is_unsafe=True)
+    assert (again.load() == transplant(UNSAFE, BOX, bank, 3, is_unsafe=True).load()).all()
+    keys = {transplant(UNSAFE, BOX, bank, seed, is_unsafe=half).key for seed in range(6) for half in (True, False)}
+    assert len(keys) == 12
+
+
+class MeanColour:
+    """Embeds an image by its mean colours, and remembers what it saw."""
+
+    dim, fingerprint, name = 3, "0" * 64, "mean"
+
+    def __init__(self):
+        self.encoder, self.seen = self, []
+
+    def embed(self, contents):
+        self.seen += contents
+        return np.array([one.load().mean(axis=(0, 1)) / 255 for one in contents], np.float32)
+
+
+class Listed:
+    """36 unsafe images and 72 safe ones, a third of which look like something."""
+
+    name, asked = "listed", {"source": "listed"}
+
+    def __init__(self, unsafe_box=BOX, safe_box=BOX):
+        self.boxes = safe_box, unsafe_box
+
+    def load(self):
+        records = []
+        for i in range(108):
+            label = int(i % 3 == 0)
+            category = "hate" if label or i % 9 == 1 else None
+            content = image(i, (250, 10, 10) if label else (10, 10, 200))
+            records.append(Record(f"{i}", label, category, "listed", f"{i}", content, self.boxes[label]))
+        return Loaded(records, None, [], len(records))
+
+
+def data_of(policy, source=None, **settings):
+    store = MeanColour()
+    pipeline = CounterfactualPipeline(policy, TemplateInstructor(), NoEditor(), NoVerifier(), cache_dir=None)
+    return GuardDataModule(source or Listed(), policy, store, pipeline, batch_size=4, **settings)
+
+
+def test_transplants_are_paired_labelled_and_seen_by_the_encoder_alone(scenes_policy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arm = arm_named("pairs_transplanted")
+    data = data_of(scenes_policy, n_unsafe=10, negatives=arm.negatives, positives=arm.positives, variants_per_image=2, all_views=True)
+    n = len(data.choice.train["unsafe"])
+    assert {kind: len(records) for kind, records in data.choice.train.items()} == dict.fromkeys(arm.kinds, n)
+    batches = list(data.batches(1))
+    labels = np.concatenate([batch["labels"] for batch in batches])
+    assert (labels == 1).sum() == 2 * n + 2 * n
+    assert (labels == 0).sum() == 2 * n + 2 * n
+    for batch in batches:
+        first, second = batch["unsafe_rows"].numpy(), batch["counterfactual_rows"].numpy()
+        assert len(first) == 2 * len(batch["labels"]) // 8
+        assert (batch["labels"].numpy()[first] == 1).all()
+        assert (batch["labels"].numpy()[second] == 0).all()
+        vectors = batch["embeddings"].numpy()
+        assert (vectors[first, 0] > vectors[second, 0]).all()  # the unsafe object is red, in the same scene
+        hate = scenes_policy.category_names.index("hate")
+        assert (batch["targets"].numpy()[first, hate] == 1).all()
+    assert list(tmp_path.iterdir()) == []
+    assert len(data.used_images()) == 10 + 10  # unsafe and natural, each once
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (Listed(unsafe_box=None), "none of the 8 unsafe images of source=listed has a box, and transplants cut an object out by its box"),
+        (Listed(safe_box=None), "source=listed has 0 safe training images with a box, and transplants need at least 2 to put objects into"),
+    ],
+    ids=["unsafe", "safe"],
+)
+def test_transplants_without_boxes_are_one_line(scenes_policy, source, message):
+    arm = arm_named("pairs_transplanted")
+    with pytest.raises(InputError, match=message):
+        _ = data_of(scenes_policy, source, n_unsafe=8, negatives=arm.negatives, positives=arm.positives).choice
+
+
+# --- how many safe images, and which ----------------------------------------------------------------------------------------
+
+
+def test_safe_images_for_each_unsafe_one(scenes_policy):
+    orders = Orders.of(data_of(scenes_policy).load(), 0)
+    kinds = ("unsafe", "natural")
+    one, four, everything = (choose(orders, 8, kinds, ratio) for ratio in (1, 4, "all"))
+    assert [choice.n_safe for choice in (one, four, everything)] == [8, 32, len(orders.safe)]
+    assert one.of("unsafe") == four.of("unsafe")
+    for part in ("train", "validation"):
+        names = [{record.id for record in getattr(choice, part)["natural"]} for choice in (one, four, everything)]
+        assert names[0] < names[1] < names[2]
+
+
+@pytest.mark.parametrize("ratio", [1, 4, "all"])
+def test_an_epoch_shows_every_safe_image_once(scenes_policy, ratio):
+    data = data_of(scenes_policy, n_unsafe=12, negatives=("natural",), safe_per_unsafe=ratio)
+    n = len(data.choice.train["natural"])
+    batches = list(data.batches(1))
+    assert len(batches) == 3
+    shown = np.concatenate([batch["embeddings"][batch["labels"] == 0].numpy() for batch in batches])
+    assert len(np.unique(shown, axis=0)) == len(shown) == n
+    assert all((batch["labels"] == 0).any() for batch in batches)
+
+
+def test_too_few_safe_images_are_said(scenes_policy, caplog):
+    data = data_of(scenes_policy, n_unsafe=20, negatives=("natural",), safe_per_unsafe=4)
+    _ = data.choice
+    assert "asked for 80 safe images, source=listed has" in data.notes[0]
+
+
+def test_look_alikes_are_the_marked_images_and_none_is_there_twice(scenes_policy):
+    data = data_of(scenes_policy, n_unsafe=5, negatives=("natural", "look_alike"))
+    natural, alike = data.choice.of("natural"), data.choice.of("look_alike")
+    assert all(record.label == 0 and record.category for record in alike)
+    assert not {record.id for record in natural} & {record.id for record in alike}
+    assert data.choice.n_safe == 10
+    assert len(data.used_images()) == 15
