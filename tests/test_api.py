@@ -258,7 +258,7 @@ def test_a_command_s_module_is_called_like_the_function():
         ({"editor": "scenes"}, "editor must be an object with a method edit, such as guardkit.InpaintEditor"),
         ({"editor": guardkit.Edits(max_tries=0)}, "edit_max_tries must be a whole number of at least 1, got 0"),
         ({"n_unsafe": 1}, "data.n_unsafe must be a whole number of at least 2, got 1"),
-        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 9223372036854775807, got -1"),
         ({"threshold": "best"}, "threshold must be a number"),
         ({"loss": {"l2": -1}}, "loss.l2 must be a number of at least 0, got -1"),
         ({"trainer": {"max_epochs": "many"}}, "trainer.max_epochs must be a whole number"),
