@@ -29,7 +29,7 @@ def call(module, *arguments, cwd=ROOT, **environment):
 def test_help_lists_groups_and_loads_nothing_heavy(module):
     done = call(module, "--help")
     assert done.returncode == 0
-    assert "encoder: clip_vit_l14, onnx, open_clip, scenes_clip, transformers" in done.stdout
+    assert "encoder: clip_vit_b32, clip_vit_l14, onnx, open_clip, scenes_clip, siglip2_b16" in done.stdout
     code = f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_module('guardkit.{module}', run_name='__main__')\nexcept SystemExit: pass\nprint([m for m in ('torch', 'lightning', 'open_clip') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert out.stdout.rstrip().endswith("[]")
