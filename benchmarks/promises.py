@@ -11,9 +11,7 @@ tmpfs, which only root may, and the last kind needs Python 3.13 to be seen (`pyt
 from __future__ import annotations
 
 import http.server
-import json
 import os
-import shutil
 import signal
 import socket
 import sqlite3

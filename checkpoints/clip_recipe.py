@@ -67,7 +67,7 @@ class World(Protocol):
     def words(self) -> set[str]:
         """Every word that texts can hold, in lower case."""
 
-    def prepare(self, rng: np.random.Generator) -> None:
+    def prepare(self) -> None:
         """Draws or reads the images, once."""
 
     def batch(self, progress: float, rng: np.random.Generator) -> tuple[torch.Tensor, list[Texts]]:
@@ -111,7 +111,7 @@ def train(world: World) -> Path:
     config = {"model_cfg": model_config, "preprocess_cfg": world.preprocessing}
     (out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     started = time.monotonic()
-    world.prepare(rng)
+    world.prepare()
     _log(f"images ready after {time.monotonic() - started:.0f} s")
 
     model = open_clip.create_model(f"local-dir:{out}", require_pretrained=False).to(memory_format=torch.channels_last)

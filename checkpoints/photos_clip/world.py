@@ -100,7 +100,13 @@ class Photos:
     seed: ClassVar[int] = 7_003
     model: ClassVar[dict[str, Any]] = {
         "embed_dim": 256,
-        "vision_cfg": {"image_size": IMAGE_PX, "timm_model_name": "resnet10t", "timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": "linear"},
+        "vision_cfg": {
+            "image_size": IMAGE_PX,
+            "timm_model_name": "resnet10t",
+            "timm_model_pretrained": False,
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+        },
         "text_cfg": {"context_length": 40, "width": 128, "heads": 4, "layers": 2, "tokenizer_kwargs": {"clean": "lower"}},
     }
     preprocessing: ClassVar[dict[str, Any]] = {
@@ -119,7 +125,7 @@ class Photos:
         everyday = "and or with without no not holding hand man woman people someone something image drawing in at near used being their"
         return {word for text in (*texts, everyday) for word in text.split()} - {",", "safe", "unsafe"}
 
-    def prepare(self, rng: np.random.Generator) -> None:
+    def prepare(self) -> None:
         import pyarrow.parquet as pq
 
         rows = {wnid: row for row, wnid in enumerate(read_classes(Path(self.data) / "classes.csv"))}
@@ -127,7 +133,11 @@ class Photos:
         for batch in pq.ParquetFile(Path(self.data) / "train.parquet").iter_batches(2_000, columns=["image", "wnid"]):
             for one in batch.to_pylist():
                 image = Image.open(BytesIO(one["image"]["bytes"])).convert("RGB")
-                images.append(np.asarray(image.resize((STORED_PX, STORED_PX), Image.Resampling.BICUBIC) if image.size != (STORED_PX, STORED_PX) else image))
+                images.append(
+                    np.asarray(
+                        image.resize((STORED_PX, STORED_PX), Image.Resampling.BICUBIC) if image.size != (STORED_PX, STORED_PX) else image
+                    )
+                )
                 labels.append(rows[one["wnid"]])
         self._images, self._labels = np.stack(images), np.array(labels)
 

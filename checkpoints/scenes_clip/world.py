@@ -98,7 +98,12 @@ class Scenes:
         "vision_cfg": {"image_size": IMAGE_PX, "layers": [1, 1, 1, 1], "width": 32, "patch_size": None},
         "text_cfg": {"context_length": 30, "width": 128, "heads": 4, "layers": 2, "tokenizer_kwargs": {"clean": "lower"}},
     }
-    preprocessing: ClassVar[dict[str, Any]] = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "interpolation": "bicubic", "resize_mode": "shortest"}
+    preprocessing: ClassVar[dict[str, Any]] = {
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
 
     def words(self) -> set[str]:
         words = {"a", "an", "of", "photo", "image", "picture", "drawing", "cartoon", "and", "the", "no", "person", "someone", "something"}
@@ -108,11 +113,11 @@ class Scenes:
                     words |= set(scene.caption.replace(",", " ").lower().split())
         return words
 
-    def prepare(self, rng: np.random.Generator) -> None:
+    def prepare(self) -> None:
         self._pool = draw_pool(self.n_scenes, self.workers)
         self._scenes = [twins(i, rendering) for rendering in RENDERINGS for i in range(self.n_scenes)]
 
-    def batch(self, progress: float, rng: np.random.Generator) -> tuple[torch.Tensor, list[Texts]]:
+    def batch(self, progress: float, rng: np.random.Generator) -> tuple[torch.Tensor, list[Texts]]:  # noqa: ARG002
         if len(self._order) < self.batch_scenes:
             self._order = np.concatenate([self._order, rng.permutation(len(self._pool))])
         chosen, self._order = self._order[: self.batch_scenes], self._order[self.batch_scenes :]
