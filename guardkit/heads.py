@@ -257,5 +257,6 @@ def _check_sides(safe: Sequence[str], safe_vectors: np.ndarray, unsafe: Sequence
         first, second = unsafe[same[0, 1]], safe[same[0, 0]]
         raise InputError(
             f"the policy's unsafe text {shortened(first)!r} and its safe text {shortened(second)!r} are the same to the encoder "
-            f"({len(same)} such pair(s)): they differ in nothing that it reads, or only beyond its context length; shorten or reword them"
+            f"({len(same)} such pair(s)): it knows too few of their words (scenes_clip, the default, knows those of drawn scenes only: choose "
+            "another with encoder=), or they differ only beyond its context length: shorten or reword them"
         )

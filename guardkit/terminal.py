@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 
@@ -20,8 +21,18 @@ def one_line(text: object) -> str:
 
 
 def say(*texts: object) -> None:
-    """Prints results for people."""
-    print(printable(" ".join(map(str, texts))), flush=True)
+    """Prints results for people. Where nobody reads them any more, as after `| head`, the command goes on without."""
+    try:
+        print(printable(" ".join(map(str, texts))), flush=True)
+    except BrokenPipeError:
+        print_nowhere()
+
+
+def print_nowhere() -> None:
+    """From now on what is printed is dropped: whoever read standard output is gone, and the interpreter would complain at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def complain(text: str) -> None:

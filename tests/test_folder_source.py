@@ -181,6 +181,8 @@ def test_settings_that_cannot_be_meant_are_refused(policy, root):
         FolderSource(policy, str(root), categories={"..": "weapons"})
     with pytest.raises(InputError, match="category 'gambling' is not in policy 'p'"):
         FolderSource(policy, str(root), categories={"cars": "gambling"})
+    with pytest.raises(InputError, match=r"'safe', a label and no category; .* else give source.labels=\{cars: safe\}"):
+        FolderSource(policy, str(root), categories={"cars": "safe"})
     with pytest.raises(InputError, match="is not a folder"):
         FolderSource(policy, str(root / "g0.png"))
 

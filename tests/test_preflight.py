@@ -75,6 +75,11 @@ def test_texts_that_are_the_same_after_the_cut_are_an_error(scenes_encoder, scen
         build(scenes_encoder, policy)
 
 
+def test_an_encoder_that_does_not_know_the_words_of_a_policy_is_named(scenes_encoder):
+    with pytest.raises(InputError, match=r"it knows too few of their words \(scenes_clip, .* choose another with encoder=\)"):
+        PromptHead.build(scenes_encoder, Policy.load("guardkit:handled_objects"))
+
+
 def test_texts_that_are_cut_are_named_once(scenes_policy, caplog):
     from guardkit.encoders.open_clip import OpenClipEncoder
 

@@ -95,6 +95,27 @@ def test_a_misspelt_setting_suggests_the_nearest(compose, override, suggestion):
     assert suggestion in line
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("encoder=nothing_like_it", "encoder=nothing_like_it is not there; encoder is one of clip_vit_b32, clip_vit_l14, "),
+        (
+            "source.root=photos",
+            "source.root is no setting of the source that is chosen; source=embeddings, source=folder, source=pairs would",
+        ),
+        (
+            "editor.max_area=0.5",
+            "editor.max_area is no setting of the editor that is chosen; editor=inpaint, editor=paste would have it; see",
+        ),
+        ("zzz=3", "there is no setting zzz; +zzz=VALUE adds one, for a part that takes it; see --help"),
+    ],
+)
+def test_a_setting_that_is_not_there_is_told_in_the_words_of_the_command_line(compose, override, says):
+    line = user_error(raised(lambda: compose("train", override)))
+    assert line.startswith(says)
+    assert "provider" not in line
+
+
 # --- what a user types ---------------------------------------------------------------------------------------------------
 
 NAMES = ["epoch=3", "photos (1)", "Bilder für alle", "it's mine", "[final]", "set #2", "a,b", "~x", "a\\", "sort(1)", " x", 'a"b', "a\\'b"]
@@ -202,6 +223,27 @@ def test_a_job_has_a_folder_of_its_own_whatever_its_settings_are():
 
 
 # --- how it starts and ends ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_read", [0, 1])
+def test_help_may_be_read_in_part(n_read):
+    command = [sys.executable, "-m", "guardkit.train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        for _ in range(n_read):
+            process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+def test_results_that_nobody_reads_end_nothing():
+    code = "from guardkit.terminal import say; import sys; sys.stdin.read(); say('one'); say('two'); print('done', file=sys.stderr)"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, cwd=ROOT, **pipes) as process:
+        process.stdout.close()
+        process.stdin.close()  # the code begins when nobody reads
+        assert process.stderr.read() == "done\n"
+    assert process.returncode == 0
 
 
 def start(*arguments, **options):

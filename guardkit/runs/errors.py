@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from hydra.errors import HydraException, InstantiationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from guardkit.artifacts import brought_along
 from guardkit.schema import InputError
 from guardkit.terminal import one_line
 
@@ -97,21 +98,40 @@ def _of_hydra(error: BaseException, chain: list[BaseException]) -> str:
     text = "; ".join(lines) or type(error).__name__
     if "missing EQUAL" in text:
         text = f"{text}; settings are given as key=value, and a group is chosen as group=choice"
-    return f"{text}{_suggestion(str(error), chain)}; see --help for all settings"
+    return f"{_unknown_choice(str(error)) or _unknown_setting(str(error), chain) or text}; see --help for all settings"
 
 
-def _suggestion(text: str, chain: list[BaseException]) -> str:
-    """The nearest choice of a group, or the nearest setting, as "; did you mean ...?"."""
-    if found := re.search(r"Could not find '([^']+)'", text):
-        group, _, name = found[1].rpartition("/")
-        options = [line.strip() for line in text.splitlines() if line.startswith("\t")]
-        return _nearest(name, options, before=f"{group}=")
-    if found := re.search(r"Could not override '([^']+)'", text):
-        nodes = [cause.parent_node for cause in chain if isinstance(cause, OmegaConfBaseException)]
-        roots = [node._get_root() for node in nodes if node is not None]
-        names = [name for root in roots if isinstance(root, DictConfig) for name in _names(root)]
-        return _nearest(found[1].split("@")[0], [name for name in names if not name.startswith("hydra.")])
-    return ""
+def _unknown_choice(text: str) -> str | None:
+    """What is said of a choice that its group does not have; None: the error is another one."""
+    found = re.search(r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':((?:\n\t.+)+)", text)
+    if found is None:
+        return None
+    group, name, options = found[1], found[2], found[3].split()
+    return f"{group}={name} is not there; {group} is one of {', '.join(options)}{_nearest(name, options, before=f'{group}=')}"
+
+
+def _unknown_setting(text: str, chain: list[BaseException]) -> str | None:
+    """What is said of a setting that the configuration does not have; None: the error is another one."""
+    found = re.search(r"Could not override '([^']+)'", text)
+    if found is None:
+        return None
+    name = found[1].split("@")[0]
+    if choices := _choices_with(name):
+        group = name.partition(".")[0]
+        return f"{name} is no setting of the {group} that is chosen; {', '.join(f'{group}={choice}' for choice in choices)} would have it"
+    nodes = [cause.parent_node for cause in chain if isinstance(cause, OmegaConfBaseException)]
+    roots = [node._get_root() for node in nodes if node is not None]
+    names = [known for root in roots if isinstance(root, DictConfig) for known in _names(root)]
+    near = _nearest(name, [known for known in names if not known.startswith("hydra.")])
+    return f"there is no setting {name}{near or f'; +{name}=VALUE adds one, for a part that takes it'}"
+
+
+def _choices_with(name: str) -> list[str]:
+    """The choices of a setting's group that list it, as `source.root` is listed by source=folder."""
+    group, _, key = name.partition(".")
+    files = sorted((brought_along("conf") / group).glob("*.yaml")) if key else []
+    configs = {path.stem: OmegaConf.load(path) for path in files}
+    return [choice for choice, config in configs.items() if isinstance(config, DictConfig) and key in _names(config)]
 
 
 def _names(node: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -31,7 +31,7 @@ from guardkit.runs.errors import user_error
 from guardkit.runs.overrides import job_name, mended
 from guardkit.runs.signals import end_stopped, stoppable, was_stopped
 from guardkit.schema import InputError
-from guardkit.terminal import complain, forgiving_streams, one_line, say
+from guardkit.terminal import complain, forgiving_streams, one_line, print_nowhere, say
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 CONF_DIR = brought_along("conf")
 
 USER_ERROR = 2
+_ONLY_PRINT = frozenset({"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"})
 _ERROR, _JOBS = "error.txt", ".jobs"
 
 
@@ -109,7 +110,13 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[
                 sys.argv[1:] = mended(sys.argv[1:], CONF_DIR)
                 # Hydra would otherwise print an abridged traceback of its own and exit with 1
                 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-                hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(guarded)()
+                try:
+                    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(guarded)()
+                    sys.stdout.flush()
+                except BrokenPipeError:
+                    if not any(one.split("=")[0] in _ONLY_PRINT for one in sys.argv[1:]):
+                        raise
+                    print_nowhere()  # as after --help | head: there is nothing else to do
 
         return start
 

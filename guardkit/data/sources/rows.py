@@ -165,8 +165,14 @@ class RowRule:
         # YAML reads 0 as a number, and a column of numbers holds numbers: both are compared as text
         self.categories = None if categories is None else {text(value): category for value, category in categories.items()}
         for value, category in (self.categories or {}).items():
-            if category is not None:
-                policy.check_category(category, f"source.categories[{value!r}]")
+            if category is None:
+                continue
+            if category not in policy.category_names and word_label(text(category)) == SAFE:
+                raise InputError(
+                    f"source.categories[{value!r}] is {category!r}, a label and no category; beside classes that are listed leave {value!r} out, "
+                    f"which counts it as safe, else give source.labels={{{value}: safe}} in place of it"
+                )
+            policy.check_category(category, f"source.categories[{value!r}]")
         self._classes: dict[str, tuple[int, str]] = {}
         if self.columns.get("class") is not None:
             self._classes = self._named_classes(labels, default_label, categories)
