@@ -49,7 +49,9 @@ def operating_points(labels: np.ndarray, scores: np.ndarray) -> dict[str, dict[s
         # from the largest score on there is nothing to choose a threshold by
         thresholds[name] = float(candidates[fine[0]]) if len(fine) and recall[fine[0]] > 0 else math.nan
         if n_safe < needed:
-            reasons[name] = f"it rests on {n_safe} safe validation images, counterfactuals included, and a rate of {max_fpr} takes {needed} to be seen"
+            reasons[name] = (
+                f"it rests on {n_safe} safe validation images, counterfactuals included, and a rate of {max_fpr} takes {needed} to be seen"
+            )
         elif math.isnan(thresholds[name]):
             reasons[name] = f"no threshold flags an unsafe validation image and at most {max_fpr} of the {n_safe} safe ones"
     points: dict[str, dict[str, Any]] = {}
