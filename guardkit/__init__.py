@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from guardkit.api.embed import embed
     from guardkit.api.evaluate import EvaluationReport, evaluate
+    from guardkit.api.fetch import fetch_encoder
     from guardkit.api.sweep import SweepReport, sweep
     from guardkit.api.synthesize import synthesize
     from guardkit.api.train import TrainingReport, train_guard
@@ -55,6 +56,7 @@ _HOMES = {
     "train_guard": "guardkit.api.train",
     "TrainingReport": "guardkit.api.train",
     "embed": "guardkit.api.embed",
+    "fetch_encoder": "guardkit.api.fetch",
     "synthesize": "guardkit.api.synthesize",
     "evaluate": "guardkit.api.evaluate",
     "EvaluationReport": "guardkit.api.evaluate",

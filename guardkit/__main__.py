@@ -14,6 +14,7 @@ COMMANDS = {
     "sweep": "the sample-efficiency experiment",
     "synthesize": "makes a pair dataset",
     "embed": "embeds images once",
+    "fetch": "fetches an encoder once, into a folder that needs no network",
     "evaluate": "measures guards and published classifiers side by side",
     "app": "a local web page on which people judge pairs",
 }

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -108,6 +109,25 @@ class Differentiable(Protocol):
             prepared: they are of the model's own size: neither resized nor cropped, only standardised. Any number is a
                 pixel then.
         """
+        ...
+
+
+@runtime_checkable
+class Portable(Protocol):
+    """An encoder that writes all it is built from into a folder, from which it is built without a network."""
+
+    def save(self, folder: Path) -> Encoder:
+        """Writes weights, configuration and tokenizer, and gives the encoder that reads them there.
+
+        Args:
+            folder: is there; files of the same names are replaced.
+        Raises:
+            InputError: a part of it cannot be written, or not be had.
+        """
+        ...
+
+    def reads(self, folder: Path) -> bool:
+        """Whether its files lie in that folder."""
         ...
 
 

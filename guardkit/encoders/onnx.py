@@ -82,8 +82,9 @@ class OnnxEncoder(FrozenEncoder):
         if not self.weights.startswith(HUB):
             return Path(self.weights).expanduser()
         organisation, name, path = self.weights.removeprefix(HUB).split("/", 2)
+        remedy = "without a network, copy the file from a machine that has one, and give its path"
         # what a large model keeps outside itself is by habit named after it: model.onnx_data, model.onnx.data
-        return encoder_folder(f"{HUB}{organisation}/{name}", [path, f"{path}?*"]) / path
+        return encoder_folder(f"{HUB}{organisation}/{name}", [path, f"{path}?*"], remedy=remedy) / path
 
     def _build(self) -> Built:
         path, device = self._find(), checked_device(self.device)

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from guardkit.artifacts import SHIPPED, read_json, shipped
+from guardkit.artifacts import SHIPPED, read_json, shipped, write_json, written
 from guardkit.encoders.base import CutTexts, checked_preprocess
 from guardkit.encoders.frozen import Built, FrozenEncoder, checked_device, hash_state, trial
-from guardkit.encoders.places import HUB, LOCAL
+from guardkit.encoders.places import HUB, LOCAL, offline
+from guardkit.hub import hub_folder
 from guardkit.schema import InputError
 
 if TYPE_CHECKING:
     import torch
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")  # what open_clip looks for in a folder
-_MODEL = "open_clip_config.json"
+_MODEL, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -108,6 +109,31 @@ class OpenClipEncoder(FrozenEncoder):
             return []
         return [_of_file(recorded, place / name) for name in files if name.endswith(_FILE_SUFFIXES)]
 
+    # --- carried elsewhere: see `Portable` ------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> OpenClipEncoder:
+        """See `Portable`. The layout is that of an open_clip model on the Hub; weights become safetensors, as wide as they are used."""
+        import open_clip
+        from safetensors.torch import save_file
+
+        with _quiet():
+            settings = open_clip.get_model_config(self._source)
+        if settings.get("text_cfg", {}).get("hf_model_name"):
+            raise InputError(
+                f"the text tower of encoder {self.name} is of another library and cannot be written into a folder; take another model, or "
+                "encoder=transformers"
+            )
+        with written(folder / _WEIGHTS) as temporary:
+            save_file({name: value.cpu().contiguous() for name, value in self.model.state_dict().items()}, temporary)
+        if isinstance(self._tokenizer, open_clip.tokenizer.HFTokenizer):  # open_clip brings the other kind along
+            self._tokenizer.save_pretrained(folder)
+        write_json(folder / _MODEL, {"model_cfg": settings, "preprocess_cfg": self.preprocessing})
+        return OpenClipEncoder(None, f"{LOCAL}{folder}", device=self.device, batch_size=self.batch_size)
+
+    def reads(self, folder: Path) -> bool:
+        """See `Portable`."""
+        return self._folder is not None and self._folder.resolve() == folder.resolve()
+
     def _find_folder(self) -> Path | None:
         if (folder := shipped(self.weights)) is not None:
             return folder
@@ -138,15 +164,13 @@ class OpenClipEncoder(FrozenEncoder):
 
         device = checked_device(self.device)
         options: dict[str, Any] = {"device": device}
-        if self._folder is not None:
-            name = f"{LOCAL}{self._folder}"
-        elif self.weights.startswith(HUB):
-            name = self.weights
-        else:
-            name = self._checked_architecture(open_clip)
+        name = self._source
+        if self.architecture is not None:
+            self._check_architecture(open_clip)
             options["pretrained"] = str(Path(self.weights).expanduser()) if self._is_file else self._checked_tag(open_clip, name)
             if self._preprocess is not None:
                 options["force_preprocess_cfg"] = self._preprocess
+        self._ask_the_hub(open_clip)
         try:
             with _quiet():
                 # by itself it would only warn of missing weights, and go on with random ones; and unlike
@@ -164,7 +188,7 @@ class OpenClipEncoder(FrozenEncoder):
             if self._folder or self._is_file:
                 remedy = "the file may be damaged, or of another architecture or image size"
             else:
-                remedy = f"without a network, save the model's files in a folder and give weights={LOCAL}FOLDER"
+                remedy = offline("open_clip")
             raise InputError(f"encoder {self.name} could not be loaded ({type(error).__name__}: {reason}); {remedy}") from error
         return Built(
             model,
@@ -176,12 +200,28 @@ class OpenClipEncoder(FrozenEncoder):
             hash_weights=lambda: hash_state(model),
         )
 
-    def _checked_architecture(self, open_clip: Any) -> str:
+    def _ask_the_hub(self, open_clip: Any) -> None:
+        """Before open_clip does, which without a network tries for a minute and complains of every attempt."""
+        if self.weights.startswith(HUB):
+            place = self.weights.removeprefix(HUB)
+        elif self._folder is None and not self._is_file:
+            place = (open_clip.get_pretrained_cfg(self.architecture, self.weights) or {}).get("hf_hub", "")
+        else:
+            place = ""
+        if place:
+            repository = "/".join(place.split("/")[:2])  # a file of it may follow
+            hub_folder(repository, [_MODEL], refusal=f"encoder {self.name} could not be loaded from the Hub", remedy=offline("open_clip"))
+
+    @property
+    def _source(self) -> str:
+        """What open_clip calls the model."""
+        return str(self.architecture or self.weights) if self._folder is None else f"{LOCAL}{self._folder}"
+
+    def _check_architecture(self, open_clip: Any) -> None:
         known = open_clip.list_models()
         if self.architecture not in known:
             close = difflib.get_close_matches(str(self.architecture), known, n=3, cutoff=0.4)
             raise InputError(f"open_clip knows no architecture {self.architecture!r}; close: {', '.join(close) or 'none'}")
-        return str(self.architecture)
 
     def _checked_tag(self, open_clip: Any, architecture: str) -> str:
         tags = open_clip.list_pretrained_tags_by_model(architecture)
@@ -219,13 +259,9 @@ class OpenClipEncoder(FrozenEncoder):
     def _tokenizer(self) -> Any:
         import open_clip
 
-        if self._folder is not None:
-            name = f"{LOCAL}{self._folder}"
-        else:
-            name = self.weights if self.weights.startswith(HUB) else str(self.architecture)
         try:
             with _quiet():
-                return open_clip.get_tokenizer(name)
+                return open_clip.get_tokenizer(self._source)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(

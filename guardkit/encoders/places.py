@@ -11,6 +11,16 @@ from guardkit.schema import InputError
 HUB, LOCAL = "hf-hub:", "local-dir:"
 
 
+def offline(kind: str) -> str:
+    """What to do where a model cannot be fetched, for messages.
+
+    Args:
+        kind: of the encoder, as in encoder=open_clip.
+    """
+    fetched = "without a network, run python -m guardkit.fetch on a machine that has one, copy its folder here"
+    return f"{fetched} and give encoder={kind} encoder.weights={LOCAL}FOLDER"
+
+
 def named_folder(weights: object, *, holds: str) -> Path | None:
     """The folder that a setting `encoder.weights` means; None for one on the Hub.
 
@@ -32,12 +42,13 @@ def named_folder(weights: object, *, holds: str) -> Path | None:
     return folder
 
 
-def encoder_folder(weights: str, patterns: Sequence[str]) -> Path:
+def encoder_folder(weights: str, patterns: Sequence[str], *, remedy: str) -> Path:
     """Fetches files of a model on the Hub, or finds those that were fetched before.
 
     Args:
         weights: "hf-hub:ORG/NAME".
         patterns: of the files that are needed.
+        remedy: what to do where they cannot be had.
     Raises:
         InputError: no such id, or not to be had.
     """
@@ -45,5 +56,5 @@ def encoder_folder(weights: str, patterns: Sequence[str]) -> Path:
         weights.removeprefix(HUB),
         patterns,
         refusal=f"encoder.weights {weights} could not be fetched from the Hub",
-        remedy=f"without a network, save the model's files in a folder and give {LOCAL}FOLDER",
+        remedy=remedy,
     )

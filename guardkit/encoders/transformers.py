@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from guardkit.artifacts import read_json, weights_variant
+from guardkit.artifacts import read_json, weights_variant, written
 from guardkit.checks import check_choice
 from guardkit.encoders.base import CutTexts
 from guardkit.encoders.frozen import Built, FrozenEncoder, checked_device, hash_state, trial
-from guardkit.encoders.places import HUB, LOCAL, encoder_folder, named_folder
+from guardkit.encoders.places import HUB, LOCAL, encoder_folder, named_folder, offline
 from guardkit.progress import bars_on_terminals_only
 from guardkit.schema import InputError, shortened
 
@@ -121,9 +123,24 @@ class TransformersEncoder(FrozenEncoder):
         """Arguments that build this encoder again."""
         return {"weights": self.weights, "backend": self._backend}
 
+    # --- carried elsewhere: see `Portable` ------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> TransformersEncoder:
+        """See `Portable`. The files are copied as they are."""
+        for name in sorted(os.listdir(self._folder)):
+            if any(fnmatch(name, pattern) for pattern in _PATTERNS):
+                with written(folder / name) as temporary:
+                    shutil.copyfile(self._folder / name, temporary)
+        return TransformersEncoder(f"{LOCAL}{folder}", backend=self._backend, device=self.device, batch_size=self.batch_size)
+
+    def reads(self, folder: Path) -> bool:
+        """See `Portable`."""
+        place = named_folder(self.weights, holds=_CONFIG)
+        return place is not None and place.resolve() == folder.resolve()
+
     @cached_property
     def _folder(self) -> Path:
-        return named_folder(self.weights, holds=_CONFIG) or encoder_folder(self.weights, _PATTERNS)
+        return named_folder(self.weights, holds=_CONFIG) or encoder_folder(self.weights, _PATTERNS, remedy=offline("transformers"))
 
     @cached_property
     def _family(self) -> _Family:
