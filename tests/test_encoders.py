@@ -157,7 +157,7 @@ def test_preprocessing_is_part_of_the_fingerprint(scenes_encoder, tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "weights", "preprocess", "message"),
     [
-        (None, "guardkit:nothing", None, "ships no model 'nothing'; it ships scenes_clip"),
+        (None, "guardkit:nothing", None, "ships no model 'nothing'; it ships .*scenes_clip"),
         (None, "local-dir:/nowhere", None, "/nowhere holds no open_clip_config.json"),
         ("ViT-B-32", "guardkit:scenes_clip", None, "encoder.architecture must be null"),
         ("ViT-B-32", "/nowhere/model.safetensors", OPENAI, "does not exist"),
