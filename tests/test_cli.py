@@ -25,6 +25,16 @@ def call(module, *arguments, cwd=ROOT, **environment):
     )
 
 
+def test_what_the_hub_says_is_shown_once():
+    code = (
+        "import logging.config, sys, yaml; logging.config.dictConfig(yaml.safe_load(open(sys.argv[1]))); "
+        "import huggingface_hub.file_download; logging.getLogger('huggingface_hub.file_download').warning('Retrying')"
+    )
+    settings = ROOT / "conf/hydra/job_logging/guardkit.yaml"
+    done = subprocess.run([sys.executable, "-c", code, settings], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.count("Retrying") == 1
+
+
 @pytest.mark.parametrize("module", ["train", "embed", "sweep"])
 def test_help_lists_groups_and_loads_nothing_heavy(module):
     done = call(module, "--help")

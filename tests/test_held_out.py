@@ -190,8 +190,11 @@ def test_counterfactuals_are_training_images_too(compose, tmp_path, made):
     if made == "brought along":
         common = ["policy=handled_objects", "source=pairs", f"source.root={tmp_path}/pairs", "editor=none"]
     train(compose("train", "experiment=pairs_aug", "trainer.max_epochs=1", *common), {}, tmp_path / "run")
-    used = json.loads((tmp_path / "run/metrics.json").read_text())["n_counterfactuals"]
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    used = metrics["n_counterfactuals"]
     assert used > 5
+    stand_in = [note for note in metrics["notes"] if "counterfactuals stand for them" in note]
+    assert len(stand_in) == metrics["test"]["safe_images_are_counterfactuals"] == (made == "brought along")
     for i, path in enumerate(sorted((tmp_path / "pairs/images").glob("*_edited.png"))):
         (tmp_path / "album/safe").mkdir(parents=True, exist_ok=True)
         Image.open(path).save(tmp_path / f"album/safe/{i}.jpg", quality=90)

@@ -172,6 +172,11 @@ def train_guard(
             fitted = recipe.fit(made, parts, logger=log, callbacks=every, threshold=threshold, ckpt_path=ckpt_path)
             metrics, measured = measure(fitted, parts.data, experiment=chosen.name, seed=seed)
             metrics["notes"] = [*parts.data.notes, *parts.unlabelled.notes]
+            if metrics["test"]["safe_images_are_counterfactuals"]:
+                metrics["notes"].append(
+                    f"source={source.name} has no natural safe images to test on: counterfactuals stand for them, and test AUROC and F1 "
+                    "do not say how a guard does on ordinary images"
+                )
             guard = fitted.guard
             guard.training = {
                 "prevalence": recipe.objective.prevalence,
