@@ -174,6 +174,17 @@ def test_whitening_on_few_images_is_marked(train):
     assert train("experiment=unpaired", "head=linear_whitened", "head.n_images=240", "trainer.max_epochs=5").metrics["notes"] == []
 
 
+def test_a_sweep_that_finds_all_cells_marks_what_they_were_short_of(compose, tmp_path):
+    from guardkit.runs.sweep import run as run_sweep
+
+    cfg = sweep_of(compose, "head=linear_whitened")
+    first, second = (run_sweep(cfg, {}, tmp_path) for _ in range(2))
+    (note,) = first.summary["notes"]
+    assert "training images, where head.n_images asks for 2048" in note
+    assert second.summary["notes"] == [note]
+    assert second.table == first.table
+
+
 @pytest.mark.usefixtures("nothing_long")
 @pytest.mark.parametrize(
     ("settings", "reason"),

@@ -208,6 +208,8 @@ def sweep(
             prepared = time.perf_counter()
             failed, n_found = run_cells(cells, stock, runs, cells_on_disk)
             fitted = time.perf_counter()
+            for make_head in made.values():
+                new_head(make_head, parts, seed)  # notes what there is too little of, also where all cells were there
             about = {
                 "name": runs.name,
                 "fits_now": (len(cells) - len(failed) - n_found) * len(pulls),
