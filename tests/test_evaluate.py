@@ -493,6 +493,16 @@ def test_the_page_stands_alone(report):
     assert "veil open" not in page
 
 
+def test_a_page_calls_none_best_where_all_are_equal(compose, tmp_path):
+    from guardkit.runs.evaluate import run
+
+    report = run(compose("evaluate", "baselines=[always_unsafe,prevalence]", "source.n_test=12", "n_resamples=100"), tmp_path / "out")
+    page = (report.folder / "report.html").read_text()
+    marked = re.findall(r'<td[^>]*class="best"><b>([^<]*)</b>', page)
+    assert "0.667" in marked  # the F1 of always_unsafe; the other has none or 0
+    assert "0.500" not in marked  # AUROC and balanced accuracy of both
+
+
 def test_the_text_says_the_same(report):
     text = (report.folder / "report.md").read_text()
     found = report.summary["classifiers"]["zero_shot"]["effectiveness"]["f1"]

@@ -52,7 +52,7 @@ def classifiers(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def glance(evaluation: Evaluation, scope: str) -> list[dict[str, Any]]:
-    """A row a classifier; the best of each column is marked among those measured on the same images."""
+    """A row a classifier; the best of each column is marked among those measured on the same images, where they differ."""
     rows = []
     for colour, one in enumerate(evaluation.contenders):
         figures = [evaluation.figure(one.name, metric, scope=scope) for metric in OF_IMAGES]
@@ -76,7 +76,7 @@ def glance(evaluation: Evaluation, scope: str) -> list[dict[str, Any]]:
         best = {"higher": max, "lower": min, None: None}[METRICS[metric].better]
         same = [row["cells"][i] for row in rows if (row["n"], row["n_unsafe"]) == (rows[0]["n"], rows[0]["n_unsafe"])]
         values = [cell["value"] for cell in same if cell["value"] is not None]
-        if best and len(values) > 1:
+        if best and len(set(values)) > 1:
             for cell in same:
                 cell["is_best"] = cell["value"] == best(values)
     return rows
