@@ -169,16 +169,6 @@ def _(c: Checkout) -> None:
     expect(len(list(out.rglob("metrics.json"))) == 2, f"{len(list(c.work.rglob('many/**/metrics.json')))} result for 2 jobs")
 
 
-@probe(3, "two trainings do not mix in one folder")
-def _(c: Checkout) -> None:
-    both = [
-        c.start("-m", "guardkit.train", "experiment=unpaired", *SMALL, f"seed={seed}", f"output_dir={c.work / 'mixed'}") for seed in (0, 3)
-    ]
-    said = [run.communicate()[0] for run in both]
-    statuses = sorted(run.returncode for run in both)
-    expect(statuses == [0, 2], f"both ended with status {statuses}: {said[0][-80:]}")
-
-
 @probe(4, "a path with brackets is a path")
 def _(c: Checkout) -> None:
     _, said = c.run("-m", "guardkit.train", "source=folder", "source.root=photos (1)")
@@ -247,8 +237,10 @@ def _(c: Checkout) -> None:
     profile[red : red + 8], profile[blue : blue + 8] = profile[blue : blue + 8], profile[red : red + 8]
     Image.new("RGB", (64, 64), (0, 0, 255)).save(c.work / "swapped.png", icc_profile=bytes(profile))
     Image.new("RGB", (64, 64), (255, 0, 0)).save(c.work / "shown.png")
-    _, said = c.with_guard("a, b = g.predict(['swapped.png', 'shown.png'])\nprint('difference', round(abs(a.score - b.score), 3))")
-    expect("difference 0.0" in said, said)
+    Image.new("RGB", (64, 64), (0, 0, 255)).save(c.work / "stored.png")
+    code = "a, b, c = [found.score for found in g.predict(['swapped.png', 'shown.png', 'stored.png'])]\nprint('shown', abs(a - b) < abs(a - c) / 5)"
+    _, said = c.with_guard(code)
+    expect("shown True" in said, "scored by the stored numbers, which a viewer does not show")
 
 
 @probe(8, "the plain call of datasets reads both images of each pair with every column")
@@ -257,7 +249,7 @@ def _(c: Checkout) -> None:
     expect(status == 0, said)
     code = "import datasets\nd = datasets.load_dataset('imagefolder', data_dir='pairs', split='train')\nprint(len(d), 'rows of', ' '.join(d.column_names))"
     _, said = c.run("-c", code)
-    expect("category" in said.splitlines()[-1], said)
+    expect(" category" in said, "no column of the table: " + next((line for line in said.splitlines() if "rows of" in line), said))
 
 
 @probe(9, "label words as people have them")
@@ -288,29 +280,6 @@ def _(c: Checkout) -> None:
     expect(status != 0 or "anew" in said or "damaged" in said, "status 0, every cell with the same figure")
 
 
-@probe(10, "a null label in a pair dataset does not make the safe image unsafe")
-def _(c: Checkout) -> None:
-    import pandas as pd
-
-    status, said = c.run("-m", "guardkit.synthesize", "limit=8", f"output_dir={c.work / 'nulls'}", SMALL[0])
-    expect(status == 0, said)
-    table = pd.read_parquet(c.work / "nulls/metadata.parquet")
-    column = next(name for name in table if "label" in name)
-    table[column] = table[column].astype(object)
-    table.loc[0, column] = None
-    table.to_parquet(c.work / "nulls/metadata.parquet")
-    train = [
-        "experiment=pairs_aug",
-        "source=pairs",
-        f"source.root={c.work / 'nulls'}",
-        "editor=none",
-        "data.n_unsafe=2",
-        "trainer.max_epochs=1",
-    ]
-    _, said = c.run("-m", "guardkit.train", *train, f"output_dir={c.work / 'nulls_run'}")
-    expect_line(said, "label")
-
-
 @probe(11, "an image of 99,999 x 1,000 pixels is refused")
 def _(c: Checkout) -> None:
     (c.work / "long.png").write_bytes(png(99_999, 1_000))
@@ -323,8 +292,8 @@ def _(c: Checkout) -> None:
     ramp = np.tile(np.arange(256), (64, 1))
     Image.fromarray(ramp.astype(np.int32)).save(c.work / "ramp.tif")
     Image.fromarray(ramp.astype(np.uint8)).save(c.work / "ramp.png")
-    _, said = c.with_guard("a, b = g.predict(['ramp.tif', 'ramp.png'])\nprint('difference', round(abs(a.score - b.score), 3))")
-    expect("difference 0.0" in said, said)
+    _, said = c.with_guard("a, b = g.predict(['ramp.tif', 'ramp.png'])\nprint('equal', abs(a.score - b.score) < 1e-6)")
+    expect("equal True" in said, "another picture was scored")
 
 
 @probe(12, "an animated PNG is its first frame, not its hidden default image")
@@ -332,17 +301,18 @@ def _(c: Checkout) -> None:
     red, blue = (Image.new("RGB", (64, 64), colour) for colour in ((255, 0, 0), (0, 0, 255)))
     red.save(c.work / "animated.png", save_all=True, append_images=[blue, blue], default_image=True, duration=100)
     blue.save(c.work / "blue.png")
-    _, said = c.with_guard("a, b = g.predict(['animated.png', 'blue.png'])\nprint('difference', round(abs(a.score - b.score), 3))")
-    expect("difference 0.0" in said, said)
+    _, said = c.with_guard("a, b = g.predict(['animated.png', 'blue.png'])\nprint('equal', abs(a.score - b.score) < 1e-6)")
+    expect("equal True" in said, "another picture was scored")
 
 
-@probe(13, "a folder has one owner at a time")
+@probe(13, "a folder has one owner: two trainings do not mix in it")
 def _(c: Checkout) -> None:
-    both = [c.start("-m", "guardkit.embed", "source.n_train=400", f"limit={n}", f"output_dir={c.work / 'owned'}") for n in (240, 136)]
+    both = [
+        c.start("-m", "guardkit.train", "experiment=unpaired", *SMALL, f"seed={seed}", f"output_dir={c.work / 'mixed'}") for seed in (0, 3)
+    ]
     said = [run.communicate()[0] for run in both]
     statuses = sorted(run.returncode for run in both)
-    refused = any("in use" in line or "at work" in line or "wait" in line for line in said)
-    expect(statuses == [0, 2] or refused, f"both wrote into it, status {statuses}")
+    expect(statuses == [0, 2], f"both ended with status {statuses}: {said[0][-80:]}")
 
 
 @contextmanager
