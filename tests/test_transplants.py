@@ -12,9 +12,12 @@ from guardkit.counterfactual.verifier import NoVerifier
 from guardkit.data.arms import Orders, arm_named, choose
 from guardkit.data.datamodule import GuardDataModule
 from guardkit.data.sources.base import Loaded
-from guardkit.data.transplants import transplant
+from guardkit.data.training_images import training_images
+from guardkit.data.transplants import TransplantContent, transplant
+from guardkit.data.unlabelled import Unlabelled
 from guardkit.editors.base import Photograph
 from guardkit.editors.none import NoEditor
+from guardkit.editors.paste import PasteEditor
 from guardkit.images import ArrayContent
 from guardkit.schema import InputError, Record
 
@@ -75,6 +78,9 @@ class MeanColour:
         self.seen += contents
         return np.array([one.load().mean(axis=(0, 1)) / 255 for one in contents], np.float32)
 
+    def embed_readable(self, records):
+        return records, self.embed([record.content for record in records]), []
+
 
 class Listed:
     """36 unsafe images and 72 safe ones, a third of which look like something."""
@@ -94,9 +100,9 @@ class Listed:
         return Loaded(records, None, [], len(records))
 
 
-def data_of(policy, source=None, **settings):
+def data_of(policy, source=None, editor=None, **settings):
     store = MeanColour()
-    pipeline = CounterfactualPipeline(policy, TemplateInstructor(), NoEditor(), NoVerifier(), cache_dir=None)
+    pipeline = CounterfactualPipeline(policy, TemplateInstructor(), editor or NoEditor(), NoVerifier(), cache_dir=None)
     return GuardDataModule(source or Listed(), policy, store, pipeline, batch_size=4, **settings)
 
 
@@ -121,6 +127,25 @@ def test_transplants_are_paired_labelled_and_seen_by_the_encoder_alone(scenes_po
         assert (batch["targets"].numpy()[first, hate] == 1).all()
     assert list(tmp_path.iterdir()) == []
     assert len(data.used_images()) == 10 + 10  # unsafe and natural, each once
+
+
+@pytest.mark.parametrize(("arm", "editor"), [("pairs_transplanted", NoEditor()), ("pairs_aug", PasteEditor()), ("unpaired", PasteEditor())])
+def test_a_guard_knows_the_photographs_that_its_edits_are_made_of(scenes_policy, arm, editor):
+    """Parts of them show in what it was trained on, so that it is not tested on them either."""
+    arm = arm_named(arm)
+    data = data_of(
+        scenes_policy, None, editor, n_unsafe=10, negatives=arm.negatives, positives=arm.positives, variants_per_image=2, all_views=True
+    )
+    list(data.batches(1))
+    made_of = {id(content) for one in data.store.seen if isinstance(one, TransplantContent) for content in (one.host, one.donor)}
+    if "counterfactual" in arm.negatives:
+        made_of |= {id(record.content) for record in data.load() if record.label == 0 and record.category}  # it pastes look-alikes
+    assert bool(made_of) == (arm.name != "unpaired")
+    parts = [record for record in data.load() if id(record.content) in made_of]
+    noted = training_images(data, Unlabelled(data))
+    assert [known.by for known in noted.find(parts)] == ["content"] * len(parts)
+    others = [record for record in data.test if record.label == 0]
+    assert noted.find(others) == [None] * len(others)
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,13 @@ class GuardDataModule(L.LightningDataModule):
             used += [(split, twin) for split, record in used for twin in self._used_counterfactuals(record)]
         return used
 
+    def lent_images(self) -> list[Record]:
+        """Safe images of the pool whose parts show, or may show, in what this arm was given: what the editor pastes from, and what
+        transplants are made of."""
+        shown = {id(content) for content in self.views.lent({*self.positives, *self.negatives}, self.choice.of("unsafe"))}
+        used = {id(record.content) for _, record in self.used_images()} if shown else set()
+        return [record for record in self.load() if id(record.content) in shown - used]
+
     def _used_counterfactuals(self, record: Record) -> list[Record]:
         """What the source brought along, or else the editor made, each with the hash by which it is known when it is saved anew."""
         pairs: Iterable[tuple[Content, int | None]]

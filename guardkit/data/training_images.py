@@ -23,7 +23,9 @@ def training_images(data: GuardDataModule, unlabelled: Unlabelled) -> SeenImages
     labelled = [(split, record, vector) for (split, record), vector in zip(used, vectors, strict=True)]
     # of those nothing is left out but a count is given: embedding them all once more for that would be too much
     others: list[tuple[str, Record, np.ndarray | None]] = [("unlabelled", record, record.embedding) for record in unlabelled.images]
-    return SeenImages.of([*labelled, *others], near=getattr(data.source, "near_duplicate_distance", NEAR))
+    # parts of them were seen, so that the vectors of the whole are not asked for
+    lent: list[tuple[str, Record, np.ndarray | None]] = [("train", record, None) for record in data.lent_images()]
+    return SeenImages.of([*labelled, *lent, *others], near=getattr(data.source, "near_duplicate_distance", NEAR))
 
 
 def _embedded(data: GuardDataModule, records: list[Record]) -> list[np.ndarray | None]:

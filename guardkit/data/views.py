@@ -6,7 +6,7 @@ arms, splits or batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ import numpy as np
 
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.data.augment import AugmentedContent
-from guardkit.data.transplants import transplant
-from guardkit.editors.base import Kind
+from guardkit.data.transplants import TransplantContent, transplant
+from guardkit.editors.base import Kind, lent
 from guardkit.embeddings import EmbeddingStore
 from guardkit.schema import Content, InputError, Record
 
@@ -239,15 +239,28 @@ class ViewMaker:
         box. They are drawn when they are embedded, and kept nowhere."""
         vectors = np.zeros((len(records), self.variants_per_image, self.store.encoder.dim), np.float32)
         there = np.array([record.content is not None and record.region is not None for record in records])
-        contents = [
+        contents = self._transplants(records, is_unsafe)
+        if contents:
+            vectors[there] = self.store.embed(contents).reshape(-1, *vectors.shape[1:])
+        return Views(vectors, np.repeat(there[:, None], self.variants_per_image, axis=1))
+
+    def _transplants(self, records: Sequence[Record], is_unsafe: bool) -> list[TransplantContent]:
+        return [
             transplant(record.content, record.region, self.pipeline.photographs, seed, is_unsafe=is_unsafe)
             for record in records
             if record.content is not None and record.region is not None
             for seed in range(self.variants_per_image)
         ]
-        if contents:
-            vectors[there] = self.store.embed(contents).reshape(-1, *vectors.shape[1:])
-        return Views(vectors, np.repeat(there[:, None], self.variants_per_image, axis=1))
+
+    def lent(self, kinds: Collection[str], records: Sequence[Record]) -> list[Content]:
+        """Other images whose parts show, or may show, in views of these kinds of the records."""
+        contents: list[Content] = []
+        if self.transform == "null_edit" or {*EDITED, "null_edit"} & set(kinds):
+            contents += [photograph.content for photograph in lent(self.pipeline.editor)]
+        for kind in _TRANSPLANTS.keys() & set(kinds):
+            for one in self._transplants(records, _TRANSPLANTS[kind]):
+                contents += [one.host, one.donor]
+        return contents
 
     def edited(self, records: Sequence[Record], variants_per_image: int, kind: Kind, counts: EditCounts) -> Views:
         """`variants_per_image` edits of each record, embedded."""

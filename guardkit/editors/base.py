@@ -70,7 +70,7 @@ class Photograph:
 
 class Editor(Protocol):
     """Edits images. One that cannot edit some images whatever they show may say so ahead, see `refusal`; one that pastes
-    from other images is given them, see `supply`.
+    from other images is given them, see `supply` and `lent`.
 
     Attributes:
         name: a short name for tables.
@@ -116,3 +116,12 @@ def supply(editor: Editor, photographs: Sequence[Photograph]) -> None:
     take = getattr(editor, "supply", None)
     if take is not None:
         take(photographs)
+
+
+def lent(editor: Editor) -> Sequence[Photograph]:
+    """The images that it was given and may paste from: parts of them show in its edits, so a guard that saw these saw them.
+
+    An editor names them by an attribute `lent`; one without it pastes nothing.
+    """
+    photographs: Sequence[Photograph] = getattr(editor, "lent", ())
+    return photographs

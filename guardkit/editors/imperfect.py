@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from guardkit.artifacts import fingerprint
 from guardkit.checks import check_number
-from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult, Photograph, refusal, supply
+from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult, Photograph, lent, refusal, supply
 
 
 class ImperfectEditor:
@@ -47,6 +47,11 @@ class ImperfectEditor:
     def supply(self, photographs: Sequence[Photograph]) -> None:
         """Hands them on."""
         supply(self.editor, photographs)
+
+    @property
+    def lent(self) -> Sequence[Photograph]:
+        """What the editor within may paste from."""
+        return lent(self.editor)
 
     def _succeeds(self, request: EditRequest) -> bool:
         # the same draw at every rate, so that a better editor does well what a worse one did

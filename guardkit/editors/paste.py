@@ -68,6 +68,11 @@ class PasteEditor:
             "opencv": cv2.__version__,
         }
 
+    @property
+    def lent(self) -> Sequence[Photograph]:
+        """What it may paste from."""
+        return self._bank.photographs
+
     def supply(self, photographs: Sequence[Photograph]) -> None:
         """Chooses what to paste from: look-alikes, where there are some.
 
