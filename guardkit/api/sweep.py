@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 ENGINES = ("batched", "lightning")
 SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_MOST_SEEDS = 10_000
 STRENGTHS = (1e-6, 3e-5, 1e-3, 1e-2, 1e-1, 1.0, 30.0)
 
 
@@ -272,10 +273,14 @@ def _plan(
     check_whole("sweep.n_resamples", n_resamples, 100)
     check_whole("seed", seed, 0, MAX_SEED)
     budgets = chosen_sizes(list(sizes))
-    subsets = list(range(seeds)) if is_whole(seeds) else list(seeds) if is_list(seeds) else []
-    if not subsets or not all(is_whole(one) and 0 <= one <= MAX_SEED for one in subsets) or len(set(subsets)) < len(subsets):
+    subsets = list(range(min(seeds, _MOST_SEEDS + 1))) if is_whole(seeds) else list(seeds) if is_list(seeds) else []
+    if (
+        not 0 < len(subsets) <= _MOST_SEEDS
+        or not all(is_whole(one) and 0 <= one <= MAX_SEED for one in subsets)
+        or len(set(subsets)) < len(subsets)
+    ):
         raise InputError(
-            f"sweep.seeds must be a number of seeds of at least 1, or a list of different whole numbers of at least 0, got {seeds}"
+            f"sweep.seeds must be a number of seeds from 1 to {_MOST_SEEDS}, or a list of as many different whole numbers of at least 0, got {seeds}"
         )
     targets = list(_default_targets(budgets) if target_sizes is None else target_sizes)
     for name, values in (("target_sizes", targets), ("table_size", [] if table_size is None else [table_size])):

@@ -16,7 +16,7 @@ import numpy as np
 
 from guardkit.checks import check_flag, check_whole
 from guardkit.data.duplicates import near_duplicate_groups, near_equal_groups, perceptual_hash
-from guardkit.data.sources.base import Loaded, Source
+from guardkit.data.sources.base import Loaded, Source, check_source
 from guardkit.progress import progress
 from guardkit.schema import Content, ImageError, Record, Rejected
 
@@ -37,8 +37,9 @@ def load_source(source: Source, *, for_training: bool = True) -> Loaded:
         source: of images or embeddings.
         for_training: False where images that are only of no use for training are used too: they are then not among the rejected.
     Raises:
-        InputError: what the source raises.
+        InputError: what the source raises, or something that is no source.
     """
+    check_source(source)
     loaded = source.load()
     if not loaded.is_grouped:
         check = getattr(source, "check_images", True)

@@ -11,7 +11,7 @@ import torch
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
 from guardkit.data.arms import Arm
 from guardkit.data.datamodule import GuardDataModule
-from guardkit.data.sources.base import Source
+from guardkit.data.sources.base import Source, check_source
 from guardkit.data.unlabelled import Unlabelled
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
@@ -58,6 +58,7 @@ def data_module(
     source: Source, policy: Policy, store: EmbeddingStore, pipeline: CounterfactualPipeline, arm: Arm, **settings: Any
 ) -> GuardDataModule:
     """The data module of an arm. Views of each image are the arm's where it says how many."""
+    check_source(source)
     if arm.variants_per_image is not None:
         settings["variants_per_image"] = arm.variants_per_image
     return GuardDataModule(
@@ -69,7 +70,7 @@ def head_factory(head: str | type[Head] | HeadFactory) -> HeadFactory:
     """What makes heads: the name of one of guardkit's, a class with a class method `build`, or a function.
 
     Raises:
-        InputError: an unknown name.
+        InputError: an unknown name, or a class that is no head.
     """
     if isinstance(head, str):
         if head not in HEADS:
@@ -77,6 +78,11 @@ def head_factory(head: str | type[Head] | HeadFactory) -> HeadFactory:
                 f"there is no head {head!r}; there are {', '.join(HEADS)}, or give a function of encoder and policy that makes one"
             )
         return HEADS[head]
+    kind = getattr(head, "func", head)  # within a partial, as a configuration makes them
+    if isinstance(kind, type) and not issubclass(kind, Head):
+        raise InputError(
+            f"head must be a subclass of guardkit.heads.Head, or a function that makes one, got {kind.__module__}.{kind.__name__}"
+        )
     build = getattr(head, "build", None)
     return build if isinstance(head, type) and build is not None else head
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from guardkit.schema import Record, Rejected
+from guardkit.schema import InputError, Record, Rejected
 
 
 @dataclass(frozen=True)
@@ -50,3 +50,11 @@ class Source(Protocol):
     def load(self) -> Loaded:
         """Lists the records without reading more pixels than it must. Raises InputError."""
         ...
+
+
+def check_source(source: object) -> None:
+    """Raises InputError for something that is no `Source`, such as a path."""
+    if not callable(getattr(source, "load", None)) or not hasattr(source, "asked"):
+        raise InputError(
+            f"source must be an object with a method load that lists its images, such as guardkit.FolderSource(...), got {source!r}"
+        )
