@@ -39,7 +39,7 @@ def test_what_the_hub_says_is_shown_once():
 def test_help_lists_groups_and_loads_nothing_heavy(module):
     done = call(module, "--help")
     assert done.returncode == 0
-    assert "encoder: clip_vit_b32, clip_vit_l14, onnx, open_clip, scenes_clip, siglip2_b16" in done.stdout
+    assert "encoder: clip_vit_b32, clip_vit_l14, onnx, open_clip, photos_clip, scenes_clip, siglip2_b16" in done.stdout
     code = f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_module('guardkit.{module}', run_name='__main__')\nexcept SystemExit: pass\nprint([m for m in ('torch', 'lightning', 'open_clip') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert out.stdout.rstrip().endswith("[]")
@@ -48,7 +48,7 @@ def test_help_lists_groups_and_loads_nothing_heavy(module):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["experiment=pears"], r"Could not find 'experiment/pears'.*pairs_aug"),
+        (["experiment=pears"], r"experiment=pears is not there; experiment is one of classic_aug.*pairs_aug"),
         (["data.n_unsave=3"], r"n_unsave"),
         (["data.n_unsafe=few"], r"data.n_unsafe must be a whole number of at least 2, got 'few'"),
         (["source=folder", "source.root=/no/such/folder", "policy=handled_objects"], r"source.root /no/such/folder is not there"),

@@ -263,7 +263,7 @@ def test_fewer_images_than_asked_for_is_said_and_used(train, caplog):
         (["editor=none"], "none of the 24 unsafe images of source=scenes can be edited .24 x editor=none edits nothing"),
         (["editor=inpaint", "editor.method=magic"], "editor.method must be one of telea"),
         (["loss.prevalence=0"], r"loss.prevalence must lie in \(0, 1\)"),
-        (["seed=-1"], "seed must be a whole number of at least 0"),
+        (["seed=-1"], "seed must be a whole number from 0 to"),
         (["encoder=open_clip", "encoder.weights=local-dir:/nowhere"], "holds no open_clip_config.json"),
     ],
 )
