@@ -77,7 +77,7 @@ def read_table(
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise InputError(f"{path} has the column {twice[0]!r} more than once; {mend}")
-            table = _within(file, max(_LEAST_BYTES, _MOST_TIMES * os.fstat(opened.fileno()).st_size))
+            table = read_within(file, os.fstat(opened.fileno()).st_size).combine_chunks()
         table.validate(full=True)  # texts that are not UTF-8 among others
     except OSError as error:
         raise InputError(f"{path} cannot be read as a table ({_line(error)}); {mend}") from error
@@ -100,15 +100,26 @@ def read_table(
     return table
 
 
-def _within(file: pq.ParquetFile, most: int) -> pa.Table:
-    """The table, read bit by bit: a few bytes on disk may stand for more than any memory holds."""
+def read_within(file: pq.ParquetFile, size: int, *, columns: Sequence[str] | None = None, row_group: int | None = None) -> pa.Table:
+    """A table, read bit by bit: a few bytes on disk may stand for more than any memory holds.
+
+    Args:
+        file: that is open.
+        size: of the file, in bytes.
+        columns, row_group: what to read; None: all.
+    Raises:
+        ValueError: it unfolds to more than a table of that size holds.
+    """
+    most = max(_LEAST_BYTES, _MOST_TIMES * size)
+    names = file.schema_arrow.names if columns is None else columns
+    schema = pa.schema([file.schema_arrow.field(name) for name in names])
     batches, n_bytes = [], 0
-    for batch in file.iter_batches(_BATCH_ROWS):
+    for batch in file.iter_batches(_BATCH_ROWS, row_groups=None if row_group is None else [row_group], columns=columns):
         n_bytes += batch.nbytes
         if n_bytes > most:
             raise ValueError(f"it unfolds to more than {most} bytes, which no table of its size on disk holds")
         batches.append(batch)
-    return pa.Table.from_batches(batches, file.schema_arrow).combine_chunks()
+    return pa.Table.from_batches(batches, schema)
 
 
 def read_json_lines(path: Path, mend: str = "copy it anew") -> pa.Table:

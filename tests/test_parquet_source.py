@@ -259,3 +259,21 @@ def test_real_photographs():
     assert (len(unsafe), len(look_alikes)) == (14 * 50, 15 * 50)
     assert all(record.region is not None for record in rows.train)
     assert rows.train[-1].content.load().shape == (64, 64, 3)
+
+
+def test_a_column_that_unfolds_to_more_than_its_file_may_hold_is_one_line(scenes_policy, tmp_path):
+    """The same megabyte 1,100 times takes a few kilobytes on disk, in a folder whose name is no UTF-8."""
+    import os
+
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/b\xe4d")
+    os.mkdir(folder)
+    pixels = pa.array([b"\0" * (1 << 20)]).dictionary_encode()
+    images = pa.DictionaryArray.from_arrays(pa.array([0] * 1_100, pa.int32()), pixels.dictionary)
+    table = pa.table({"image": images.cast(pa.binary()), "label": ["safe", "unsafe"] * 550})
+    with open(f"{folder}/small.parquet", "wb") as file:
+        pq.write_table(table, file, compression="zstd")
+    assert os.stat(f"{folder}/small.parquet").st_size < 1 << 20
+    source = ParquetSource(scenes_policy, f"{folder}/small.parquet", check_images=False)
+    record = source.load().train[0]
+    with pytest.raises(ImageError, match="unfolds to more than"):
+        record.content.load()

@@ -22,6 +22,7 @@ from guardkit.data.sources.files import path_within
 from guardkit.data.sources.rows import RowRule
 from guardkit.images import MAX_PIXELS
 from guardkit.policy import Policy
+from guardkit.reading import read_within
 from guardkit.schema import ImageError, InputError
 
 _KEPT_BYTES = 256 << 20  # of images that were read with their row group; the group last read is kept whatever its size
@@ -153,7 +154,8 @@ def _files(given: str | Sequence[str], setting: str, besides: Iterable[Path] = (
 def _opened(path: Path, metadata: Any = None) -> Iterator[pq.ParquetFile]:
     """The file; what is wrong with it is an InputError."""
     try:
-        with pq.ParquetFile(path, metadata=metadata) as file:
+        # an open file, because pyarrow takes no path whose bytes are not UTF-8
+        with open(path, "rb") as opened, pq.ParquetFile(opened, metadata=metadata) as file:
             yield file
     except InputError:
         raise
@@ -194,7 +196,7 @@ class _FilePart:
     def values(self, column: str) -> list[Any]:
         """All cells of a column."""
         with _opened(self._path, self._metadata) as file:
-            values = file.read(columns=[column])[column].to_pylist()
+            values = read_within(file, self._path.stat().st_size, columns=[column])[column].to_pylist()
         names = self._class_names.get(column)
         if names is None:
             return values
@@ -237,7 +239,9 @@ class _RowGroups:
             if (path, number) not in self._kept:
                 try:
                     with _opened(path, metadata) as file:
-                        self._kept[path, number] = file.read_row_group(number, columns=[self.column])[self.column]
+                        self._kept[path, number] = read_within(file, path.stat().st_size, columns=[self.column], row_group=number)[
+                            self.column
+                        ]
                 except InputError as error:
                     raise ImageError(str(error)) from error
             self._kept.move_to_end((path, number))
