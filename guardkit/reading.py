@@ -112,7 +112,7 @@ def read_within(file: pq.ParquetFile, size: int, *, columns: Sequence[str] | Non
     """
     most = max(_LEAST_BYTES, _MOST_TIMES * size)
     names = file.schema_arrow.names if columns is None else columns
-    schema = pa.schema([file.schema_arrow.field(name) for name in names])
+    schema = pa.schema([file.schema_arrow.field(name) for name in names], file.schema_arrow.metadata)
     batches, n_bytes = [], 0
     for batch in file.iter_batches(_BATCH_ROWS, row_groups=None if row_group is None else [row_group], columns=columns):
         n_bytes += batch.nbytes
