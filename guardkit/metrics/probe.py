@@ -28,9 +28,16 @@ def edited_vs_original_auroc(original: np.ndarray, edited: np.ndarray, *, seed: 
     aurocs = []
     for k in range(5):
         train, test = fold != k, fold == k
-        x = np.concatenate([original[train], edited[train]])
-        y = np.repeat([0, 1], train.sum())
-        probe = LogisticRegression(C=100.0, max_iter=2000).fit(x * x.shape[1] ** 0.5, y)
-        scores = probe.decision_function(np.concatenate([original[test], edited[test]]) * x.shape[1] ** 0.5)
-        aurocs.append(roc_auc_score(np.repeat([0, 1], test.sum()), scores))
+        x, y = _stacked(original[train], edited[train])
+        # the penalty keeps the weights in the span of what they are fitted to: few images of a wide encoder are a small problem
+        basis = np.linalg.qr(x.T)[0] if len(x) < x.shape[1] else np.eye(x.shape[1])
+        probe = LogisticRegression(C=100.0, solver="newton-cholesky").fit(x @ basis, y)
+        x, y = _stacked(original[test], edited[test])
+        aurocs.append(roc_auc_score(y, probe.decision_function(x @ basis)))
     return float(np.mean(aurocs))
+
+
+def _stacked(original: np.ndarray, edited: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(2m, d) embeddings scaled to coordinates of size 1, and (2m,) which are edited."""
+    x = np.concatenate([original, edited]).astype(np.float64)
+    return x * x.shape[1] ** 0.5, np.repeat([0, 1], len(original))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import cv2
@@ -220,7 +220,7 @@ class ScenePool:
         if label:
             # every run of nine indices covers the nine categories once, so small samples stay balanced
             turn, position = divmod(index, len(CATEGORIES))
-            category = CATEGORIES[_rng((self.seed, self.split, turn), 4).permutation(len(CATEGORIES))[position]]
+            category = CATEGORIES[_order(self.seed, self.split, turn)[position]]
             feature = _pick(rng, list(KINDS[category].unsafe))
         elif rng.random() < self.look_alike_rate:
             category = _pick(rng, CATEGORIES)
@@ -330,6 +330,12 @@ def _finish(canvas: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.nd
 def _rng(key: tuple[int, str, int], *more: int) -> np.random.Generator:
     seed, split, index = key
     return np.random.default_rng([seed, SPLITS.index(split), index, *more])
+
+
+@lru_cache(1024)
+def _order(seed: int, split: str, turn: int) -> tuple[int, ...]:
+    """The categories of one round of unsafe scenes."""
+    return tuple(_rng((seed, split, turn), 4).permutation(len(CATEGORIES)).tolist())
 
 
 def _pick(rng: np.random.Generator, items: Sequence[str]) -> str:
