@@ -226,24 +226,24 @@ class GuardDataModule(L.LightningDataModule):
         started = time.perf_counter()
         pairs = self.loaded.test_pairs
         if pairs is not None:
-            # a twin stands beside its original as a record of its own
+            # a counterfactual stands beside its original as a record of its own
             position = {record.id: i for i, record in enumerate(self.test)}
             rows = np.array([position[unsafe.id] for unsafe, _ in pairs], int)
-            twins = self.views.embed([twin for _, twin in pairs])
+            counterfactuals = self.views.embed([counterfactual for _, counterfactual in pairs])
             made_by = f"{self.source.name}: exact"
         else:
             unsafe_rows = [i for i, record in enumerate(self.test) if record.label == 1]
             views = self.views.edited([self.test[i] for i in unsafe_rows], 1, "counterfactual", self.other_edits)
             there = views.there[:, 0]
-            rows, twins = np.array(unsafe_rows, int)[there], views.vectors[there, 0]
+            rows, counterfactuals = np.array(unsafe_rows, int)[there], views.vectors[there, 0]
             made_by = f"editor={self.pipeline.editor.name}"
         vectors = self.views.embed(self.test)
-        return TestSet(self.test, vectors, rows, twins, made_by, time.perf_counter() - started)
+        return TestSet(self.test, vectors, rows, counterfactuals, made_by, time.perf_counter() - started)
 
     def counterfactual_of(self, record: Record) -> Content | None:
         """The counterfactual that test pairs hold for an unsafe test record, or None."""
         if self.loaded.test_pairs is not None:
-            return next((twin.content for unsafe, twin in self.loaded.test_pairs if unsafe.id == record.id), None)
+            return next((safe.content for unsafe, safe in self.loaded.test_pairs if unsafe.id == record.id), None)
         (one,) = self.pipeline.make([record], [0])
         return one if one is not None and one.accepted else None
 
@@ -268,7 +268,7 @@ class GuardDataModule(L.LightningDataModule):
             for record in records
         ]
         if set(EDITED) & set(self.negatives):
-            used += [(split, twin) for split, record in used for twin in self._used_counterfactuals(record)]
+            used += [(split, safe) for split, record in used for safe in self._used_counterfactuals(record)]
         return used
 
     def lent_images(self) -> list[Record]:

@@ -109,7 +109,7 @@ def group(loaded: Loaded, *, check_images: bool = True, near_duplicate_distance:
     rejected = list(loaded.rejected)
     records = [*loaded.train, *(loaded.test or [])]
     looked = _look_at(records) if check_images else {}
-    twins = _look_at_counterfactuals(records) if check_images else {}
+    looked_at = _look_at_counterfactuals(records) if check_images else {}
     kept: list[Record] = []
     n_train = 0
     for row, record in enumerate(records):
@@ -119,7 +119,7 @@ def group(loaded: Loaded, *, check_images: bool = True, near_duplicate_distance:
         if isinstance(seen, str):
             rejected.append(Rejected(record.id, seen))
             continue
-        hashes = twins.get(row, record.counterfactual_hashes)
+        hashes = looked_at.get(row, record.counterfactual_hashes)
         is_known = (seen, hashes) == (record.perceptual_hash, record.counterfactual_hashes)
         kept.append(record if is_known else replace(record, perceptual_hash=seen, counterfactual_hashes=hashes))
         n_train += row < len(loaded.train)
@@ -136,7 +136,7 @@ def group(loaded: Loaded, *, check_images: bool = True, near_duplicate_distance:
     pairs = loaded.test_pairs
     if pairs is not None and test is not None:
         there = {record.id for record in test}
-        pairs = [(unsafe, twin) for unsafe, twin in pairs if unsafe.id in there]
+        pairs = [pair for pair in pairs if pair[0].id in there]
     return replace(
         loaded,
         train=[record for record in train if record.group not in first_tested],

@@ -48,14 +48,14 @@ class Benchmark:
         kept = [row for row, record in enumerate(self.records) if record.group not in groups]
         place = {row: i for i, row in enumerate(kept)}
         pairs = [
-            (twin, place[row])
-            for twin, row in zip(self.counterfactuals, self.counterfactual_of, strict=True)
-            if row in place and twin.group not in groups
+            (counterfactual, place[row])
+            for counterfactual, row in zip(self.counterfactuals, self.counterfactual_of, strict=True)
+            if row in place and counterfactual.group not in groups
         ]
         return replace(
             self,
             records=[self.records[row] for row in kept],
-            counterfactuals=[twin for twin, _ in pairs],
+            counterfactuals=[counterfactual for counterfactual, _ in pairs],
             counterfactual_of=[row for _, row in pairs],
             n_left_out=self.n_left_out + len(self.records) - len(kept),
         )
@@ -122,5 +122,7 @@ def _pairs(loaded: Loaded, records: Sequence[Record]) -> list[tuple[Record, Reco
             if record.label == UNSAFE
             for i, (content, seen) in enumerate(zip_longest(record.counterfactuals, record.counterfactual_hashes))
         ]
-    marked = [(original, replace(twin, label=SAFE, category=original.category, group=original.group)) for original, twin in pairs]
-    return [(original, replace(twin, id=f"{twin.id}#counterfactual")) for original, twin in marked]
+    return [
+        (original, replace(made, id=f"{made.id}#counterfactual", label=SAFE, category=original.category, group=original.group))
+        for original, made in pairs
+    ]

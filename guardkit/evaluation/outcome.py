@@ -58,7 +58,7 @@ class Evaluation:
         """The row of one figure: of all images a classifier covers, unless `cut` says otherwise. None: there is none."""
         wanted = {
             "part": METRICS[metric].of,
-            "negatives": "twins" if METRICS[metric].of == "pairs" else "all_safe",
+            "negatives": "counterfactuals" if METRICS[metric].of == "pairs" else "all_safe",
             "scope": "covered",
             "point": None,
             "category": None,

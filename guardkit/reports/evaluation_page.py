@@ -71,7 +71,7 @@ def markdown(evaluation: Evaluation, facts: dict[str, Any]) -> str:
         lines += _section("By source", ["classifier", "source", "trained on it", "n", *(TITLES[metric] for metric in SOURCE_METRICS)], rows)
     if pairs := parts.pairs(evaluation):
         rows = [[row["name"], row["similarity"], row["n"], *_texts(row)] for row in pairs["rows"]]
-        lines += _section("Pairs", ["classifier", "cosine of the twins", "n", *(TITLES[metric] for metric in OF_PAIRS)], rows)
+        lines += _section("Pairs", ["classifier", "cosine of the pair", "n", *(TITLES[metric] for metric in OF_PAIRS)], rows)
     if robustness := parts.robustness(evaluation):
         for part in robustness["tables"]:
             lines += _section(part["title"], [part["first"], *part["columns"]], [[row["name"], *_texts(row)] for row in part["rows"]])

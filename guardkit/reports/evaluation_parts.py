@@ -214,8 +214,8 @@ def pairs(evaluation: Evaluation) -> dict[str, Any] | None:
         margin = 0.05 * (max(spread) - min(spread)) or 0.05
         chart = line_chart(
             lines,
-            label="Pair accuracy against how similar the twins are",
-            x_label=f"cosine of the twins' embeddings ({evaluation.sheet.similarity_by})",
+            label="Pair accuracy against how similar the pairs' images are",
+            x_label=f"cosine of a pair's embeddings ({evaluation.sheet.similarity_by})",
             y_label="pair accuracy",
             x_range=(min(spread) - margin, max(spread) + margin),
         )

@@ -153,7 +153,7 @@ class Drawn:
 def draw(scene: Scene, size: int = 128) -> Drawn:
     """Draws a scene, `size` pixels wide and high. The same scene always gives the same pixels."""
     generated = scene.rendering == "generated"
-    rng = _rng(scene.key, 3)  # must not depend on the feature, or twins would differ elsewhere
+    rng = _rng(scene.key, 3)  # must not depend on the feature, or a counterfactual would differ elsewhere
     canvas = np.zeros((size, size, 3), np.uint8)
     outline = max(1, round(size / 96)) if generated else 0
     palette = _palette(rng)

@@ -131,11 +131,11 @@ class PairsSource:
             if path.stem.endswith(EDITED):
                 continue
             name = path.relative_to(self.root).as_posix()
-            twin = edited.pop(path.with_name(path.stem), None)
-            if twin is None:
+            counterfactual = edited.pop(path.with_name(path.stem), None)
+            if counterfactual is None:
                 rejected.append(Rejected(name, f"no counterfactual {path.stem}{EDITED}{path.suffix} beside it"))
                 continue
-            record = self._record(name, [twin.relative_to(self.root).as_posix()], self.category, self.name, name, None, rejected)
+            record = self._record(name, [counterfactual.relative_to(self.root).as_posix()], self.category, self.name, name, None, rejected)
             if record is not None:
                 yield record
         rejected += [Rejected(path.relative_to(self.root).as_posix(), "no original beside it") for path in edited.values()]
