@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from guardkit.fitting.module import BestHead, GuardModule
     from guardkit.fitting.objective import Objective
     from guardkit.fitting.terms import Gaps, Term
-    from guardkit.heads import Head, LinearHead, MLPHead, PromptHead
+    from guardkit.heads import AnchoredHead, Head, LinearHead, MLPHead, PromptHead
     from guardkit.policy import Category, Policy
     from guardkit.schema import Decision, EmbeddingGuard, Guard, ImageError, ImageGuard, InputError, Judgment, Record, Rejected
 
@@ -101,6 +101,7 @@ _HOMES = {
     "Verifier": "guardkit.counterfactual.verifier",
     # heads
     "Head": "guardkit.heads",
+    "AnchoredHead": "guardkit.heads",
     "LinearHead": "guardkit.heads",
     "MLPHead": "guardkit.heads",
     "PromptHead": "guardkit.heads",

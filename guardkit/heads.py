@@ -21,9 +21,18 @@ from guardkit.kinds import MAX_WIDTH, Kinds
 from guardkit.policy import Policy
 from guardkit.schema import InputError, shortened
 
+_N_IMAGES, _SHRINKAGE = 2048, 0.003  # that tell how embeddings vary
 _SAME_TEXT = 1e-6  # of the cosine, which rounding may keep below 1
 
-HEAD_KINDS = Kinds("head", {"linear": "guardkit.heads:LinearHead", "mlp": "guardkit.heads:MLPHead", "prompt": "guardkit.heads:PromptHead"})
+HEAD_KINDS = Kinds(
+    "head",
+    {
+        "linear": "guardkit.heads:LinearHead",
+        "anchored": "guardkit.heads:AnchoredHead",
+        "mlp": "guardkit.heads:MLPHead",
+        "prompt": "guardkit.heads:PromptHead",
+    },
+)
 
 
 class KnowsImages(Protocol):
@@ -31,6 +40,14 @@ class KnowsImages(Protocol):
 
     def whitening(self, n_images: int, shrinkage: float) -> np.ndarray:
         """(d, d), see `guardkit.data.unlabelled`."""
+        ...
+
+    def embeddings(self, n_images: int) -> np.ndarray:
+        """(n, d), see there."""
+        ...
+
+    def null_edits(self, n_images: int) -> tuple[np.ndarray, np.ndarray]:
+        """(n, d) images and their null edits, see there."""
         ...
 
 
@@ -67,12 +84,18 @@ class LinearHead(Head):
         dim: d, width of the embeddings.
         n_categories: k.
         whitened: embeddings pass through a fixed (d, d) map first.
+
+    Attributes:
+        is_erased: the map takes the editor's trace out; of a head that was prepared here.
     """
 
     def __init__(self, dim: int, n_categories: int, *, whitened: bool = False) -> None:
         super().__init__()
         self.config = {"dim": dim, "n_categories": n_categories, "whitened": whitened}
-        self._wanted: tuple[int, float] | None = None  # how to whiten, until that is done
+        self._is_prepared = True  # no map is to be estimated
+        self._whitening: tuple[int, float] | None = None
+        self._leace_images = 0
+        self.is_erased = False
         self.map: Tensor | None
         self.register_buffer("map", torch.eye(dim) if whitened else None)
         self.linear = nn.Linear(dim, 1 + n_categories)
@@ -81,12 +104,30 @@ class LinearHead(Head):
         nn.init.zeros_(self.linear.bias)
 
     @classmethod
-    def build(cls, encoder: Encoder, policy: Policy) -> LinearHead:
-        """A new head for this encoder and policy."""
-        return cls(encoder.dim, len(policy.categories))
+    def build(cls, encoder: Encoder, policy: Policy, *, leace_images: int = 0) -> LinearHead:
+        """A new head for this encoder and policy.
+
+        Where edits are trained on, the editor's own trace may say what is safe. LEACE (Belrose et al., 2023, "LEACE: perfect linear concept
+        erasure in closed form") takes out of the embeddings what tells null edits from the images that they were made of: afterwards both
+        have the same mean, so that no linear head finds it, and nothing else is changed more than that needs. An image and its
+        null edit have one label, so that nothing of the labels is taken out. The erasure is part of the head's fixed map, and costs nothing
+        where the guard is used.
+
+        Args:
+            encoder: made the embeddings.
+            policy: has the categories.
+            leace_images: training images, whatever their labels, whose null edits show the trace; 0: nothing is taken out. `prepare` has
+                the editor edit them.
+        """
+        check_whole("head.leace_images", leace_images, 0)
+        head = cls(encoder.dim, len(policy.categories), whitened=bool(leace_images))
+        head._is_prepared, head._leace_images = not leace_images, leace_images
+        return head
 
     @classmethod
-    def whitened(cls, encoder: Encoder, policy: Policy, *, n_images: int = 2048, shrinkage: float = 0.003) -> LinearHead:
+    def whitened(
+        cls, encoder: Encoder, policy: Policy, *, n_images: int = _N_IMAGES, shrinkage: float = _SHRINKAGE, leace_images: int = 0
+    ) -> LinearHead:
         """A head that sees embeddings in which images without labels vary alike in all directions.
 
         What scenes have in common with each other, and not with safety, takes up most of the variance of embeddings, and
@@ -98,11 +139,13 @@ class LinearHead(Head):
             policy: has the categories.
             n_images: to estimate the covariance from.
             shrinkage: how much of the mean variance is added to every direction's, above 0.
+            leace_images: see `build`.
         """
         check_whole("head.n_images", n_images, 2)
         check_number("head.shrinkage", shrinkage, "(0, inf)")
+        check_whole("head.leace_images", leace_images, 0)
         head = cls(encoder.dim, len(policy.categories), whitened=True)
-        head._wanted = n_images, shrinkage
+        head._is_prepared, head._whitening, head._leace_images = False, (n_images, shrinkage), leace_images
         return head
 
     @classmethod
@@ -145,15 +188,19 @@ class LinearHead(Head):
         return head
 
     def prepare(self, images: KnowsImages) -> None:
-        """Whitens, if that is wanted."""
-        if self._wanted is not None and self.map is not None:
-            self.map.copy_(torch.from_numpy(images.whitening(*self._wanted)))
-            self._wanted = None
+        """Whitens and erases, as far as that is wanted."""
+        if self._is_prepared or self.map is None:
+            return
+        made = images.whitening(*self._whitening) if self._whitening else np.eye(len(self.map))
+        if self._leace_images:
+            made = _erasing(images, self._leace_images) @ made
+        self.map.copy_(torch.from_numpy(made))
+        self._is_prepared, self.is_erased = True, self._leace_images > 0
 
     @property
     def is_prepared(self) -> bool:
-        """Not where a whitening is still to be estimated: until then the map is the identity."""
-        return self._wanted is None
+        """Not where its map is still to be estimated: until then that is the identity."""
+        return self._is_prepared
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(n, d) -> (n, 1 + k) logits."""
@@ -161,9 +208,108 @@ class LinearHead(Head):
 
     def features(self, embeddings: Tensor) -> Tensor:
         """(n, d) -> (n, d): what the weights are multiplied with, a linear map of the embeddings."""
-        # unit vectors have coordinates of size d ** -0.5: brought to size 1, the learning rate suits any width
-        scaled = embeddings * self.linear.in_features**0.5
-        return scaled if self.map is None else scaled @ self.map.to(scaled)
+        return _scaled(embeddings, self.map)
+
+
+class AnchoredHead(Head):
+    """A linear probe beside the zero-shot logits of the policy's texts.
+
+    What the weights are multiplied with are the d coordinates of a linear probe and 1 + k zero-shot logits, those of an untrained
+    `PromptHead`, each divided by its standard deviation over images without labels. At the start every logit is `strength` times the
+    zero-shot one, and with `loss.l2` above 0 training pulls the head there: few labels correct the texts a little, many overrule them.
+    With the weights of both sides fixed it is WiSE for a head (Wortsman et al., 2022, "Robust fine-tuning of zero-shot models"); that a
+    probe of few labels wants an anchor in the texts is CLAP's finding (Silva-Rodriguez et al., 2024, "A closer look at the few-shot
+    adaptation of large vision-language models"). docs/heads.md compares them.
+
+    Args:
+        dim: d, width of the embeddings.
+        n_categories: k.
+        n_prompts: m, number of texts.
+        mapped: embeddings pass through a fixed (d, d) map on their way to the probe.
+
+    Attributes:
+        is_erased: the map takes the editor's trace out; of a head that was prepared here.
+    """
+
+    def __init__(self, dim: int, n_categories: int, *, n_prompts: int, mapped: bool = False) -> None:
+        super().__init__()
+        self.config = {"dim": dim, "n_categories": n_categories, "n_prompts": n_prompts, "mapped": mapped}
+        self._n_images: int | None = None  # that tell how zero-shot logits vary, until they have
+        self._leace_images = 0
+        self.is_erased = False
+        self.map: Tensor | None
+        self.prompts: Tensor
+        self.members: Tensor
+        self.spread: Tensor
+        self.register_buffer("map", torch.eye(dim) if mapped else None)
+        self.register_buffer("prompts", torch.zeros(n_prompts, dim))
+        self.register_buffer("members", torch.zeros(2 + n_categories, n_prompts, dtype=torch.bool))
+        self.register_buffer("spread", torch.ones(1 + n_categories))
+        self.linear = nn.Linear(dim + 1 + n_categories, 1 + n_categories)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    @classmethod
+    def build(
+        cls,
+        encoder: Encoder,
+        policy: Policy,
+        *,
+        strength: float = 2.0,
+        scale: float = 30.0,
+        n_images: int = 256,
+        leace_images: int = 0,
+    ) -> AnchoredHead:
+        """A new head for this encoder and policy.
+
+        Args:
+            encoder: made the embeddings, and encodes the texts.
+            policy: has them.
+            strength: standard deviation of the logits at the start.
+            scale: of the cosine before the softmax over the texts.
+            n_images: training images, labels not looked at, that tell how zero-shot logits vary.
+            leace_images: see `LinearHead.build`. The texts' part stays as it is: no edit was trained on to make it.
+        Raises:
+            InputError: the encoder has no texts, or the same vector for a safe and an unsafe one.
+        """
+        check_number("head.strength", strength, "(0, inf)")
+        check_number("head.scale", scale, "(0, inf)")
+        check_whole("head.n_images", n_images, 2)
+        check_whole("head.leace_images", leace_images, 0)
+        encoded, members = _texts(encoder, policy, needed_by="head=anchored", instead="head=linear")
+        head = cls(encoder.dim, len(policy.categories), n_prompts=len(encoded), mapped=bool(leace_images))
+        head._n_images, head._leace_images = n_images, leace_images
+        head.prompts.copy_(scale * torch.from_numpy(encoded))
+        head.members.copy_(members)
+        with torch.no_grad():
+            head.linear.weight[:, encoder.dim :].fill_diagonal_(strength)
+        return head
+
+    def prepare(self, images: KnowsImages) -> None:
+        """Measures how zero-shot logits vary, and erases if that is wanted."""
+        if self._n_images is None:
+            return
+        logits = self._zero_shot(torch.from_numpy(images.embeddings(self._n_images)))
+        self.spread.copy_(logits.std(dim=0, correction=0).clamp(min=_SAME_TEXT))
+        if self.map is not None:
+            self.map.copy_(torch.from_numpy(_erasing(images, self._leace_images)))
+        self._n_images, self.is_erased = None, self.map is not None
+
+    @property
+    def is_prepared(self) -> bool:
+        """Not where it is still unknown how zero-shot logits vary."""
+        return self._n_images is None
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(n, d) -> (n, 1 + k) logits."""
+        return self.linear(self.features(embeddings))
+
+    def features(self, embeddings: Tensor) -> Tensor:
+        """(n, d) -> (n, d + 1 + k): what the weights are multiplied with."""
+        return torch.cat([_scaled(embeddings, self.map), self._zero_shot(embeddings) / self.spread.to(embeddings)], dim=1)
+
+    def _zero_shot(self, embeddings: Tensor) -> Tensor:
+        return _log_odds(embeddings @ self.prompts.to(embeddings).T, self.members)
 
 
 class MLPHead(Head):
@@ -221,22 +367,9 @@ class PromptHead(Head):
     @classmethod
     def build(cls, encoder: Encoder, policy: Policy, *, scale: float = 30.0) -> PromptHead:
         """A head whose vectors are the policy's texts, encoded. Raises InputError for an encoder without texts."""
-        reader = require_texts(encoder, needed_by="head=prompt", instead="head=linear")
-        k = len(policy.categories)
-        texts: list[str] = list(policy.safe_texts)
-        rows: list[int] = [1] * len(texts)  # row 0: all unsafe texts; row 1: all safe ones; row 2 + i: category i's unsafe ones
-        for i, category in enumerate(policy.categories):
-            texts += [*category.unsafe_texts, *category.safe_texts]
-            rows += [2 + i] * len(category.unsafe_texts) + [1] * len(category.safe_texts)
-        head = cls(encoder.dim, k, n_prompts=len(texts), scale=scale)
-        encoded = reader.encode_texts(texts)
-        sides = [[i for i, row in enumerate(rows) if (row >= 2) == is_unsafe] for is_unsafe in (False, True)]
-        safe, unsafe = ([texts[i] for i in side] for side in sides)
-        _check_sides(safe, encoded[sides[0]], unsafe, encoded[sides[1]])
-        row = torch.tensor(rows)
-        for i in range(2 + k):
-            head.members[i] = row == i
-        head.members[0] = row >= 2
+        encoded, members = _texts(encoder, policy, needed_by="head=prompt", instead="head=linear")
+        head = cls(encoder.dim, len(policy.categories), n_prompts=len(encoded), scale=scale)
+        head.members.copy_(members)
         with torch.no_grad():
             head.prompts.copy_(torch.from_numpy(encoded))
         return head
@@ -244,10 +377,50 @@ class PromptHead(Head):
     def forward(self, embeddings: Tensor) -> Tensor:
         """(n, d) -> (n, 1 + k) logits."""
         cosine = embeddings @ functional.normalize(self.prompts, dim=1).T
-        logits = self.log_scale.exp() * cosine
-        side = logits[:, None, :].masked_fill(~self.members, float("-inf")).logsumexp(dim=2)  # (n, 2 + k)
-        against_safe = side - side[:, 1:2]
-        return torch.cat([against_safe[:, :1], against_safe[:, 2:]], dim=1) + self.bias
+        return _log_odds(self.log_scale.exp() * cosine, self.members) + self.bias
+
+
+def _scaled(embeddings: Tensor, by: Tensor | None) -> Tensor:
+    """(n, d) -> (n, d) what a linear probe sees, through a (d, d) map if there is one."""
+    # unit vectors have coordinates of size d ** -0.5: brought to size 1, the learning rate suits any width
+    scaled = embeddings * embeddings.shape[1] ** 0.5
+    return scaled if by is None else scaled @ by.to(scaled)
+
+
+def _erasing(images: KnowsImages, n_images: int) -> np.ndarray:
+    """(d, d) map x @ E that takes the trace of an editor out of embeddings, see `LinearHead.build`."""
+    original, edited = images.null_edits(n_images)
+    whitening = images.whitening(_N_IMAGES, _SHRINKAGE)
+    # among whitened embeddings LEACE is the projection along the difference of the means
+    trace = whitening @ (edited - original).mean(axis=0)
+    length = max(float(trace @ trace), np.finfo(float).tiny)
+    return np.eye(len(trace)) - np.outer(whitening @ trace, np.linalg.solve(whitening, trace)) / length
+
+
+def _texts(encoder: Encoder, policy: Policy, *, needed_by: str, instead: str) -> tuple[np.ndarray, Tensor]:
+    """(m, d) encoded texts of a policy, and (2 + k, m) bool: all unsafe texts, all safe ones, each category's unsafe ones.
+
+    Raises InputError for an encoder without texts, or one that reads an unsafe text as it reads a safe one.
+    """
+    reader = require_texts(encoder, needed_by=needed_by, instead=instead)
+    texts: list[str] = list(policy.safe_texts)
+    rows: list[int] = [1] * len(texts)
+    for i, category in enumerate(policy.categories):
+        texts += [*category.unsafe_texts, *category.safe_texts]
+        rows += [2 + i] * len(category.unsafe_texts) + [1] * len(category.safe_texts)
+    encoded = reader.encode_texts(texts)
+    sides = [[i for i, row in enumerate(rows) if (row >= 2) == is_unsafe] for is_unsafe in (False, True)]
+    safe, unsafe = ([texts[i] for i in side] for side in sides)
+    _check_sides(safe, encoded[sides[0]], unsafe, encoded[sides[1]])
+    row = torch.tensor(rows)
+    return encoded, torch.stack([row >= 2, *(row == i for i in range(1, 2 + len(policy.categories)))])
+
+
+def _log_odds(logits: Tensor, members: Tensor) -> Tensor:
+    """(n, m) logits of texts -> (n, 1 + k) log-odds of a softmax over them: all unsafe ones, and each category's, against the safe ones."""
+    side = logits[:, None, :].masked_fill(~members, float("-inf")).logsumexp(dim=2)  # (n, 2 + k)
+    against_safe = side - side[:, 1:2]
+    return torch.cat([against_safe[:, :1], against_safe[:, 2:]], dim=1)
 
 
 def _check_sides(safe: Sequence[str], safe_vectors: np.ndarray, unsafe: Sequence[str], unsafe_vectors: np.ndarray) -> None:

@@ -53,6 +53,7 @@ SMALL = ["source.n_train=40", "source.n_test=9", "cache_dir=null"]
         ("classic_aug", {}),
         ("null_edits", {"head": "mlp"}),
         ("pairs_plus", {"head": "linear_whitened", "loss": {"l2": 0.1}}),
+        ("unpaired", {"head": "anchored", "loss": {"l2": 0.1}}),
     ],
 )
 def test_train_guard_gives_the_command_s_figures(compose, world, tmp_path, arm, settings):
@@ -253,7 +254,7 @@ def test_a_command_s_module_is_called_like_the_function():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"head": "liner"}, "there is no head 'liner'; there are linear, linear_whitened, linear_texts, mlp, prompt"),
+        ({"head": "liner"}, "there is no head 'liner'; there are linear, linear_whitened, linear_texts, anchored, mlp, prompt"),
         ({"arm": "pears"}, "there is no arm 'pears'; there are pairs_aug, unpaired"),
         ({"editor": "scenes"}, "editor must be an object with a method edit, such as guardkit.InpaintEditor"),
         ({"editor": guardkit.Edits(max_tries=0)}, "edit_max_tries must be a whole number of at least 1, got 0"),

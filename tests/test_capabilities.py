@@ -10,7 +10,7 @@ from guardkit import GuardClassifier
 from guardkit.baselines.zero_shot import zero_shot
 from guardkit.counterfactual.score_verifier import ScoreVerifier
 from guardkit.embeddings import EmbeddingStore
-from guardkit.heads import LinearHead, MLPHead, PromptHead
+from guardkit.heads import AnchoredHead, LinearHead, MLPHead, PromptHead
 from guardkit.robustness.measuring import RobustnessSettings, measure_robustness
 from guardkit.schema import InputError
 
@@ -47,6 +47,7 @@ def blind(scenes_encoder):
             PromptHead.build,
             "head=prompt needs an encoder that reads texts, and images-only does not; choose head=linear or another encoder",
         ),
+        (AnchoredHead.build, "head=anchored needs an encoder that reads texts, and images-only does not; choose head=linear or"),
         (LinearHead.from_texts, "head=linear_texts needs an encoder that reads texts, and images-only does not; choose head=linear"),
     ],
 )

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from guardkit import GuardClassifier
 from guardkit.artifacts import fingerprint, shipped, written
 from guardkit.encoders.open_clip import OpenClipEncoder
-from guardkit.heads import LinearHead, MLPHead, PromptHead
+from guardkit.heads import AnchoredHead, LinearHead, MLPHead, PromptHead
 from guardkit.schema import InputError
 
 IMAGES = [np.asarray(picture(seed)) for seed in range(3)]
@@ -504,7 +504,7 @@ def test_weights_signed_anew_are_refused(folder, scenes_encoder, change, message
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", [LinearHead, MLPHead, PromptHead])
+@pytest.mark.parametrize("kind", [LinearHead, AnchoredHead, MLPHead, PromptHead])
 def test_every_kind_of_head_comes_back(kind, scenes_encoder, scenes_policy, tmp_path):
     embeddings = np.random.default_rng(0).normal(size=(5, 256)).astype(np.float32)
     saved = make(scenes_encoder, scenes_policy, kind)

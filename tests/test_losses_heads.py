@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from guardkit import GuardModule
 from guardkit.data.unlabelled import Unlabelled
+from guardkit.data.views import Views
 from guardkit.fitting.terms import CategoryTerm, DecisionTerm, PairTerm
-from guardkit.heads import LinearHead, MLPHead, PromptHead
+from guardkit.heads import AnchoredHead, LinearHead, MLPHead, PromptHead
 from guardkit.schema import InputError, Record, Rejected
 
 
@@ -52,7 +54,7 @@ class Words:
         return np.stack([vector / np.linalg.norm(vector) for vector in vectors]).astype(np.float32)
 
 
-@pytest.mark.parametrize("head", [LinearHead, MLPHead, PromptHead])
+@pytest.mark.parametrize("head", [LinearHead, AnchoredHead, MLPHead, PromptHead])
 def test_heads_give_decision_and_categories_and_are_rebuilt_from_settings(head, scenes_policy):
     torch.manual_seed(0)
     built = head.build(Words(), scenes_policy).eval()
@@ -87,9 +89,20 @@ class Images:
         self.vectors = vectors.astype(np.float32)
         self.records = [Record(f"{i:03}", relabel(i % 2), None, "photo", str(i), BROKEN if broken(i) else FINE) for i in range(n)]
         self.source, self.store, self.seen = self, self, []
+        self.views = self.pipeline = self.editor = self.other_edits = self
+        self.trace, self.refused, self.seconds = np.array([1.0, 1.0, *[0.0] * 6], np.float32), 0, 0.0
 
     def load(self):
         return self.records
+
+    def embed(self, records):
+        return self.vectors[[int(record.id) for record in records]]
+
+    def edited(self, records, variants_per_image, kind, counts):
+        assert (variants_per_image, kind) == (1, "null")
+        there = np.arange(len(records))[:, None] >= self.refused
+        counts.rejected["looks wrong"] += self.refused
+        return Views((self.embed(records) + self.trace)[:, None], there)
 
     def embed_readable(self, records):
         self.seen.append([record.id for record in records])
@@ -150,9 +163,9 @@ def test_images_are_embedded_once_for_heads_that_want_the_same(scenes_policy):
     known = Unlabelled(images)
     for settings in ({"n_images": 50}, {"n_images": 50}, {"n_images": 50, "shrinkage": 0.1}):
         LinearHead.whitened(Words(), scenes_policy, **settings).prepare(known)
-    assert len(images.seen) == 2
+    AnchoredHead.build(Words(), scenes_policy, n_images=50).prepare(known)
     LinearHead.build(Words(), scenes_policy).prepare(known)
-    assert len(images.seen) == 2
+    assert len(images.seen) == 1
 
 
 def test_a_whitened_head_is_rebuilt_from_its_settings(scenes_policy):
@@ -165,6 +178,81 @@ def test_a_whitened_head_is_rebuilt_from_its_settings(scenes_policy):
     assert not torch.allclose(LinearHead(8, 9).features(embeddings), head.features(embeddings))
     # guards that were saved before heads could be whitened
     assert LinearHead(dim=8, n_categories=9).map is None
+
+
+def test_an_anchored_head_starts_as_zero_shot_classification_beside_a_linear_probe(scenes_policy):
+    images = Images()
+    anchored = AnchoredHead.build(Words(), scenes_policy, strength=3.0, scale=10.0, n_images=400)
+    with pytest.raises(InputError, match="the head is not prepared"):
+        GuardModule(anchored, torch.optim.AdamW)
+    anchored.prepare(Unlabelled(images))
+    GuardModule(anchored, torch.optim.AdamW)
+    vectors = torch.from_numpy(images.vectors)
+    with torch.inference_mode():
+        logits, zero_shot = anchored(vectors), PromptHead.build(Words(), scenes_policy, scale=10.0)(vectors)
+        np.testing.assert_allclose(logits, 3 * zero_shot / zero_shot.std(dim=0, correction=0), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(anchored.features(vectors)[:, :8], LinearHead.build(Words(), scenes_policy).features(vectors))
+    # only its weights are trained: the texts and their number of standard deviations stay what they are
+    assert [name for name, _ in anchored.named_parameters()] == ["linear.weight", "linear.bias"]
+
+
+@pytest.mark.parametrize("wrong", [{"strength": 0.0}, {"scale": -1.0}, {"n_images": 1}, {"leace_images": -1}])
+def test_wrong_settings_of_an_anchored_head_are_named(scenes_policy, wrong):
+    (name,) = wrong
+    with pytest.raises(InputError, match=f"head.{name} must be a .*, got {wrong[name]}"):
+        AnchoredHead.build(Words(), scenes_policy, **wrong)
+
+
+@pytest.mark.parametrize("build", [LinearHead.build, LinearHead.whitened, AnchoredHead.build])
+def test_leace_takes_the_editor_s_trace_out_of_a_linear_head_and_no_more(scenes_policy, build):
+    images = Images()
+    plain, erased = build(Words(), scenes_policy), build(Words(), scenes_policy, leace_images=100)
+    assert not erased.is_prepared
+    for head in (plain, erased):
+        head.prepare(Unlabelled(images))
+    assert (plain.is_erased, erased.is_erased) == (False, True)
+
+    def seen(head, vectors):
+        return head.features(torch.from_numpy(vectors.astype(np.float64))).numpy()[:, :8]
+
+    # images that it was not fitted on and their edits have one mean, and whatever differs along no trace is there as before
+    others = np.random.default_rng(1).normal(size=(50, 8))
+    np.testing.assert_allclose(seen(erased, others + images.trace), seen(erased, others), atol=1e-5)
+    assert np.abs(seen(plain, others + images.trace) - seen(plain, others)).max() > 1
+    change = seen(erased, np.eye(8)) - seen(plain, np.eye(8))
+    assert np.linalg.svd(change, compute_uv=False)[1] < 1e-5
+    # of all such maps it changes images least, weighed by how they vary: it takes nothing from where the trace is uncorrelated
+    covariance = np.cov(images.vectors.T)
+    uncorrelated = np.eye(8) - np.outer(images.trace, images.trace @ np.linalg.inv(covariance)) / (
+        images.trace @ np.linalg.inv(covariance) @ images.trace
+    )
+    if build != LinearHead.whitened:
+        np.testing.assert_allclose(seen(erased, others), seen(plain, others @ uncorrelated.T), atol=0.1)
+
+
+def test_a_trace_that_is_not_there_takes_nothing_out(scenes_policy):
+    images = Images()
+    images.trace = np.zeros(8, np.float32)
+    head, plain = (LinearHead.whitened(Words(), scenes_policy, leace_images=n) for n in (50, 0))
+    for one in (head, plain):
+        one.prepare(Unlabelled(images))
+    assert torch.equal(head.map, plain.map)
+
+
+def test_too_few_null_edits_for_leace_are_one_line(scenes_policy):
+    images = Images()
+    images.refused = 15
+    head = LinearHead.build(Words(), scenes_policy, leace_images=20)
+    with pytest.raises(
+        InputError, match=r"head.leace_images=20: LEACE needs at least 10 null edits .* made 5 of 20 images \(15 x looks wrong\)"
+    ):
+        head.prepare(Unlabelled(images))
+
+
+@pytest.mark.parametrize("build", [LinearHead.build, LinearHead.whitened])
+def test_a_wrong_number_of_images_for_leace_is_named(scenes_policy, build):
+    with pytest.raises(InputError, match="head.leace_images must be a whole number of at least 0, got -1"):
+        build(Words(), scenes_policy, leace_images=-1)
 
 
 @pytest.mark.parametrize("wrong", [{"n_images": 1}, {"n_images": 2.5}, {"shrinkage": 0.0}])
@@ -182,8 +270,6 @@ def test_wrong_settings_are_named():
 
 
 def test_a_head_that_waits_for_its_whitening_is_not_trained(scenes_policy):
-    from guardkit import GuardModule
-
     head = LinearHead.whitened(Words(), scenes_policy)
     with pytest.raises(InputError, match="the head is not prepared; call head.prepare"):
         GuardModule(head, torch.optim.AdamW)

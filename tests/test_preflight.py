@@ -11,7 +11,7 @@ from conftest import picture
 
 from guardkit.encoders.base import cut_texts
 from guardkit.fitting.module import Diverged
-from guardkit.heads import LinearHead, PromptHead
+from guardkit.heads import AnchoredHead, LinearHead, PromptHead
 from guardkit.policy import Policy
 from guardkit.runs.hydra import user_error
 from guardkit.schema import InputError, Record
@@ -68,7 +68,7 @@ def long_policy(scenes_policy, **texts):
     return Policy.from_dict(data)
 
 
-@pytest.mark.parametrize("build", [PromptHead.build, LinearHead.from_texts])
+@pytest.mark.parametrize("build", [PromptHead.build, LinearHead.from_texts, AnchoredHead.build])
 def test_texts_that_are_the_same_after_the_cut_are_an_error(scenes_encoder, scenes_policy, build):
     policy = long_policy(scenes_policy, unsafe_texts=[f"{LONG} and {LONG} a rifle"], safe_texts=[f"{LONG} and {LONG} a spoon"])
     with pytest.raises(InputError, match=r"unsafe text '.*a rifle' and its safe text '.*a spoon' are the same to the encoder"):
@@ -169,7 +169,7 @@ def test_no_others_for_shuffled_pairs_is_an_error(train):
 def test_whitening_on_few_images_is_marked(train):
     report = train("experiment=unpaired", "head=linear_whitened", "trainer.max_epochs=5")
     (note,) = report.metrics["notes"]
-    assert "learns how 256-d embeddings vary from 240 training images, where head.n_images asks for 2048" in note
+    assert "learns how 256-d embeddings vary from 240 training images, where 2048 are asked for" in note
     assert f"note: {note}" in report.table
     assert train("experiment=unpaired", "head=linear_whitened", "head.n_images=240", "trainer.max_epochs=5").metrics["notes"] == []
 
@@ -180,7 +180,7 @@ def test_a_sweep_that_finds_all_cells_marks_what_they_were_short_of(compose, tmp
     cfg = sweep_of(compose, "head=linear_whitened")
     first, second = (run_sweep(cfg, {}, tmp_path) for _ in range(2))
     (note,) = first.summary["notes"]
-    assert "training images, where head.n_images asks for 2048" in note
+    assert "training images, where 2048 are asked for" in note
     assert second.summary["notes"] == [note]
     assert second.table == first.table
 
@@ -351,7 +351,9 @@ def test_a_sweep_says_which_settings_are_lists(compose, tmp_path, setting, messa
         run_sweep(compose("sweep", setting), {}, tmp_path)
 
 
-@pytest.mark.parametrize("settings", [["head=prompt"], ["head=linear_texts"], ["verifier=encoder"], ["experiment=zero_shot"]])
+@pytest.mark.parametrize(
+    "settings", [["head=prompt"], ["head=linear_texts"], ["head=anchored"], ["verifier=encoder"], ["experiment=zero_shot"]]
+)
 def test_an_encoder_without_texts_is_said_before_any_image_is_read(compose, tmp_path, monkeypatch, settings):
     from guardkit.runs.train import run
 
@@ -397,7 +399,7 @@ def test_a_sweep_on_few_images_says_it_in_sentences(compose, tmp_path, caplog):
         assert caplog.text.count(said) == 1
         assert report.table.count(said) == 1
     assert "190 cells were left out" in report.table
-    assert "note: head=linear_whitened learns how 256-d embeddings vary from 32 training images" in report.table
+    assert "note: the head learns how 256-d embeddings vary from 32 training images" in report.table
 
 
 def test_a_sweep_of_which_nothing_is_left_is_an_error(compose, tmp_path):

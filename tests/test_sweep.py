@@ -537,7 +537,7 @@ def test_an_editor_that_gives_nothing_and_too_few_images(sweep, caplog):
         (["sweep.sizes=[]"], "sweep.sizes is empty"),
         (["sweep.sizes=[4,x]"], "sweep.sizes must be whole numbers of at least 2 .* got 'x'"),
         (["sweep.arms=[pairs]"], "sweep.arms names 'pairs'; there are unpaired, pairs_aug"),
-        (["sweep.heads=[conv]"], "sweep.heads names 'conv'; there are linear, linear_whitened, linear_texts, mlp, prompt"),
+        (["sweep.heads=[conv]"], "sweep.heads names 'conv'; there are linear, linear_whitened, linear_texts, anchored, mlp, prompt"),
         (["sweep.seeds=0"], "sweep.seeds must be a number of seeds from 1 to 10000"),
         (["sweep.seeds=10000000000"], "sweep.seeds must be a number of seeds from 1 to 10000"),
         (["sweep.strengths=[0.1,-1]"], "sweep.strengths must be different numbers above 0"),
@@ -615,7 +615,8 @@ def test_both_engines_make_the_same_decisions(sweep, tmp_path):
     """Linear heads at the optimum, MLP and prompt heads along the same steps (without dropout, whose coins differ)."""
     grid = (
         "sweep.seeds=1",
-        "sweep.heads=[linear,linear_whitened,mlp,prompt]",
+        "sweep.heads=[linear,linear_whitened,anchored,mlp,prompt]",
+        "heads.linear.leace_images=12",
         "heads.mlp.dropout=0",
         "trainer.max_epochs=30",
         "sweep.sizes=[4,16]",
@@ -623,7 +624,12 @@ def test_both_engines_make_the_same_decisions(sweep, tmp_path):
     )
     folders = {name: tmp_path / name for name in ("batched", "lightning")}
     reports = {name: sweep(*grid, f"sweep.engine={name}", folder=folder) for name, folder in folders.items()}
-    cells = [Cell(arm, head, size, 0) for arm in LISTED for head in ("linear", "linear_whitened", "mlp", "prompt") for size in (4, 16)]
+    cells = [
+        Cell(arm, head, size, 0)
+        for arm in LISTED
+        for head in ("linear", "linear_whitened", "anchored", "mlp", "prompt")
+        for size in (4, 16)
+    ]
     batched, lightning = (CellStore(folders[name]).get(cells) for name in ("batched", "lightning"))
     assert len(batched) == len(lightning) == len(cells)
     same, strengths = [], np.array([0.01, 0.1, 1.0])  # of SMALL

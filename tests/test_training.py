@@ -315,6 +315,25 @@ def test_own_photographs_with_boxes(compose, photographs, tmp_path):
         assert "needs 10 images that came through" in metrics["edited_vs_original_auroc_reason"]
 
 
+def test_leace_takes_the_trace_of_an_editor_out_of_a_guard_that_is_saved(compose, photographs, scenes_encoder, tmp_path):
+    from guardkit.runs.train import run
+
+    overrides = ["source=folder", f"source.root={photographs}", "policy=handled_objects", "editor=inpaint", "data.test_share=0.1"]
+    cfg = compose("train", "experiment=pairs_aug", *overrides, "data.n_unsafe=13", "trainer.max_epochs=3", "head.leace_images=24")
+    report = run(cfg, {}, tmp_path / "run")
+    metrics = report.metrics
+    assert all(0 <= metrics[f"edited_vs_original_auroc{name}"] <= 1 for name in ("", "_after_leace"))
+    assert "the same after LEACE" in report.table
+    embeddings = np.random.default_rng(0).normal(size=(5, scenes_encoder.dim)).astype(np.float32)
+    again = GuardClassifier.from_pretrained(tmp_path / "run/guard", encoder=scenes_encoder)
+    np.testing.assert_array_equal(again.probabilities(embeddings), report.guard.probabilities(embeddings))
+
+
+def test_leace_with_an_editor_that_edits_nothing_is_one_line(train):
+    with pytest.raises(InputError, match="head.leace_images=40: LEACE needs at least 10 null edits .* editor=none made 0 of 40 images"):
+        train("experiment=unpaired", "editor=none", "head.leace_images=40")
+
+
 def test_training_from_an_embedding_folder(compose, tmp_path):
     from guardkit.runs.embed import run as embed_source
     from guardkit.runs.train import run

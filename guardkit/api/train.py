@@ -89,7 +89,7 @@ def train_guard(
         source: of labelled images.
         policy: says what is unsafe.
         encoder: frozen; images to unit vectors.
-        head: "linear", "linear_whitened", "linear_texts", "mlp" or "prompt", or a function of `encoder` and `policy`.
+        head: "linear", "linear_whitened", "linear_texts", "anchored", "mlp" or "prompt", or a function of `encoder` and `policy`.
         arm: a name of `guardkit.data.arms.ARMS`, or an `Arm`: what the unsafe images are told from.
         editor: makes counterfactuals; with an instructor, a verifier or several tries: `Edits`. None: none can be made, which suits
             arms that edit nothing.

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from guardkit.counterfactual.pipeline import EditCounts
 from guardkit.data.datamodule import GuardDataModule
 from guardkit.data.splits import nested_order
 from guardkit.schema import InputError, Record
 
 log = logging.getLogger(__name__)
 
+_MIN_EDITS = 10  # as many as the probe of `guardkit.metrics.probe` asks for
 _ORDER_SEED = 0  # the same images whatever the seed of a run: its labelled subset says nothing about them
 
 
@@ -29,6 +31,8 @@ class Unlabelled:
     def __init__(self, data: GuardDataModule) -> None:
         self._data = data
         self.images: list[Record] = []
+        self._vectors: dict[int, np.ndarray] = {}
+        self._null_edits: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._whitenings: dict[tuple[int, float], np.ndarray] = {}
         self.notes: list[str] = []  # what there was too little of
 
@@ -49,11 +53,11 @@ class Unlabelled:
         """
         key = n_images, shrinkage
         if key not in self._whitenings:
-            vectors = self._embedded(nested_order(self._data.load(), _ORDER_SEED)[:n_images])
+            vectors = self.embeddings(n_images)
             if len(vectors) < n_images:
                 self.notes.append(
-                    f"head=linear_whitened learns how {vectors.shape[1]}-d embeddings vary from {len(vectors)} training images, where head.n_images asks "
-                    f"for {n_images}: source={self._data.source.name} has no more"
+                    f"the head learns how {vectors.shape[1]}-d embeddings vary from {len(vectors)} training images, where {n_images} are asked "
+                    f"for: source={self._data.source.name} has no more"
                 )
                 log.warning("%s", self.notes[-1])
             vectors = vectors - vectors.mean(axis=0)
@@ -63,6 +67,40 @@ class Unlabelled:
             values = np.maximum(values, 0) + shrinkage  # rounding may leave a variance below zero
             self._whitenings[key] = (axes * (values.mean() / values) ** 0.5) @ axes.T
         return self._whitenings[key]
+
+    def embeddings(self, n_images: int) -> np.ndarray:
+        """(n, d) float64 of so many images, fewer if there are fewer or some cannot be read. Raises InputError where none can."""
+        if n_images not in self._vectors:
+            self._vectors[n_images] = self._embedded(nested_order(self._data.load(), _ORDER_SEED)[:n_images])
+        return self._vectors[n_images]
+
+    def null_edits(self, n_images: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images and their null edits: both have the same label, whatever that is.
+
+        Args:
+            n_images: to edit; all there are, if there are fewer.
+        Returns:
+            (n, d) float64 embeddings of the images whose edits were accepted, and as many of the edits.
+        Raises:
+            InputError: too few images, or edits, to tell a trace from chance.
+        """
+        if n_images not in self._null_edits:
+            images = [record for record in nested_order(self._data.load(), _ORDER_SEED) if record.content is not None][:n_images]
+            counts = EditCounts()
+            views = self._data.views.edited(images, 1, "null", counts)
+            self._data.other_edits.seconds += counts.seconds
+            there = views.there[:, 0]
+            if there.sum() < _MIN_EDITS:
+                reasons = "; ".join(f"{count} x {reason}" for reason, count in sorted(counts.rejected.items()))
+                raise InputError(
+                    f"head.leace_images={n_images}: LEACE needs at least {_MIN_EDITS} null edits to see the editor's trace, and "
+                    f"editor={self._data.pipeline.editor.name} made {int(there.sum())} of {len(images)} images ({reasons or 'there are no more'}); choose an "
+                    "editor that makes them, more images, or head.leace_images=0"
+                )
+            kept = [record for record, accepted in zip(images, there, strict=True) if accepted]
+            self.images += kept
+            self._null_edits[n_images] = self._data.views.embed(kept).astype(np.float64), views.vectors[there, 0].astype(np.float64)
+        return self._null_edits[n_images]
 
     def _embedded(self, images: Sequence[Record]) -> np.ndarray:
         """(n, d) float64. An image that cannot be read is no reason to stop: nobody asked for this very one."""
@@ -78,5 +116,7 @@ class Unlabelled:
             )
         vectors = np.concatenate([np.reshape(brought, (len(brought), made.shape[1])), made]).astype(np.float64)
         if not len(vectors):
-            raise InputError(f"head=linear_whitened: none of {len(images)} images of source={self._data.source.name} can be read")
+            raise InputError(
+                f"the head looks at training images: none of {len(images)} images of source={self._data.source.name} can be read"
+            )
         return vectors

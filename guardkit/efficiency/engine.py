@@ -22,7 +22,7 @@ from guardkit.efficiency.solver import Curve, Rows, fit_linear, joined
 from guardkit.efficiency.stacked import Schedule, StackedHeads
 from guardkit.fitting.objective import Objective
 from guardkit.fitting.terms import Gaps, Term
-from guardkit.heads import Head, LinearHead
+from guardkit.heads import AnchoredHead, Head, LinearHead
 
 
 @dataclass(frozen=True)
@@ -105,19 +105,21 @@ class BatchedEngine:
         seconds = (time.perf_counter() - started) / max(1, len(cells))
         return [one if isinstance(one, CellError) else replace(one, seconds=seconds) for one in fitted]
 
-    def _fit_linear(self, head: LinearHead, data: Sequence[CellData], test: TestSet) -> list[FittedCell | CellError]:
+    def _fit_linear(self, head: LinearHead | AnchoredHead, data: Sequence[CellData], test: TestSet) -> list[FittedCell | CellError]:
         """Every column of the head by itself: the decision, and each category that a term reads."""
         starts, strengths = head.linear.weight.detach().double().numpy(), np.array(self._strengths)
-        width = starts.shape[1]
-        back = head.features(torch.eye(width, dtype=torch.double)).numpy().T  # features are a linear map of the embeddings
+
+        def features(vectors: torch.Tensor | np.ndarray) -> np.ndarray:
+            return head.features(torch.as_tensor(vectors).double()).numpy()
+
         problems = [LinearProblem(self._objective, one.train, head.features) for one in data]
-        validation = [one.validation["embeddings"].double().numpy() for one in data]
+        validation = [features(one.validation["embeddings"]) for one in data]
         on_validation = [np.zeros((len(strengths), len(vectors), len(starts))) for vectors in validation]
         objectives, gradients = np.zeros((len(data), len(strengths))), np.zeros((len(data), len(strengths)))
         for column in sorted(problems[0].columns, reverse=True):  # to the decision, which is always read
             rows = [one.rows(column) for one in problems]
             solved = fit_linear(rows, strengths, start=starts[column], device=self._device, tolerance=self._tolerance)
-            weights, bias = solved.weights @ back, solved.bias
+            weights, bias = solved.weights, solved.bias
             objectives, gradients = objectives + solved.objective, np.maximum(gradients, solved.gradient)
             for i, vectors in enumerate(validation):
                 on_validation[i][..., column] = (vectors @ weights[i].T + bias[i]).T
@@ -129,7 +131,8 @@ class BatchedEngine:
         cells = np.arange(len(data))
         # in single precision, as the embeddings are: what is kept of a cell is mostly this
         on_test, on_counterfactuals = (
-            (vectors @ weights[cells, best].T + bias[cells, best]).astype(np.float32) for vectors in (test.embeddings, test.counterfactuals)
+            (features(vectors) @ weights[cells, best].T + bias[cells, best]).astype(np.float32)
+            for vectors in (test.embeddings, test.counterfactuals)
         )
         return [
             FittedCell(
@@ -240,9 +243,9 @@ def _curve(term: Term, signs: np.ndarray) -> Curve:
     return lambda lack: term.each(turned * lack, labels)
 
 
-def is_solved(head: Head, objective: Objective) -> TypeGuard[LinearHead]:
-    """Whether a head is brought to its optimum; others are trained. A subclass of the linear head may compute something else."""
-    return type(head) is LinearHead and objective.is_convex
+def is_solved(head: Head, objective: Objective) -> TypeGuard[LinearHead | AnchoredHead]:
+    """Whether a head is brought to its optimum; others are trained. A subclass of one of these may compute something else."""
+    return type(head) in (LinearHead, AnchoredHead) and objective.is_convex
 
 
 def chosen(losses: np.ndarray, strengths: Sequence[float]) -> int:

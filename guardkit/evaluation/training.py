@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from guardkit import __version__
 from guardkit.classifier import GuardClassifier
@@ -15,6 +16,7 @@ from guardkit.data.datamodule import GuardDataModule, TestSet
 from guardkit.evaluation.effectiveness import N_RESAMPLES, PREVALENCE, SEED, Row, Sheet
 from guardkit.evaluation.effectiveness import measure as measure_sheet
 from guardkit.evaluation.scoring import Contender
+from guardkit.heads import AnchoredHead, LinearHead
 from guardkit.metrics.figures import METRICS, OF_IMAGES, OF_PAIRS, always_unsafe_f1
 from guardkit.metrics.probe import PROBE_MIN_IMAGES, edited_vs_original_auroc
 from guardkit.schema import SAFE
@@ -119,6 +121,8 @@ def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int
             "guardkit": __version__,
         },
     }
+    if isinstance(guard.head, LinearHead | AnchoredHead) and guard.head.is_erased:
+        metrics["edited_vs_original_auroc_after_leace"] = _after_erasure(guard.head, data.controls()["null_edit"])
     if controls["null_edit"]["auroc"] is None:
         metrics["edited_vs_original_auroc_reason"] = controls["null_edit"]["reason"]
     return metrics, measured
@@ -165,6 +169,14 @@ def _figures(rows: Sequence[Row], names: Sequence[str], *, category: str | None 
 
 def _sources(rows: Sequence[Row], part: str) -> list[str]:
     return sorted({row["source"] for row in rows if row["part"] == part and row["source"] is not None})
+
+
+def _after_erasure(head: LinearHead | AnchoredHead, control: Control) -> float | None:
+    """What a probe still finds in what the head's weights see."""
+    original, altered = (
+        head.features(torch.from_numpy(vectors)).numpy() / vectors.shape[1] ** 0.5 for vectors in (control.original, control.altered)
+    )
+    return edited_vs_original_auroc(original, altered)
 
 
 def _control(control: Control) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from guardkit.data.unlabelled import Unlabelled
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.guard_parts import check_encoder, check_head
-from guardkit.heads import Head, LinearHead, MLPHead, PromptHead
+from guardkit.heads import AnchoredHead, Head, LinearHead, MLPHead, PromptHead
 from guardkit.policy import Policy
 from guardkit.schema import InputError
 
@@ -27,6 +27,7 @@ HEADS: dict[str, HeadFactory] = {
     "linear": LinearHead.build,
     "linear_whitened": LinearHead.whitened,
     "linear_texts": LinearHead.from_texts,
+    "anchored": AnchoredHead.build,
     "mlp": MLPHead.build,
     "prompt": PromptHead.build,
 }

@@ -65,6 +65,11 @@ def summary_table(metrics: dict[str, Any]) -> str:
         ("test F1", _with_interval(test, "f1")),
         ("F1 of flagging everything", _shown(metrics["always_unsafe"]["f1"])),
         ("edited-versus-original AUROC", _shown(metrics["edited_vs_original_auroc"])),
+        *(
+            [("the same after LEACE", _shown(metrics["edited_vs_original_auroc_after_leace"]))]
+            if "edited_vs_original_auroc_after_leace" in metrics
+            else []
+        ),
         *((f"{name}-versus-original AUROC", _shown(metrics["controls"][name]["auroc"])) for name in ("autoencoder", "jpeg")),
     ]
     width = max(len(name) for name, _ in rows)
