@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.class_policies import ClassPolicy, photo_of
 from benchmarks.class_policies import policies as of_split
-from benchmarks.photographs import source_of
+from benchmarks.photographs import interval, source_of
 from guardkit.artifacts import written
 from guardkit.counterfactual.edits import Edits
 from guardkit.data.arms import Orders, choose
@@ -36,20 +36,24 @@ from guardkit.data.splits import nested_order
 from guardkit.data.unlabelled import Unlabelled
 from guardkit.editors.inpaint import InpaintEditor
 from guardkit.editors.scenes import ScenesEditor
+from guardkit.efficiency.engine import chosen
 from guardkit.efficiency.solver import Rows, fit_linear
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.open_clip import OpenClipEncoder
-from guardkit.heads import LinearHead
+from guardkit.fitting.parts import HEADS
+from guardkit.heads import AnchoredHead, LinearHead
 from guardkit.metrics.probe import edited_vs_original_auroc
 from guardkit.policy import Policy
 from guardkit.runs.hydra import CONF_DIR
 from guardkit.schema import Record
 
 L2 = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+STRENGTHS = (1e-6, 3e-5, 1e-3, 1e-2, 1e-1, 1.0, 30.0)  # as conf/sweep.yaml
 SHARES = (0.25, 0.5, 0.75)  # of the trained head in an average with the text head
-N_ERASE = 512  # unlabelled images whose null edits the eraser is fitted on
+N_ERASE = 256  # unlabelled images whose null edits the eraser is fitted on
 N_SPREAD = 2048  # unlabelled images that say how much logits vary
 N_SAFE_TESTED = 2000
+DIFFERENCES = (("anchored", "linear"), ("anchored", "zero-shot"), ("anchored", "linear_whitened"), ("linear", "linear_whitened"))
 MEASURES = ("auroc", "average_precision", "recall_at_fpr_0.05")
 
 
@@ -399,6 +403,38 @@ def try_anchors(world: World, cells: Sequence[Cell]) -> Iterator[tuple[str, np.n
                 yield f"wise linear {text} l2={l2:g} a={a}", (1 - a) * of(world.test) / spread + a * plain[:, j] @ t.T / deviation
 
 
+def try_package(world: World, keys: Sequence[tuple[int, int, int]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The package's heads as `guardkit.sweep` has them in the arm `unpaired`: a fifth of the labels chooses the strength."""
+    yield "zero-shot", np.tile(world.zero_shot(world.test), (len(keys), 1))
+    factories = {name: HEADS[name] for name in ("linear", "linear_whitened", "anchored")}
+    for name, make in factories.items():
+        head = make(encoder=world.encoder, policy=world.policy)
+        head.prepare(Unlabelled(world.data))
+        assert isinstance(head, LinearHead | AnchoredHead)
+
+        def seen(vectors: np.ndarray, head: LinearHead | AnchoredHead = head) -> np.ndarray:
+            return head.features(torch.from_numpy(vectors).double()).numpy()
+
+        problems, held_out = [], []
+        for size, ratio, seed in keys:
+            choice = choose(world.orders[seed], size, ("unsafe", "natural"), ratio)
+            train, validation = (
+                [(seen(world.of(part[kind])), label, 1.0) for kind, label in (("unsafe", 1), ("natural", 0))]
+                for part in (choice.train, choice.validation)
+            )
+            z, sign, shares = balanced(train)
+            problems.append(Rows(sign[:, None] * z, sign.astype(float), np.zeros(len(z)), shares))
+            held_out.append(balanced(validation))
+        solved = fit_linear(problems, np.array(STRENGTHS), start=head.linear.weight[0].detach().double().numpy(), tolerance=1e-6)
+        best = []
+        for weights, bias, (z, sign, shares) in zip(solved.weights, solved.bias, held_out, strict=True):
+            losses = np.logaddexp(0, -sign * (weights @ z.T + bias[:, None])) @ shares
+            best.append(chosen(losses, STRENGTHS))
+        yield name, solved.weights[np.arange(len(keys)), best] @ seen(world.test).T
+        for l2 in (1.0, 30.0):
+            yield f"{name} l2={l2:g}", solved.weights[:, STRENGTHS.index(l2)] @ seen(world.test).T
+
+
 def eraser(world: World, rank: int, whitening: np.ndarray) -> np.ndarray:
     """(d, d) E with x' = E x + a constant: LEACE (Belrose et al., 2023) for z = "edited"; rank above 1: further directions in which null edits differ."""
     original, edited = world.null_edits
@@ -488,8 +524,13 @@ def try_policy(world: World, sizes: Sequence[int], ratios: Sequence[int], seeds:
         kept = [one for one in unsafe if one.id in twins]
         paired.append((world.of(kept).astype(np.float64).reshape(-1, world.test.shape[1]), pick(twins).astype(np.float64)))
     frames = []
-    tried = {"plain": try_plain, "anchors": try_anchors, "edits": lambda *given: try_edits(*given, paired)}[part]
-    for head, scores in tried(world, cells):
+    tried = {
+        "plain": lambda: try_plain(world, cells),
+        "anchors": lambda: try_anchors(world, cells),
+        "edits": lambda: try_edits(world, cells, paired),
+        "package": lambda: try_package(world, keys),
+    }
+    for head, scores in tried[part]():
         figures = measured(scores, world.labels)
         frames.append(pd.DataFrame(figures, columns=list(MEASURES)).assign(head=head, key=range(len(keys))))
     table = pd.concat(frames)
@@ -499,7 +540,7 @@ def try_policy(world: World, sizes: Sequence[int], ratios: Sequence[int], seeds:
 
 def traces(world: World) -> dict[str, float | None]:
     """How well a probe tells null edits from originals that no eraser saw, before and after erasing."""
-    records = nested_order(world.data.load(), 0)[N_ERASE : N_ERASE + 256]
+    records = nested_order(world.data.load(), 0)[N_ERASE : N_ERASE + 128]
     original, edited = world.edited(records, "null")
     m = world.whitening
     found = {"before": edited_vs_original_auroc(original, edited)}
@@ -576,16 +617,34 @@ def worlds(
         return
     model = OpenClipEncoder(None, encoder, batch_size=128)
     store = EmbeddingStore(model, cache)
-    chosen = of_split(split)[:count]
-    loaded = source_of(chosen[0].policy, Path(data)).load()
+    ones = of_split(split)[:count]
+    loaded = source_of(ones[0].policy, Path(data)).load()
     loaded = replace(loaded, train=nested_order(loaded.train, 0))
-    for one in chosen:
+    for one in ones:
 
         def make(one: ClassPolicy = one) -> World:
             policy = loosely(one, one.policy) if loose else one.policy
             return make_world(policy.name, policy, Relabelled(loaded, one, policy, per_class), model, store, InpaintEditor(), seeds, known)
 
         yield make
+
+
+def report(table: pd.DataFrame) -> str:
+    """AUROC of every head, mean over policies, and of the package's heads the differences with intervals over policies."""
+    lines = []
+    for ratio, part in table.groupby("safe_per_unsafe"):
+        means = part.groupby(["head", "n_unsafe", "policy"])[list(MEASURES)].mean()
+        auroc = means["auroc"].unstack("policy")
+        sizes = sorted(part["n_unsafe"].unique())
+        lines += ["", f"{ratio} safe for each unsafe, {part['policy'].nunique()} policies", ""]
+        lines += [f"| head | {' | '.join(f'{size} labels' for size in sizes)} |", "|---|" + "---|" * len(sizes)]
+        order = auroc.mean(axis=1).groupby("head").mean().sort_values(ascending=False).index
+        lines += [f"| {head} | {' | '.join(f'{auroc.loc[(head, size)].mean():.3f}' for size in sizes)} |" for head in order]
+        for first, second in DIFFERENCES if auroc.shape[1] > 1 else ():
+            if {first, second} <= set(order):
+                cells = [interval((auroc.loc[(first, size)] - auroc.loc[(second, size)]).to_numpy()) for size in sizes]
+                lines.append(f"| {first} − {second} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main(
@@ -618,6 +677,8 @@ def main(
         print(
             i, world.name, {name: None if value is None else round(value, 3) for name, value in found.items()}, file=sys.stderr, flush=True
         )
+
+    print(report(pd.concat([pd.read_parquet(one) for one in sorted(folder.glob(f"{split}_*.parquet"))])))
 
 
 if __name__ == "__main__":

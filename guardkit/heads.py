@@ -255,8 +255,8 @@ class AnchoredHead(Head):
         encoder: Encoder,
         policy: Policy,
         *,
-        strength: float = 2.0,
-        scale: float = 30.0,
+        strength: float = 1.0,
+        scale: float = 10.0,
         n_images: int = 256,
         leace_images: int = 0,
     ) -> AnchoredHead:

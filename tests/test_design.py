@@ -68,7 +68,7 @@ def test_import_is_light():
 def test_public_names_load():
     for name in guardkit.__all__:
         assert getattr(guardkit, name) is not None
-    with pytest.raises(AttributeError, match="it has ARMS, Arm, BestHead, Category"):
+    with pytest.raises(AttributeError, match="it has ARMS, AnchoredHead, Arm, BestHead, Category"):
         guardkit.Nothing  # noqa: B018
 
 
