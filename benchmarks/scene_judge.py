@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from checkpoints.scenes_edit.recipe import CROP_PX, draw_pool, square_around
+from checkpoints.edit_recipe import CROP_PX
+from checkpoints.scenes_edit.world import draw_pool, square_around
 from guardkit.artifacts import written
 from guardkit.scenes.world import Scene, features
 from guardkit.schema import Region

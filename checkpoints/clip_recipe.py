@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from checkpoints.arguments import read_recipe
+from checkpoints.arguments import read_world
 
 _LATE = 0.4  # share of the time after which the logit scale is lowered
 _LOG_STEPS = 100
@@ -210,10 +210,7 @@ def main(arguments: Sequence[str]) -> Path:
     from checkpoints.scenes_clip.world import Scenes
 
     worlds: dict[str, type[Any]] = {"scenes": Scenes, "photos": Photos}
-    named = [argument.removeprefix("world=") for argument in arguments if argument.startswith("world=")]
-    if len(named) != 1 or named[0] not in worlds:
-        raise SystemExit(f"expected one world=NAME, NAME one of {', '.join(worlds)}; got {', '.join(named) or 'none'}")
-    return train(read_recipe(worlds[named[0]], [argument for argument in arguments if not argument.startswith("world=")]))
+    return train(read_world(worlds, arguments))
 
 
 if __name__ == "__main__":

@@ -1,114 +1,80 @@
-"""The recipe of `checkpoints/scenes_edit`: a small inpainting pipeline trained on drawn scenes and their counterfactuals.
+"""The recipe of the small inpainting editors in `checkpoints/`: one trainer, and a world for each that says what it learns from.
 
-    python -m checkpoints.scenes_edit.recipe out=checkpoints/scenes_edit
-    python -m guardkit.train experiment=pairs_aug editor=scenes_edit
+    python -m checkpoints.edit_recipe world=scenes out=checkpoints/scenes_edit
+    python -m checkpoints.edit_recipe world=photos data=DIR out=photos_edit
 
 A latent diffusion model in the parts and the layout of diffusers' `StableDiffusionInpaintPipeline`: an autoencoder, a
-U-Net that sees noisy latents, mask and masked latents, and the text tower of `scenes_clip`, frozen. It redraws a square
-around the feature at the scenes' own resolution, so that nothing is enlarged and nothing blurred. What it learns from is
-what an editor is for: the scene with its feature covered, the words of what shall be there, and the exact counterfactual.
-The pool has its own seed; heads are trained and tested on others, and test-only drawing variants never occur.
+U-Net that sees noisy latents, mask and masked latents, and the text tower of a small CLIP, frozen. It redraws a box within
+a square of 64 pixels at the world's own resolution, so that nothing is enlarged and nothing blurred. What it learns from is
+what an editor is for: a picture with a box covered, the words of what shall be there, and the picture that shows it.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from checkpoints.arguments import read_recipe
-from guardkit.scenes.stage import COLOURS
-from guardkit.scenes.world import RENDERINGS, Scene, ScenePool, draw
-from guardkit.schema import Region
+from checkpoints.arguments import read_world
 
 CROP_PX = 64
-SEED = 7_002
 LATENT_CHANNELS = 4
-MARGIN = 0.04  # by which the covered box reaches beyond the feature, a fraction of the image's width
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Settings of one training run; with the defaults two idle cores see about as many images as the shipped weights did.
+class Pool:
+    """What the editor learns from.
 
     Attributes:
-        autoencoder_minutes: of optimisation, after drawing.
-        unet_minutes: likewise.
-        n_scenes: drawn once per rendering, with their counterfactuals; each pair is learned in both directions.
-        start: a folder that this recipe wrote earlier, whose autoencoder is kept and whose U-Net is trained on; or empty.
-        text: the encoder whose text tower is taken, an open_clip folder.
-        device: "cpu" or "cuda".
+        before: (n, 64, 64, 3) uint8, the pictures whose boxes are covered.
+        after: (n, 64, 64, 3) uint8, what shall come out; may be `before` itself.
+        boxes: (n, 4) covered boxes in pixels: left, top, right, bottom.
+        words: of a row, what its picture shall show; drawn anew each time.
     """
 
-    out: str = "scenes_edit"
-    autoencoder_minutes: float = 25.0
-    unet_minutes: float = 50.0
-    n_scenes: int = 10_000
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    text: str = "checkpoints/scenes_clip"
-    device: str = "cpu"
-    workers: int = 2
-    start: str = ""
+    before: np.ndarray
+    after: np.ndarray
+    boxes: np.ndarray
+    words: Callable[[int, np.random.Generator], str]
 
 
-def square_around(region: Region, size: int, side: int = CROP_PX) -> tuple[int, int]:
-    """Left and top pixel of the square of `side` pixels that has the region in its middle, kept inside the image."""
-    x_min, y_min, x_max, y_max = region
-    left, top = ((x_min + x_max) * size - side) / 2, ((y_min + y_max) * size - side) / 2
-    return int(np.clip(round(left), 0, size - side)), int(np.clip(round(top), 0, size - side))
+class World(Protocol):
+    """What an editor learns from; a dataclass of settings with defaults, each of which an argument can change.
 
+    Attributes:
+        autoencoder_minutes: of optimisation; 0 takes the autoencoder of `start` as it is.
+        unet_minutes: likewise.
+        text: the encoder whose text tower is taken, an open_clip folder.
+        device: "cpu" or "cuda".
+        start: a folder that this recipe wrote earlier, whose autoencoder and U-Net are trained on; or empty.
+        pooled_words: the U-Net also sees all words at once at every resolution, beside the time; without, it attends to
+            them at a quarter of the positions only.
+    """
 
-def pair(index: int, rendering: str, seed: int = SEED) -> tuple[Scene, Scene]:
-    """A scene with a feature of either label, in any colour, and its counterfactual."""
-    pool = ScenePool("train", seed=seed, rendering=rendering, scene_shift=0.0)
-    scene = pool.scene(1, index)
-    rng = np.random.default_rng([seed, index])
-    scene = replace(scene, colour=list(COLOURS)[int(rng.integers(len(COLOURS)))])
-    return scene, scene.counterfactual(int(rng.integers(1 << 30)))
+    out: str
+    autoencoder_minutes: float
+    unet_minutes: float
+    batch_size: int
+    learning_rate: float
+    text: str
+    device: str
+    start: str
+    seed: ClassVar[int]
+    pooled_words: ClassVar[bool]
 
-
-def _draw_block(block: tuple[int, int, str, int]) -> tuple[np.ndarray, np.ndarray]:
-    start, stop, rendering, seed = block
-    crops, boxes = [], []
-    for index in range(start, stop):
-        drawn = [draw(scene) for scene in pair(index, rendering, seed)]
-        for before, after in (drawn, drawn[::-1]):
-            size = before.image.shape[0]
-            left, top = square_around(before.region, size)
-            crops.append([one.image[top : top + CROP_PX, left : left + CROP_PX] for one in (before, after)])
-            grow = MARGIN * size
-            x_min, y_min, x_max, y_max = (value * size for value in before.region)
-            boxes.append([x_min - left - grow, y_min - top - grow, x_max - left + grow, y_max - top + grow])
-    return np.array(crops, np.uint8), np.clip(np.array(boxes), 0, CROP_PX).astype(np.float32)
-
-
-def draw_pool(n_scenes: int, workers: int, seed: int = SEED) -> tuple[np.ndarray, np.ndarray, list[Scene]]:
-    """(4 n, 2, 64, 64, 3) uint8 crops before and after, (4 n, 4) covered boxes in pixels, the scenes to be drawn."""
-    edges = [*range(0, n_scenes, 500), n_scenes]
-    blocks = [(a, b, rendering, seed) for rendering in RENDERINGS for a, b in itertools.pairwise(edges)]
-    with ProcessPoolExecutor(workers) as executor:
-        made = list(executor.map(_draw_block, blocks))
-    wanted = [scene for rendering in RENDERINGS for i in range(n_scenes) for scene in pair(i, rendering, seed)[::-1]]
-    return np.concatenate([one[0] for one in made]), np.concatenate([one[1] for one in made]), wanted
-
-
-def words(scene: Scene, rng: np.random.Generator) -> str:
-    """What the square shows: mostly the whole caption, which is what an instructor gives, else the feature alone."""
-    return scene.caption if rng.random() < 0.7 else scene.words
+    def pool(self) -> Pool:
+        """Draws or reads the pictures, once."""
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------------
@@ -178,7 +144,7 @@ def new_autoencoder() -> Any:
     )
 
 
-def new_unet(text_width: int) -> Any:
+def new_unet(text_width: int, pooled_words: bool) -> Any:
     """The usual inpainting U-Net, small: noisy latents, mask and masked latents in, a velocity out."""
     from diffusers import UNet2DConditionModel
 
@@ -194,6 +160,8 @@ def new_unet(text_width: int) -> Any:
         cross_attention_dim=text_width,
         attention_head_dim=32,
         norm_num_groups=16,
+        addition_embed_type="text" if pooled_words else None,
+        addition_embed_type_num_heads=4,
     )
 
 
@@ -228,19 +196,25 @@ class _Clock:
             self.sums = {}
 
 
+def _half(device: str) -> Any:
+    """Half precision where it is quicker: a CPU without instructions for it takes ten times as long with it."""
+    quick = device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=quick)
+
+
 def _pixels(crops: np.ndarray, device: str) -> torch.Tensor:
     """(n, 64, 64, 3) uint8 -> (n, 3, 64, 64) float in [-1, 1]."""
     return torch.from_numpy(crops).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
 
-def train_autoencoder(model: Any, crops: np.ndarray, recipe: Recipe, rng: np.random.Generator) -> None:
+def train_autoencoder(model: Any, pool: Pool, recipe: World, rng: np.random.Generator) -> None:
     """Reconstruction by absolute error in pixels and in their gradients, and a slight pull towards unit latents."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     clock = _Clock("autoencoder", recipe.autoencoder_minutes, recipe.learning_rate)
-    flat = crops.reshape(-1, CROP_PX, CROP_PX, 3)
     while clock.tick(optimizer):
-        pixels = _pixels(flat[rng.integers(len(flat), size=recipe.batch_size // 2)], recipe.device)
-        with torch.autocast(recipe.device, dtype=torch.bfloat16):
+        crops = pool.before if rng.random() < 0.5 else pool.after
+        pixels = _pixels(crops[rng.integers(len(crops), size=recipe.batch_size // 2)], recipe.device)
+        with _half(recipe.device):
             posterior = model.encode(pixels).latent_dist
             made = model.decode(posterior.sample()).sample
         made = made.float()
@@ -253,7 +227,8 @@ def train_autoencoder(model: Any, crops: np.ndarray, recipe: Recipe, rng: np.ran
         optimizer.step()
         psnr = -10 * math.log10(max((made.detach().clamp(-1, 1) - pixels).square().mean().item() / 4, 1e-9))
         clock.log(len(pixels), loss=loss.item(), psnr=psnr)
-    model.eval().requires_grad_(False)
+    sample = encode_latents(model, pool.after[:2000], recipe.device).float()
+    model.register_to_config(scaling_factor=1 / sample.std().item())
 
 
 def encode_latents(model: Any, crops: np.ndarray, device: str) -> torch.Tensor:
@@ -261,7 +236,7 @@ def encode_latents(model: Any, crops: np.ndarray, device: str) -> torch.Tensor:
     parts = []
     with torch.inference_mode():
         for start in range(0, len(crops), 256):
-            with torch.autocast(device, dtype=torch.bfloat16):
+            with _half(device):
                 posterior = model.encode(_pixels(crops[start : start + 256], device)).latent_dist
             parts.append(posterior.mean.half().cpu())
     return torch.cat(parts)
@@ -273,8 +248,8 @@ def train_unet(
     text: Any,
     tokenizer: Any,
     scheduler: Any,
-    pool: tuple[np.ndarray, np.ndarray, list[Scene]],
-    recipe: Recipe,
+    pool: Pool,
+    recipe: World,
     rng: np.random.Generator,
     save: Callable[[], None],
 ) -> None:
@@ -284,11 +259,11 @@ def train_unet(
     """
     from diffusers.training_utils import EMAModel
 
-    crops, boxes, scenes = pool
     device, scaling = recipe.device, autoencoder.config.scaling_factor
-    targets = encode_latents(autoencoder, crops[:, 1], device) * scaling
-    covered = encode_latents(autoencoder, np.stack([_cover(a, b) for a, b in zip(crops[:, 0], boxes, strict=True)]), device) * scaling
-    masks = functional.interpolate(torch.from_numpy(np.stack([_mask(box) for box in boxes]))[:, None].float(), scale_factor=0.25)
+    targets = encode_latents(autoencoder, pool.after, device) * scaling
+    hidden = np.stack([_cover(picture, box) for picture, box in zip(pool.before, pool.boxes, strict=True)])
+    covered = encode_latents(autoencoder, hidden, device) * scaling
+    masks = functional.interpolate(torch.from_numpy(np.stack([_mask(box) for box in pool.boxes]))[:, None].float(), scale_factor=0.25)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
     average = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True)
     clock = _Clock("unet", recipe.unet_minutes, recipe.learning_rate)
@@ -300,9 +275,9 @@ def train_unet(
             save()
             average.restore(unet.parameters())
             saved = time.monotonic()
-        rows = rng.integers(len(scenes), size=recipe.batch_size)
+        rows = rng.integers(len(targets), size=recipe.batch_size)
         # one in ten without words, for classifier-free guidance
-        said = ["" if rng.random() < 0.1 else words(scenes[row], rng) for row in rows]
+        said = ["" if rng.random() < 0.1 else pool.words(row, rng) for row in rows]
         with torch.inference_mode():
             tokens = tokenizer(said, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
             states = text(tokens.input_ids.to(device))[0].clone()
@@ -339,29 +314,28 @@ def _cover(crop: np.ndarray, box: np.ndarray) -> np.ndarray:
     return np.where(_mask(box)[..., None], np.uint8(128), crop)
 
 
-def train(recipe: Recipe) -> Path:
+def train(recipe: World) -> Path:
     """Runs the recipe and returns the folder it wrote; logs a line every 100 steps."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel
 
-    torch.manual_seed(SEED)
-    rng = np.random.default_rng(SEED)
+    torch.manual_seed(recipe.seed)
+    rng = np.random.default_rng(recipe.seed)
     started = time.monotonic()
-    pool = draw_pool(recipe.n_scenes, recipe.workers)
-    print(f"drew {2 * len(pool[0])} images in {time.monotonic() - started:.0f} s", flush=True)
+    pool = recipe.pool()
+    print(f"{len(pool.after)} pictures ready after {time.monotonic() - started:.0f} s", flush=True)
     text, tokenizer = text_tower(recipe.text)
-    autoencoder: Any
-    unet: Any
+    autoencoder, unet = new_autoencoder(), new_unet(text.config.hidden_size, recipe.pooled_words)
     if recipe.start:
-        autoencoder = AutoencoderKL.from_pretrained(recipe.start, subfolder="vae").requires_grad_(False).to(recipe.device)
-        unet = UNet2DConditionModel.from_pretrained(recipe.start, subfolder="unet").to(recipe.device)
-        for part in (autoencoder, unet):
-            part.register_to_config(_name_or_path="")  # where it was started from concerns nobody
-    else:
-        autoencoder = new_autoencoder().to(recipe.device)
-        unet = new_unet(text.config.hidden_size).to(recipe.device)
-        train_autoencoder(autoencoder, pool[0], recipe, rng)
-        sample = encode_latents(autoencoder, pool[0][:2000, 1], recipe.device).float()
-        autoencoder.register_to_config(scaling_factor=1 / sample.std().item())
+        for part, kind, name in ((autoencoder, AutoencoderKL, "vae"), (unet, UNet2DConditionModel, "unet")):
+            earlier: Any = kind.from_pretrained(recipe.start, subfolder=name)
+            # an editor of another world may lack the words pooled
+            part.load_state_dict(earlier.state_dict(), strict=False)
+            if name == "vae":
+                part.register_to_config(scaling_factor=earlier.config.scaling_factor)
+    autoencoder, unet = autoencoder.to(recipe.device), unet.to(recipe.device)
+    if recipe.autoencoder_minutes:
+        train_autoencoder(autoencoder, pool, recipe, rng)
+    autoencoder.eval().requires_grad_(False)
     scheduler = DDIMScheduler(
         prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing", rescale_betas_zero_snr=True, steps_offset=1
     )
@@ -380,13 +354,24 @@ def train(recipe: Recipe) -> Path:
 
 
 def _save(pipeline: Any, out: Path) -> None:
-    """Writes the pipeline under a temporary name and puts it in the place of an earlier one."""
+    """Writes the pipeline under a temporary name, then puts each of its parts in the place of an earlier one."""
     new = out.with_name(f".{out.name}.new")
     pipeline.save_pretrained(new, safe_serialization=True)
-    if out.exists():
-        shutil.rmtree(out)
-    new.rename(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for part in new.iterdir():
+        if (out / part.name).is_dir():
+            shutil.rmtree(out / part.name)
+        part.replace(out / part.name)
+    new.rmdir()
+
+
+def main(arguments: Sequence[str]) -> Path:
+    from checkpoints.photos_edit.world import Photos
+    from checkpoints.scenes_edit.world import Scenes
+
+    worlds: dict[str, type[Any]] = {"scenes": Scenes, "photos": Photos}
+    return train(read_world(worlds, arguments))
 
 
 if __name__ == "__main__":
-    print(train(read_recipe(Recipe, sys.argv[1:])))
+    print(main(sys.argv[1:]))
