@@ -26,7 +26,7 @@ from verifier_quality import wilson
 from benchmarks.class_policies import photo_of
 from benchmarks.photographs import source_of
 from benchmarks.photos_encoder import fit
-from checkpoints.photos_edit.world import is_of_editor
+from checkpoints.photos_edit import is_of_editor
 from guardkit.artifacts import written
 from guardkit.editors.base import EditRequest
 from guardkit.editors.diffusers import DiffusersEditor

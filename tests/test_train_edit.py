@@ -12,7 +12,7 @@ from PIL import Image
 from test_editors_pipeline import unsafe_scene
 
 from checkpoints.edit_recipe import main, text_tower
-from checkpoints.photos_edit.world import Photos, is_of_editor
+from checkpoints.photos_edit import Photos, is_of_editor
 from guardkit.editors.base import EditRequest
 from guardkit.editors.diffusers import DiffusersEditor
 from guardkit.images import ArrayContent, bytes_key
