@@ -1,172 +1,367 @@
-"""Do counterfactual pairs help on photographs? Arms x label budgets over policies that nobody tuned to.
+"""Do counterfactual pairs help on photographs? Arms x editors x label budgets over policies that nobody tuned to.
 
-    python benchmarks/photographs.py data=DIR output_dir=DIR [encoder=guardkit:photos_clip] [policies=24] [sizes=8,32,128]
-        [seeds=5] [safe_per_unsafe=1,4] [editors=inpaint,paste] [split=test]
+    python benchmarks/photographs.py data=DIR output_dir=DIR [encoder=guardkit:photos_clip] [cache_dir=DIR] [head=linear_whitened]
+        [policies=24] [sizes=4,8,16,32,64,128,256,512] [seeds=2] [safe_per_unsafe=1,4,16] [editors=inpaint,paste] [split=test]
 
 DIR holds `train.parquet` and `val.parquet` (columns `image`, `name` and the box). For each of the policies of `class_policies.json`, each
-arm's head is trained on so many labelled unsafe photographs, and tested on all natural ones of `val.parquet`. What is printed are
-differences in AUROC to the arm `unpaired` with the same budget, means over policies, with 95 % intervals over policies (Student's
-t over the policies' means of seeds), and zero-shot beside it. Finished policies are found in output_dir. Any open_clip weights may be
-the encoder: "local-dir:FOLDER", "hf-hub:ORG/NAME".
+arm's head is trained on so many labelled unsafe photographs, and tested on all natural ones of `val.parquet`, on the look-alikes
+among them, and on pairs that each editor makes of the unsafe ones. Finished policies are found in output_dir; tables
+(`photographs.md`) and pictures are of those that are finished. Any open_clip weights may be the encoder: "local-dir:FOLDER",
+"hf-hub:ORG/NAME". How tables are made is said in `photographs_report.py`.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import torch
+from scipy.special import expit, logsumexp
 
 import guardkit
 from benchmarks.class_policies import ClassPolicy
 from benchmarks.class_policies import policies as of_split
-from guardkit.artifacts import written
+from benchmarks.photographs_report import draw_curves, draw_pairs, report
+from guardkit.artifacts import fingerprint, written
+from guardkit.counterfactual.edits import Edits
+from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
+from guardkit.data.arms import Orders, arm_named
+from guardkit.data.datamodule import GuardDataModule, TestSet
+from guardkit.data.sources.base import Loaded
 from guardkit.data.sources.parquet import ParquetSource
+from guardkit.data.transplants import transplant
+from guardkit.data.unlabelled import Unlabelled
+from guardkit.data.views import ViewMaker
+from guardkit.editors.base import Editor
 from guardkit.editors.inpaint import InpaintEditor
 from guardkit.editors.paste import PasteEditor
+from guardkit.efficiency.cells import Cell, CellData, CellError, Stock
+from guardkit.efficiency.engine import BatchedEngine, FittedCell
+from guardkit.efficiency.stacked import Schedule
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.open_clip import OpenClipEncoder
-from guardkit.metrics.figures import classification_metrics
+from guardkit.fitting.objective import Objective
+from guardkit.fitting.parts import Parts, head_factory, new_head
+from guardkit.fitting.recipe import ADAMW, TRAINER
+from guardkit.metrics.figures import classification_metrics, pair_metrics
+from guardkit.metrics.probe import edited_vs_original_auroc
+from guardkit.schema import Record
 
-EDITORS = {"inpaint": InpaintEditor, "paste": PasteEditor}
-EDITED = ("pairs_aug", "pairs_plus", "pairs_balanced")
-UNEDITED = ("unpaired", "look_alikes", "pairs_transplanted")
-MEASURES = ("auroc", "average_precision")
+EDITORS: dict[str, type[Editor]] = {"inpaint": InpaintEditor, "paste": PasteEditor}
+TRANSPLANTS = "transplants"  # pairs to test on that are edited on both sides
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 SCALE = 30.0  # of the cosine before the softmax, as conf/verifier/encoder.yaml
+SAFE_EVERY = 8  # of the safe training photographs, every eighth is there to choose from: each has to be encoded
+MOST_SAFE = 1024  # natural safe photographs beside the unsafe ones: larger budgets are not tried with more of them for each
+MOST_EDITED = 128  # labels with edits
+MOST_TRANSPLANTED = 32  # labels with transplants, of which there are eight for each
+MOST_CONTROLLED = 32  # labels in the controls
+MOST_REPEATED = 32  # labels with several subsets; with more, one
+MAX_FPR = 0.05
+N_SHOWN = 6
 
 
 @dataclass(frozen=True)
 class Settings:
     data: Path
     output_dir: Path
+    cache_dir: Path
     sizes: tuple[int, ...]
     safe_per_unsafe: tuple[int, ...]
     seeds: int
     editors: tuple[str, ...]
+    head: str
 
 
-def source_of(policy: guardkit.Policy, data: Path) -> ParquetSource:
-    return ParquetSource(
-        policy,
-        str(data / "train.parquet"),
-        test=str(data / "val.parquet"),
-        name="photos",
-        class_column="name",
-        caption_column="name",
-        check_images=False,
-    )
+@dataclass(frozen=True)
+class Block:
+    """Cells that share an editor ("": none) and the number of natural safe photographs for each unsafe one."""
+
+    editor: str
+    safe_per_unsafe: int
+    arms: tuple[str, ...]
+    sizes: tuple[int, ...]
+    seeds: tuple[int, ...]
 
 
-def zero_shot(encoder: OpenClipEncoder, store: EmbeddingStore, policy: guardkit.Policy, data: Path) -> dict[str, float | None]:
-    """The share of the policy's unsafe texts in the softmax over all its texts, on the same test images."""
-    test = source_of(policy, data).load().test
-    (category,) = policy.categories
-    texts = encoder.encode_texts([*category.unsafe_texts, *category.safe_texts, *policy.safe_texts])
-    logits = SCALE * store.embed([record.content for record in test]) @ texts.T
-    chances = np.exp(logits - logits.max(axis=1, keepdims=True))
-    scores = chances[:, : len(category.unsafe_texts)].sum(axis=1) / chances.sum(axis=1)
-    figures = classification_metrics(np.array([record.label for record in test]), scores, 0.5)
-    return {measure: figures[measure] for measure in MEASURES}
+class Photographs:
+    """The photographs under a policy, listed once."""
+
+    name = "photos"
+
+    def __init__(self, policy: guardkit.Policy, data: Path) -> None:
+        self._source = ParquetSource(
+            policy,
+            str(data / "train.parquet"),
+            test=str(data / "val.parquet"),
+            name=self.name,
+            class_column="name",
+            caption_column="name",
+            check_images=False,
+        )
+        self.asked = self._source.asked | {"safe_every": SAFE_EVERY}
+
+    @cached_property
+    def _loaded(self) -> Loaded:
+        loaded = self._source.load()
+        kept = [one for one in loaded.train if one.label == 1 or int(one.id.rsplit("/", 1)[1]) % SAFE_EVERY == 0]
+        return replace(loaded, train=kept)
+
+    def load(self) -> Loaded:
+        """All unsafe photographs to train on, some of the safe ones, and all to test on."""
+        return self._loaded
 
 
-def try_policy(row: int, one: ClassPolicy, settings: Settings, encoder: OpenClipEncoder) -> pd.DataFrame:
-    """A row for each arm, editor, label budget and number of safe images: means over seeds."""
-    done = settings.output_dir / f"policy_{row:02d}.parquet"
+class Data(GuardDataModule):
+    """Trains as any arm does, and is tested on the images and pairs that it is given."""
+
+    given: TestSet
+
+    def make_test_set(self) -> TestSet:
+        """What it was given."""
+        return self.given
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What all cells of a policy share.
+
+    Attributes:
+        pipelines: by editor; "" edits nothing.
+        test: natural photographs; its counterfactuals are those of all pairs, one editor after the other.
+        pairs: by editor: rows of the unsafe members, among the natural photographs and after them the counterfactuals, and those
+            of the safe ones among the counterfactuals.
+    """
+
+    policy: guardkit.Policy
+    source: Photographs
+    store: EmbeddingStore
+    pipelines: dict[str, CounterfactualPipeline]
+    test: TestSet
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]]
+
+    @classmethod
+    def of(cls, policy: guardkit.Policy, store: EmbeddingStore, settings: Settings) -> Trial:
+        """Lists the photographs, and makes the pairs to test on."""
+        source = Photographs(policy, settings.data)
+        pipelines = {
+            editor: Edits.of(EDITORS[editor]() if editor else None).pipeline(policy, store, None) for editor in ("", *settings.editors)
+        }
+        records = source.load().test
+        assert records is not None
+        vectors, n = store.embed([record.content for record in records if record.content is not None]), len(records)
+        pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        made: list[np.ndarray] = []
+        unsafe = np.array([row for row, record in enumerate(records) if record.label == 1])
+
+        def take(new: np.ndarray) -> np.ndarray:
+            made.append(new)
+            return np.arange(len(new)) + sum(len(one) for one in made[:-1])
+
+        for editor in settings.editors:
+            pipelines[editor].supply(source.load().train)
+            views = _views(store, pipelines[editor]).edited([records[row] for row in unsafe], 1, "counterfactual", EditCounts())
+            there = views.there[:, 0]
+            pairs[editor] = unsafe[there], take(views.vectors[there, 0])
+        pipelines[""].supply(source.load().train)
+        both = [_views(store, pipelines[""]).transplanted([records[row] for row in unsafe], is_unsafe) for is_unsafe in (True, False)]
+        there = both[0].there[:, 0]
+        pairs[TRANSPLANTS] = n + take(both[0].vectors[there, 0]), take(both[1].vectors[there, 0])
+        test = TestSet(records, vectors, np.zeros(0, int), np.concatenate(made), "all editors", 0.0)
+        return cls(policy, source, store, pipelines, test, pairs)
+
+    def data(self, editor: str, safe_per_unsafe: int) -> Data:
+        """To train on."""
+        module = Data(self.source, self.policy, self.store, self.pipelines[editor], safe_per_unsafe=safe_per_unsafe, all_views=True)
+        module.given = self.test
+        return module
+
+    def measured(self, logits: np.ndarray, counterfactual_logits: np.ndarray) -> dict[str, float]:
+        """All figures of a head on the test images and pairs."""
+        labels = np.array([record.label for record in self.test.records])
+        alike = np.array([record.label == 0 and record.category is not None for record in self.test.records])
+        scores, made = (expit(values.astype(float)) for values in (logits, counterfactual_logits))
+        everything = classification_metrics(labels, scores, 0.5)
+        near = (labels == 1) | alike
+        safe = np.sort(logits[labels == 0])
+        threshold = safe[-1 - int(MAX_FPR * len(safe))]  # above it, at most so many of the safe ones are
+        found: dict[str, Any] = {name: everything[name] for name in ("auroc", "average_precision")} | {
+            "recall": float((logits[labels == 1] > threshold).mean()),
+            "auroc_look_alikes": classification_metrics(labels[near], scores[near], 0.5)["auroc"],
+            "look_alikes_flagged": float((logits[alike] > threshold).mean()),
+        }
+        every = np.concatenate([scores, made])
+        for editor, (unsafe, safe_rows) in self.pairs.items():
+            figures = pair_metrics(every[unsafe], made[safe_rows], 0.5)
+            found |= {f"{name}, {editor}": figures[name] for name in ("ranking_accuracy", "pair_accuracy")}
+        return found
+
+    def zero_shot(self) -> dict[str, float]:
+        """The figures of the unsafe texts against all others of the policy (log-odds of their shares in the softmax)."""
+        (category,) = self.policy.categories
+        texts = self.store.encoder.encode_texts([*category.unsafe_texts, *category.safe_texts, *self.policy.safe_texts])
+        n = len(category.unsafe_texts)
+
+        def logits(vectors: np.ndarray) -> np.ndarray:
+            found = SCALE * vectors @ texts.T
+            return logsumexp(found[:, :n], axis=1) - logsumexp(found[:, n:], axis=1)
+
+        return self.measured(logits(self.test.embeddings), logits(self.test.counterfactuals))
+
+    def trace(self, editor: str) -> float | None:
+        """How well a probe tells null edits of unsafe photographs from the photographs."""
+        unsafe = Orders.of(self.source.load().train, 0).unsafe[:MOST_EDITED]  # which are edited for training too
+        views = _views(self.store, self.pipelines[editor])
+        edited = views.edited(unsafe, 1, "null", EditCounts())
+        there = edited.there[:, 0]
+        return edited_vs_original_auroc(views.embed(unsafe)[there], edited.vectors[there, 0])
+
+
+def _views(store: EmbeddingStore, pipeline: CounterfactualPipeline) -> ViewMaker:
+    return ViewMaker(store, pipeline, transform="none", variants_per_image=1, counts=EditCounts())
+
+
+def blocks(settings: Settings) -> Iterator[Block]:
+    """All cells of a policy."""
+    first = settings.safe_per_unsafe[0]
+    for safe in settings.safe_per_unsafe:
+        served = [size for size in settings.sizes if safe == first or size * safe <= MOST_SAFE]
+        small = tuple(size for size in served if size <= MOST_REPEATED)
+        large = tuple(size for size in served if size > MOST_REPEATED)
+        every = tuple(range(settings.seeds))
+        for sizes, seeds in ((small, every), (large, (0,))):
+            if sizes:
+                yield Block("", safe, ("unpaired", "look_alikes"), sizes, seeds)
+            # counterfactuals alone are the same whatever the number of natural ones
+            arms = ("pairs_plus", "pairs_balanced", *(["pairs_aug"] if safe == first else []))
+            edited = tuple(size for size in sizes if size <= MOST_EDITED)
+            for editor in settings.editors if edited else ():
+                yield Block(editor, safe, arms, edited, seeds)
+        yield Block("", safe, ("pairs_transplanted",), tuple(size for size in small if size <= MOST_TRANSPLANTED), every)
+        for editor in settings.editors if safe == first else ():
+            yield Block(editor, safe, ("shuffled_pairs", "null_edits"), tuple(size for size in small if size <= MOST_CONTROLLED), every)
+
+
+def permuted(data: CellData, seed: int) -> CellData:
+    """The same images, their labels dealt out anew."""
+    torch.manual_seed(seed)
+    batches = [{**batch, "labels": batch["labels"][torch.randperm(len(batch["labels"]))]} for batch in (data.train, data.validation)]
+    return replace(data, train=batches[0], validation=batches[1])
+
+
+def try_policy(one: ClassPolicy, settings: Settings, encoder: OpenClipEncoder) -> pd.DataFrame:
+    """A row for each arm, editor, number of safe images, label budget and seed; for zero-shot; and for the trace of each editor."""
+    about = [one.policy.digest, encoder.fingerprint, *(str(getattr(settings, name)) for name in ("sizes", "safe_per_unsafe", "seeds"))]
+    done = settings.output_dir / f"{one.policy.name}_{fingerprint([*about, settings.editors, settings.head])[:12]}.parquet"
     if done.is_file():
         return pd.read_parquet(done)
-    cache = settings.output_dir / "cache"
-    frames = [pd.DataFrame([{"arm": "zero_shot", **zero_shot(encoder, EmbeddingStore(encoder, cache), one.policy, settings.data)}])]
-    for safe in settings.safe_per_unsafe:
-        for editor in (None, *settings.editors):
-            folder = settings.output_dir / f"policy_{row:02d}" / f"{editor or 'unedited'}_{safe}"
-            # arms that use no natural safe image are the same whatever their number
-            edited = EDITED if safe == settings.safe_per_unsafe[0] else tuple(arm for arm in EDITED if arm != "pairs_aug")
-            guardkit.sweep(
-                source_of(one.policy, settings.data),
-                one.policy,
-                encoder=encoder,
-                output_dir=folder,
-                arms=UNEDITED if editor is None else ("unpaired", *edited),
-                sizes=settings.sizes,
-                seeds=settings.seeds,
-                strengths=(1e-3, 1e-2, 1e-1, 1.0),
-                metric="auroc",
-                n_resamples=100,  # its own intervals are not used
-                editor=None if editor is None else EDITORS[editor](),
-                safe_per_unsafe=safe,
-                cache_dir=cache,
-            )
-            cells = pd.read_parquet(folder / "cells.parquet")
-            cells = cells[cells["is_chosen"] & ((cells["arm"] != "unpaired") | (editor is None))]
-            means = cells.groupby(["arm", "n_unsafe"], as_index=False)[list(MEASURES)].mean()
-            frames.append(means.assign(editor=editor or "", safe_per_unsafe=safe))
-    table = pd.concat(frames).assign(policy=one.policy.name)
+    started = time.perf_counter()
+    trial = Trial.of(one.policy, EmbeddingStore(encoder, settings.cache_dir), settings)
+    plain = trial.data("", 1)
+    parts = Parts(one.policy, encoder, trial.store, trial.pipelines[""], plain, Unlabelled(plain))
+    make = head_factory(settings.head)
+    schedule = Schedule(ADAMW, TRAINER["max_epochs"], TRAINER["check_val_every_n_epoch"], 12)
+    engine = BatchedEngine(
+        Objective.of({"category_weight": 0.0, "l2": 0.0}), STRENGTHS, lambda _, seed: new_head(make, parts, seed), schedule
+    )
+    rows: list[dict[str, Any]] = [{"arm": "zero_shot", **trial.zero_shot()}]
+    for block in blocks(settings):
+        arms = [arm_named(arm) for arm in block.arms]
+        arms = [arm if arm.variants_per_image else replace(arm, variants_per_image=1) for arm in arms]
+        stock = Stock(trial.data(block.editor, block.safe_per_unsafe), arms, block.sizes, block.seeds)
+        ready: list[tuple[Cell, CellData]] = []
+        for cell in [Cell(arm, settings.head, size, seed) for arm in block.arms for size in block.sizes for seed in block.seeds]:
+            with suppress(CellError):  # too few images, or no edit of the few was accepted: it is missing in the tables
+                ready.append((cell, stock.data_of(cell)))
+        if block.safe_per_unsafe == settings.safe_per_unsafe[0]:
+            ready += [
+                (replace(cell, arm="permuted_labels"), permuted(data, cell.seed))
+                for cell, data in ready
+                if cell.arm == "unpaired" and cell.n_unsafe <= MOST_CONTROLLED
+            ]
+        for (cell, data), fitted in zip(ready, engine.fit(ready, trial.test), strict=True):
+            if isinstance(fitted, FittedCell):
+                about_cell = {"arm": cell.arm, "n_unsafe": cell.n_unsafe, "seed": cell.seed, **data.counts}
+                where = {"editor": block.editor, "safe_per_unsafe": block.safe_per_unsafe}
+                rows.append(about_cell | where | trial.measured(fitted.logits, fitted.counterfactual_logits))
+    rows += [{"arm": "trace", "editor": editor, "auroc": trial.trace(editor)} for editor in settings.editors]
+    table = pd.DataFrame(rows).assign(policy=one.policy.name, seconds=time.perf_counter() - started)
     with written(done) as temporary:
         table.to_parquet(temporary)
     return table
 
 
-def interval(values: np.ndarray) -> str:
-    """Mean and half the 95 % interval over policies."""
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
-    return f"{values.mean():.3f} ± {half:.3f}"
-
-
-def report(table: pd.DataFrame, settings: Settings) -> str:
-    """The table of AUROC, and of differences to `unpaired` with as many labels and one safe image for each."""
-    arms = table[table["arm"] != "zero_shot"].pivot_table(
-        index=["safe_per_unsafe", "arm", "editor", "n_unsafe"], columns="policy", values="auroc"
-    )
-    first = settings.safe_per_unsafe[0]
-    lines = [
-        f"zero-shot AUROC {interval(table[table['arm'] == 'zero_shot']['auroc'].to_numpy())}, {table['policy'].nunique()} policies",
-        "",
-    ]
-    lines += [
-        f"| arm | editor | safe per unsafe | {' | '.join(f'{size} labels' for size in settings.sizes)} |",
-        "|---|---|---|" + "---|" * len(settings.sizes),
-    ]
-    for (safe, arm, editor), part in arms.groupby(level=["safe_per_unsafe", "arm", "editor"], sort=False):
-        cells = []
-        for size in settings.sizes:
-            values, base = part.loc[(safe, arm, editor, size)], arms.loc[(first, "unpaired", "", size)]
-            both = pd.concat([values, base], axis=1).dropna().to_numpy()
-            plain = arm == "unpaired" and safe == first
-            cells.append(interval(both[:, 0]) if plain else f"{both[:, 0].mean():.3f} ({interval(both[:, 0] - both[:, 1])})")
-        lines.append(f"| {arm} | {editor or '–'} | {int(safe)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def shown_pairs(some: Sequence[ClassPolicy], settings: Settings) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """Of each editor, test photographs and what it makes of them, one a policy; and transplants. The policies are harmless."""
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {editor: [] for editor in (*settings.editors, TRANSPLANTS)}
+    for one in some:
+        loaded = Photographs(one.policy, settings.data).load()
+        assert loaded.test is not None
+        assert one.policy.harmless
+        unsafe: list[Record] = [record for record in loaded.test if record.label == 1 and record.region is not None]
+        pipeline = Edits.of(None).pipeline(one.policy, None, None)  # type: ignore[arg-type]
+        pipeline.supply(loaded.train)
+        edits: dict[str, list[Any]] = {}
+        for editor in settings.editors:
+            makes = Edits.of(EDITORS[editor]()).pipeline(one.policy, None, None)  # type: ignore[arg-type]
+            makes.supply(loaded.train)
+            edits[editor] = makes.make(unsafe, [0] * len(unsafe))
+        # the same photograph for all of them, the first that all could edit
+        row = next((i for i in range(len(unsafe)) if all(made[i] is not None and made[i].accepted for made in edits.values())), None)
+        if row is None or unsafe[row].content is None:
+            continue
+        for editor, made in edits.items():
+            found[editor].append((unsafe[row].content.load(), made[row].load()))
+        halves = [transplant(unsafe[row].content, unsafe[row].region, pipeline.photographs, 0, is_unsafe=half) for half in (True, False)]
+        found[TRANSPLANTS].append((halves[0].load(), halves[1].load()))
+    return found
 
 
 def main(
     data: str,
     output_dir: str,
     encoder: str = "guardkit:photos_clip",
+    cache_dir: str = "",
+    head: str = "linear_whitened",
     policies: str = "24",
-    sizes: str = "8,32,128",
-    seeds: str = "5",
-    safe_per_unsafe: str = "1,4",
+    sizes: str = "4,8,16,32,64,128,256,512",
+    seeds: str = "2",
+    safe_per_unsafe: str = "1,4,16",
     editors: str = "inpaint,paste",
     split: str = "test",
 ) -> None:
+    folder = Path(output_dir)
     settings = Settings(
         Path(data),
-        Path(output_dir),
+        folder,
+        Path(cache_dir) if cache_dir else folder / "cache",
         *(tuple(map(int, text.split(","))) for text in (sizes, safe_per_unsafe)),
         int(seeds),
         tuple(editors.split(",")),
+        head,
     )
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
-    model = OpenClipEncoder(None, encoder, batch_size=128)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = OpenClipEncoder(None, encoder, batch_size=16)  # calls are small, and are padded to whole batches
+    chosen = of_split(split)[: int(policies)]
     tables: list[pd.DataFrame] = []
-    for row, one in enumerate(of_split(split)[: int(policies)]):
-        tables.append(try_policy(row, one, settings, model))
-        print(f"{row + 1} {one.policy.name}", file=sys.stderr, flush=True)
+    for row, one in enumerate(chosen):
+        tables.append(try_policy(one, settings, model))
+        print(f"{row + 1} {one.policy.name} {tables[-1]['seconds'].iloc[0]:.0f} s", file=sys.stderr, flush=True)
     table = pd.concat(tables)
-    table.to_parquet(settings.output_dir / "table.parquet")
-    print(report(table, settings))
+    table.to_parquet(folder / "table.parquet")
+    text = report(table)
+    (folder / "photographs.md").write_text(text, encoding="utf-8")
+    print(text)
+    draw_curves(table, folder / "photographs_curves.png")
+    draw_pairs(shown_pairs(chosen[:: max(1, len(chosen) // N_SHOWN)][:N_SHOWN], settings), folder / "photographs_pairs.png")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ from guardkit.schema import InputError
 FOLDER = Path(__file__).resolve().parents[1] / "conf" / "policy"
 SHIPPED = {
     "scenes": "hate violence sexual nudity criminal_planning weapons_substances self_harm animal_cruelty disasters",
+    "scenes_loose": "hate violence sexual nudity criminal_planning weapons_substances self_harm animal_cruelty disasters",
     "llavaguard": "hate violence sexual_content nudity criminal_planning weapons_substance_abuse self_harm animal_cruelty disasters_emergencies",
     "unsafebench": "hate harassment violence self_harm sexual shocking illegal_activity deception political health spam",
     "handled_objects": "weapons substances disasters",
     "photos": "alcohol_and_medicine weapons venomous_animals uniforms_and_police open_fire",
     "template": "motor_vehicles",
 }
-REAL = [name for name in SHIPPED if name not in ("scenes", "template")]
+REAL = [name for name in SHIPPED if name not in ("scenes", "scenes_loose", "template")]
 
 
 def example() -> dict[str, Any]:
@@ -143,6 +144,18 @@ def test_scenes_policy_is_in_step_with_the_drawn_features():
         assert policy[name].unsafe_texts == tuple(without_colour(phrase) for phrase in kind.unsafe)
         assert policy[name].safe_texts == tuple(without_colour(phrase) for phrase in kind.safe)
     assert policy.safe_texts == tuple(f"an {noun}" if noun[0] in "aeiou" else f"a {noun}" for noun in OBJECTS)
+
+
+def test_the_loose_policy_names_no_object_of_the_scenes():
+    exact, loose = (
+        {
+            word
+            for text in [*policy.safe_texts, *(text for one in policy.categories for text in one.unsafe_texts + one.safe_texts)]
+            for word in text.split()
+        }
+        for policy in (Policy.load(FOLDER / f"{name}.yaml") for name in ("scenes", "scenes_loose"))
+    )
+    assert exact & loose <= {"a", "an", "of", "in", "with", "open", "shut", "bare"}
 
 
 # --- digest and round trip -------------------------------------------------------------------------------------------

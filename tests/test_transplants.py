@@ -126,6 +126,7 @@ def test_transplants_are_paired_labelled_and_seen_by_the_encoder_alone(scenes_po
         hate = scenes_policy.category_names.index("hate")
         assert (batch["targets"].numpy()[first, hate] == 1).all()
     assert list(tmp_path.iterdir()) == []
+    assert (data.n_transplants, data.n_counterfactuals) == (2 * 10, 0)
     assert len(data.used_images()) == 10 + 10  # unsafe and natural, each once
 
 

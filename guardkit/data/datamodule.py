@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -341,7 +341,15 @@ class GuardDataModule(L.LightningDataModule):
     @property
     def n_counterfactuals(self) -> int:
         """Accepted counterfactuals among training and validation images."""
-        return sum(int(pool.views().there.sum()) for pools in self._pools for kind, pool in pools.items() if kind in EDITED)
+        return self._n_views(EDITED)
+
+    @property
+    def n_transplants(self) -> int:
+        """Unsafe halves of transplants among training and validation images; as many safe halves stand beside them."""
+        return self._n_views(("transplant",))
+
+    def _n_views(self, kinds: Collection[str]) -> int:
+        return sum(int(pool.views().there.sum()) for pools in self._pools for kind, pool in pools.items() if kind in kinds)
 
     def check_both_sides(self) -> None:
         """Raises InputError when not a single unsafe image, or not a single negative, came through, with the reasons."""

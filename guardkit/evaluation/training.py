@@ -100,7 +100,9 @@ def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int
         "seed": seed,
         "n_unsafe": len(choice.of("unsafe")),
         "n_safe": choice.n_safe,
+        "n_look_alikes": len(choice.of("look_alike")),  # of n_safe
         "n_counterfactuals": data.n_counterfactuals,
+        "n_transplants": data.n_transplants,
         "n_validation": {
             "unsafe": len(choice.validation["unsafe"]),
             "safe": sum(len(choice.validation.get(kind, [])) for kind in ("natural", "look_alike")),
