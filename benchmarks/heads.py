@@ -543,10 +543,10 @@ def traces(world: World) -> dict[str, float | None]:
     records = nested_order(world.data.load(), 0)[N_ERASE : N_ERASE + 128]
     original, edited = world.edited(records, "null")
     m = world.whitening
-    found = {"before": edited_vs_original_auroc(original, edited)}
+    found = {"before": edited_vs_original_auroc(original, edited).estimate}
     for rank in (1, 4, 16):
         e = eraser(world, rank, m)
-        found[f"rank={rank}"] = edited_vs_original_auroc(original @ e.T, edited @ e.T)
+        found[f"rank={rank}"] = edited_vs_original_auroc(original @ e.T, edited @ e.T).estimate
     return found
 
 

@@ -64,6 +64,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     for key in ("test", "pairs"):
         if metrics.get(key) is not None:
             _object(metrics, key, "metrics.")
+    if metrics.get("notes") is not None:
+        _expect(metrics, "notes", lambda one: isinstance(one, list) and all(map(_is_text, one)), "a list of texts", "metrics.")
 
 
 def _expect(values: Mapping[str, Any], key: str, rule: Callable[[Any], bool], text: str, where: str = "") -> Any:

@@ -244,6 +244,7 @@ def _model_card(config: Mapping[str, Any], policy: Policy) -> str:
         f"{shown(point['fpr_ci_high'])}, {point['n_safe']} safe images) | {point.get('reason', '')} |"
         for name, point in config["operating_points"].items()
     )
+    notes = "".join(f"{' '.join(note.split())}\n\n" for note in config["metrics"].get("notes") or ())
     categories = "\n".join(f"- **{category.name}**: {category.definition}" for category in policy.categories)
     return f"""---
 library_name: guardkit
@@ -273,7 +274,7 @@ Training: {json.dumps(config["training"])}.
 |---|---|
 {table}
 
-## Operating points, chosen on validation images
+{notes}## Operating points, chosen on validation images
 
 | name | threshold | recall | false-positive rate | cannot be promised, because |
 |---|---|---|---|---|

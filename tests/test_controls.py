@@ -9,11 +9,13 @@ from test_editors_pipeline import CountingEditor, unsafe_scene
 from guardkit.counterfactual.instructor import TemplateInstructor
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.counterfactual.verifier import NoVerifier
+from guardkit.data.arms import arm_named
 from guardkit.data.controls import JpegContent, make_controls
 from guardkit.data.views import ViewMaker
 from guardkit.editors.base import EditResult
 from guardkit.editors.scenes import ScenesEditor
 from guardkit.embeddings import EmbeddingStore
+from guardkit.evaluation.verdicts import editor_trace
 from guardkit.metrics.probe import edited_vs_original_auroc
 
 
@@ -38,7 +40,7 @@ def signing(request):
 def test_the_exact_editor_leaves_no_trace_and_has_no_autoencoder(store, scenes_policy):
     found, counts = controls(store, scenes_policy, ScenesEditor())
     assert list(found) == ["null_edit", "autoencoder", "jpeg"]
-    assert edited_vs_original_auroc(found["null_edit"].original, found["null_edit"].altered) < 0.7
+    assert edited_vs_original_auroc(found["null_edit"].original, found["null_edit"].altered).estimate < 0.7
     assert not len(found["autoencoder"].original)
     assert found["autoencoder"].reason.startswith("40 x no round trip")
     assert len(found["jpeg"].original) == 40
@@ -49,7 +51,7 @@ def test_an_editor_that_leaves_a_trace_is_found_out(store, scenes_policy):
     found, _ = controls(store, scenes_policy, CountingEditor(signing))
     trip = found["autoencoder"]
     assert trip.reason is None
-    assert edited_vs_original_auroc(trip.original, trip.altered) > 0.8
+    assert edited_vs_original_auroc(trip.original, trip.altered).low > 0.8
 
 
 def test_jpeg_changes_little_and_says_so_in_its_key():
@@ -59,3 +61,30 @@ def test_jpeg_changes_little_and_says_so_in_its_key():
     assert 0 < difference.mean() < 6
     assert len({content.key, one.key, JpegContent(content, 30).key}) == 3
     assert np.abs(JpegContent(content, 5).load().astype(int) - content.load()).mean() > difference.mean()
+
+
+@pytest.mark.parametrize(
+    ("arm", "is_said"),
+    [
+        ("pairs_aug", True),
+        ("pairs_plus", True),
+        ("shuffled_pairs", True),
+        ("pairs_balanced", False),
+        ("null_edits", False),
+        ("unpaired", False),
+    ],
+)
+def test_a_trace_is_said_where_only_safe_images_passed_through_the_editor(arm, is_said):
+    def said(auroc, low, high):
+        controls = {"null_edit": {"auroc": auroc, "ci": {"auroc": [low, high]}}}
+        return editor_trace({"controls": controls}, arm_named(arm), "inpaint")
+
+    found = said(0.79, 0.7, 0.87)
+    assert bool(found) == is_said
+    if found:
+        assert "the guard may have learned the editor" in found[0]
+        assert "editor=inpaint" in found[0]
+        assert "AUROC 0.790, 95 % interval 0.700–0.870" in found[0]
+        assert f"experiment={arm}" not in found[0]
+    assert said(0.79, 0.55, 0.95) == []  # so few images that it may be as weak as a trace that does no harm
+    assert editor_trace({"controls": {"null_edit": {"auroc": None, "ci": {}}}}, arm_named(arm), "inpaint") == []

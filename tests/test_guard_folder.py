@@ -267,6 +267,7 @@ TAMPERED = {
     "a point without reason": (drop("operating_points", "fpr_0.01", "reason"), "operating_points.fpr_0.01.reason is missing"),
     "a point that is a number": (put("operating_points", "balanced", 0.5), "operating_points.balanced must be an object"),
     "points a list": (put("operating_points", []), "operating_points must be an object"),
+    "notes a text": (put("metrics", "notes", "good"), "metrics.notes must be a list of texts"),
     "metrics a list": (put("metrics", [1]), "metrics must be an object"),
     "test metrics a text": (put("metrics", "test", "good"), "metrics.test must be an object"),
     "training": (put("training", "experiment", ["x"]), "training.experiment must be a text"),

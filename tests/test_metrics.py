@@ -185,7 +185,11 @@ def test_probe_finds_a_trace_and_only_then():
     original = rng.normal(size=(80, 16))
     trace = np.zeros(16)
     trace[3] = 3.0
-    assert edited_vs_original_auroc(original, original + trace) > 0.9
+    assert edited_vs_original_auroc(original, original + trace).low > 0.9
     noise = edited_vs_original_auroc(original, original + rng.normal(size=original.shape) * 0.1)
-    assert 0.3 < noise < 0.7
+    assert 0.3 < noise.estimate < 0.7
+    assert noise.low < 0.5 < noise.high
+    few = edited_vs_original_auroc(original[:20], original[:20] + trace / 4)
+    many = edited_vs_original_auroc(original, original + trace / 4)
+    assert few.high - few.low > many.high - many.low
     assert edited_vs_original_auroc(original[:5], original[:5]) is None

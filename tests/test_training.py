@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 
 from guardkit import GuardClassifier
 from guardkit.data.splits import nested_order, split_test, split_validation
+from guardkit.evaluation.verdicts import no_better
 from guardkit.schema import InputError, Record
 
 ARMS = ("pairs_aug", "unpaired", "pairs_plus", "shuffled_pairs", "null_edits", "classic_aug")
@@ -82,6 +84,44 @@ def test_the_folder_holds_what_the_contract_promises(pairs_aug):
     twins = {table["pair_id"][i]: scores[i] for i in np.flatnonzero(~natural)}
     right = [by_id[name] >= guard.threshold > score for name, score in twins.items()]
     assert np.mean(right) == pytest.approx(metrics["pairs"]["pair_accuracy"])
+
+
+def rows_of(table):
+    """Name -> (value, what it means) of the printed table."""
+    cells = [re.split(r"\s{2,}", line.strip(), maxsplit=2) for line in table.splitlines()[1:] if not line.startswith("  note:")]
+    return {name: (value, said[0] if said else "") for name, value, *said in cells}
+
+
+def test_the_table_says_what_it_means(pairs_aug):
+    rows, test = rows_of(pairs_aug.table), pairs_aug.metrics["test"]
+    assert rows["threshold"] == ("0.500", "an image is flagged when its score reaches it")
+    for title, name in (("test recall", "recall"), ("test false-positive rate", "fpr")):
+        low, high = test["ci"][name]
+        assert rows[title][0] == f"{test[name]:.3f} ({low:.3f}–{high:.3f})"
+    value, why = rows["autoencoder-versus-original AUROC"]
+    assert value == "-"
+    assert "this editor has no autoencoder" in why
+    assert "no better" not in pairs_aug.table
+
+
+def test_a_guard_that_is_no_better_than_chance_says_so(train):
+    """An untrained linear head gives every image the same score, and flags everything."""
+    report = train("experiment=unpaired", "trainer.max_epochs=0")
+    (said,) = [note for note in report.metrics["notes"] if "no better" in note]
+    assert "no better than chance (95 % interval of AUROC 0.500–0.500, chance is 0.5)" in said
+    assert "no better than flagging everything (F1 0.667 against 0.667); try more labelled images, another encoder" in said
+    assert f"  note: {said}" in report.table
+    assert said in (report.folder / "guard/README.md").read_text()
+    assert GuardClassifier.from_pretrained(report.folder / "guard").metrics["notes"] == report.metrics["notes"]
+
+
+def test_a_threshold_that_flags_everything_is_told_from_scores_that_tell_nothing():
+    figures = {"n": 100, "auroc": 0.9, "f1": 0.6, "ci": {"auroc": [0.8, 0.95], "f1": [0.5, 0.7]}}
+    metrics = {"test": figures, "always_unsafe": {"f1": 0.667}, "n_safe": 10}
+    (said,) = no_better(metrics)
+    assert said.endswith("no better than flagging everything (F1 0.600 against 0.667); try another threshold (threshold=balanced)")
+    assert no_better(metrics | {"always_unsafe": {"f1": 0.5}}) == []
+    assert no_better({"test": {"n": 3, "auroc": None, "f1": None, "ci": {}}, "always_unsafe": {"f1": None}, "n_safe": 0}) == []
 
 
 def test_the_guard_scores_pixels_as_it_scored_the_test_set(pairs_aug):

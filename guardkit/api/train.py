@@ -23,6 +23,7 @@ from guardkit.editors.base import Editor
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.evaluation.training import measure
+from guardkit.evaluation.verdicts import editor_trace, no_better
 from guardkit.fitting.module import DEFAULT_THRESHOLD, EpochProgress, check_checkpoint, scalars
 from guardkit.fitting.objective import Objective
 from guardkit.fitting.parts import HeadFactory, check_parts, head_factory, make_parts, new_head
@@ -177,6 +178,7 @@ def train_guard(
                     f"source={source.name} has no natural safe images to test on: counterfactuals stand for them, and test AUROC and F1 "
                     "do not say how a guard does on ordinary images"
                 )
+            metrics["notes"] += [*no_better(metrics), *editor_trace(metrics, chosen, pipeline.editor.name)]
             guard = fitted.guard
             guard.training = {
                 "prevalence": recipe.objective.prevalence,
@@ -186,7 +188,7 @@ def train_guard(
                 **{key: metrics[key] for key in ("n_unsafe", "n_safe", "n_counterfactuals")},
             }
             guard.training_images = training_images(parts.data, parts.unlabelled)
-            guard.metrics = {key: metrics[key] for key in ("test", "pairs", "always_unsafe")}
+            guard.metrics = {key: metrics[key] for key in ("test", "pairs", "always_unsafe", "notes")}
             if folder is not None:
                 guard.save_pretrained(folder / "guard")
                 write_predictions(folder / "predictions.parquet", measured)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from guardkit.data.splits import nested_order, split_validation
-from guardkit.data.views import Pool
+from guardkit.data.views import EDITED, Pool
 from guardkit.schema import InputError, Record
 
 Batch = dict[str, torch.Tensor]
@@ -50,6 +50,11 @@ class Arm:
     def kinds(self) -> tuple[str, ...]:
         """Of all its images."""
         return ("unsafe", *self.positives, *self.negatives)
+
+    @property
+    def edits_one_label_only(self) -> bool:
+        """Whether only safe images pass through the editor, so that its trace tells the labels apart."""
+        return bool(set(EDITED) & set(self.negatives)) and "null_edit" not in self.positives and self.transform != "null_edit"
 
 
 # conf/experiment has a file for each, which says what it is for

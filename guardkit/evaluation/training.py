@@ -178,15 +178,16 @@ def _after_erasure(head: LinearHead | AnchoredHead, control: Control) -> float |
     original, altered = (
         head.features(torch.from_numpy(vectors)).numpy() / vectors.shape[1] ** 0.5 for vectors in (control.original, control.altered)
     )
-    return edited_vs_original_auroc(original, altered)
+    found = edited_vs_original_auroc(original, altered)
+    return None if found is None else found.estimate
 
 
 def _control(control: Control) -> dict[str, Any]:
     """How well a probe tells altered images from untouched ones, and how far the embeddings moved."""
-    auroc, n = edited_vs_original_auroc(control.original, control.altered), len(control.original)
+    found, n = edited_vs_original_auroc(control.original, control.altered), len(control.original)
     cosine = float((control.original * control.altered).sum(axis=1).mean()) if n else None
-    figures: dict[str, Any] = {"auroc": auroc, "mean_cosine": cosine, "n": n}
-    if auroc is None:
+    figures: dict[str, Any] = {"auroc": None, "ci": {}, "mean_cosine": cosine, "n": n}
+    if found is None:
         missing = f" ({control.reason})" if control.reason else ""
-        figures["reason"] = f"needs {PROBE_MIN_IMAGES} images that came through, there are {n}{missing}"
-    return figures
+        return figures | {"reason": f"needs {PROBE_MIN_IMAGES} images that came through, there are {n}{missing}"}
+    return figures | {"auroc": found.estimate, "ci": {"auroc": [found.low, found.high]}}

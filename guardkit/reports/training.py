@@ -15,6 +15,11 @@ from guardkit.reports import training_plots as plots
 from guardkit.schema import Record
 
 N_PICTURED_PAIRS = 8
+_TRACE = {
+    "null_edit": "traces of the editor that a guard could learn; 0.5 is none",
+    "autoencoder": "the same of its autoencoder alone",
+    "jpeg": "the same of JPEG, to compare with",
+}
 
 
 def write_predictions(path: Path, measured: Measured) -> None:
@@ -52,38 +57,54 @@ def write_pictures(folder: Path, fitted: Fitted, data: GuardDataModule, measured
 
 
 def summary_table(metrics: dict[str, Any]) -> str:
-    """The main numbers in a few lines."""
-    test, pairs, edits = metrics["test"], metrics["pairs"], metrics["edits"]
+    """The main numbers with their 95 % intervals, and what each means; beside a dash, why there is no number."""
+    test, pairs, edits, threshold = metrics["test"], metrics["pairs"], metrics["edits"], metrics["test"]["threshold"]
+    traces = {"edited": "null_edit", "autoencoder": "autoencoder", "jpeg": "jpeg"}
     rows = [
-        ("labelled unsafe images", str(metrics["n_unsafe"])),
-        ("natural safe images", str(metrics["n_safe"])),
-        ("counterfactuals", str(metrics["n_counterfactuals"])),
-        ("edits rejected", f"{edits['requested'] - edits['accepted']} of {edits['requested']}"),
-        (f"pair accuracy (n={pairs['n']})", _with_interval(pairs, "pair_accuracy")),
-        ("ranking accuracy", _with_interval(pairs, "ranking_accuracy")),
-        (f"test AUROC (n={test['n']})", _with_interval(test, "auroc")),
-        ("test F1", _with_interval(test, "f1")),
-        ("F1 of flagging everything", _shown(metrics["always_unsafe"]["f1"])),
-        ("edited-versus-original AUROC", _shown(metrics["edited_vs_original_auroc"])),
-        *(
-            [("the same after LEACE", _shown(metrics["edited_vs_original_auroc_after_leace"]))]
-            if "edited_vs_original_auroc_after_leace" in metrics
-            else []
-        ),
-        *((f"{name}-versus-original AUROC", _shown(metrics["controls"][name]["auroc"])) for name in ("autoencoder", "jpeg")),
+        ("labelled unsafe images", str(metrics["n_unsafe"]), ""),
+        ("natural safe images", str(metrics["n_safe"]), ""),
+        ("counterfactuals", str(metrics["n_counterfactuals"]), ""),
+        ("edits rejected", f"{edits['requested'] - edits['accepted']} of {edits['requested']}", ""),
+        ("threshold", _shown(threshold), "an image is flagged when its score reaches it"),
+        _row(f"pair accuracy (n={pairs['n']})", pairs, "pair_accuracy", "unsafe image flagged and its counterfactual not"),
+        _row("ranking accuracy", pairs, "ranking_accuracy", "unsafe image scores above its counterfactual"),
+        _row(f"test AUROC (n={test['n']})", test, "auroc", "an unsafe image scores above a safe one; 0.5 is chance"),
+        _row("test recall", test, "recall", "unsafe images that are flagged"),
+        _row("test false-positive rate", test, "fpr", "safe images that are flagged"),
+        _row("test F1", test, "f1", "of recall and precision; to compare with the next line"),
+        ("F1 of flagging everything", _shown(metrics["always_unsafe"]["f1"]), "what any useful guard must beat"),
+        *(_row(f"{name}-versus-original AUROC", metrics["controls"][key], "auroc", _TRACE[key]) for name, key in traces.items()),
+        *_after_leace(metrics),
     ]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{metrics['experiment']}, seed {metrics['seed']}", *(f"  {name:<{width}}  {text}" for name, text in rows)]
+    names, values = (max(len(row[i]) for row in rows) for i in (0, 1))
+    lines = [f"{metrics['experiment']}, seed {metrics['seed']}"]
+    lines += [f"  {name:<{names}}  {value:<{values}}  {meaning}".rstrip() for name, value, meaning in rows]
     return "\n".join([*lines, *(f"  note: {note}" for note in metrics["notes"])])
+
+
+def _after_leace(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What is left of the editor's trace, where it was erased."""
+    name = "edited_vs_original_auroc_after_leace"
+    if name not in metrics:
+        return []
+    about = (
+        "what is left of the editor's traces in what the head sees"
+        if metrics[name] is not None
+        else metrics["controls"]["null_edit"]["reason"]
+    )
+    return [("edited, the same after LEACE", _shown(metrics[name]), about)]
+
+
+def _row(title: str, figures: dict[str, Any], name: str, meaning: str) -> tuple[str, str, str]:
+    """Title, value with its interval, and what it means or why there is none."""
+    value, ends = figures[name], figures.get("ci", {}).get(name)
+    if value is None:
+        return title, "-", figures.get("reason") or figures["reasons"][name]
+    return title, _shown(value) + (f" ({ends[0]:.3f}–{ends[1]:.3f})" if ends else ""), meaning
 
 
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _with_interval(figures: dict[str, Any], name: str) -> str:
-    ends = figures["ci"].get(name)
-    return _shown(figures[name]) + (f" ({ends[0]:.3f}–{ends[1]:.3f})" if ends else "")
 
 
 def _pictured_pairs(data: GuardDataModule, measured: Measured) -> list[plots.PicturedPair]:

@@ -1,0 +1,71 @@
+"""What the figures of a training mean where a reader would otherwise rely on a guard in vain, in sentences. Measures nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from guardkit.data.arms import Arm
+
+# Of the lower end of the interval. A trace that a probe found at 0.58 cost the guards on drawn scenes nothing (docs/counterfactuals.md); traces
+# at 0.79 and 0.90 taught guards on photographs the paint. Said is what is surely above the first: with few images the interval
+# is wide, and only a strong trace reaches that far.
+_TRACE = 0.6
+
+
+def no_better(metrics: Mapping[str, Any]) -> list[str]:
+    """Whether a guard is no better than chance, or than flagging everything, and what to try.
+
+    No better than chance: the 95 % interval of AUROC reaches 0.5. No better than flagging everything: F1 is not above what that
+    gives on the same images.
+
+    Args:
+        metrics: "test", "always_unsafe" and "n_safe" as metrics.json has them.
+    Returns:
+        One sentence, or none.
+    """
+    test, always = metrics["test"], metrics["always_unsafe"]["f1"]
+    found, mend = [], []
+    low, high = test["ci"].get("auroc", [test["auroc"]] * 2)
+    if low is not None and low <= 0.5:
+        found.append(f"than chance (95 % interval of AUROC {low:.3f}–{high:.3f}, chance is 0.5)")
+        mend = [
+            "more labelled images",
+            "another encoder (docs/encoders.md)",
+            "more natural safe images (data.safe_per_unsafe)" if metrics["n_safe"] else "natural safe images (experiment=pairs_plus)",
+        ]
+    if test["f1"] is not None and always is not None and test["f1"] <= always:
+        found.append(f"than flagging everything (F1 {test['f1']:.3f} against {always:.3f})")
+        # where scores do tell the images apart, it is the threshold that is wrong
+        mend = mend or ["another threshold (threshold=balanced)"]
+    if not found:
+        return []
+    return [f"as far as its {test['n']} test images tell, this guard is no better {' and no better '.join(found)}; try {', '.join(mend)}"]
+
+
+def editor_trace(metrics: Mapping[str, Any], arm: Arm, editor: str) -> list[str]:
+    """Whether the guard may have learned the editor instead of the feature, and what to do.
+
+    Args:
+        metrics: "controls", and what is left of the trace where it was erased, as metrics.json has them.
+        arm: that was trained: nothing is said where images of both labels, or of none, passed through the editor, nor where the
+            head had its trace erased.
+        editor: its name.
+    Returns:
+        One sentence, or none.
+    """
+    probe = metrics["controls"]["null_edit"]
+    if (
+        not arm.edits_one_label_only
+        or "edited_vs_original_auroc_after_leace" in metrics
+        or probe["auroc"] is None
+        or probe["ci"]["auroc"][0] <= _TRACE
+    ):
+        return []
+    low, high = probe["ci"]["auroc"]
+    others = " or ".join(f"experiment={name}" for name in ("pairs_plus", "pairs_balanced") if name != arm.name)
+    return [
+        f"the guard may have learned the editor: a probe tells images that passed through editor={editor} with an irrelevant edit from untouched ones "
+        f"(AUROC {probe['auroc']:.3f}, 95 % interval {low:.3f}–{high:.3f}, 0.5 is no trace), and only safe training images passed through it; "
+        f"try {others}, head.leace_images=256 with a linear head, or another editor"
+    ]
