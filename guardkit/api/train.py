@@ -22,8 +22,9 @@ from guardkit.data.training_images import training_images
 from guardkit.editors.base import Editor
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
-from guardkit.evaluation.training import measure
+from guardkit.evaluation.training import measure, out_of_fold_figures
 from guardkit.evaluation.verdicts import editor_trace, no_better
+from guardkit.fitting.cross_validation import N_FOLDS, cross_validate
 from guardkit.fitting.module import DEFAULT_THRESHOLD, EpochProgress, check_checkpoint, scalars
 from guardkit.fitting.objective import Objective
 from guardkit.fitting.parts import HeadFactory, check_parts, head_factory, make_parts, new_head
@@ -134,21 +135,16 @@ def train_guard(
     torch.manual_seed(seed)
     store = EmbeddingStore(encoder, cache)
     pipeline = Edits.of(editor).pipeline(policy, store, cache)
-    parts = make_parts(
-        source,
-        policy,
-        store,
-        pipeline,
-        chosen,
-        n_unsafe=n_unsafe,
-        safe_per_unsafe=safe_per_unsafe,
-        variants_per_image=variants_per_image,
-        batch_size=batch_size,
-        all_views=all_views,
-        test_share=test_share,
-        split_seed=split_seed,
-        seed=seed,
-    )
+    settings_of_data: dict[str, Any] = {
+        "n_unsafe": n_unsafe,
+        "safe_per_unsafe": safe_per_unsafe,
+        "variants_per_image": variants_per_image,
+        "batch_size": batch_size,
+        "all_views": all_views,
+        "test_share": test_share,
+        "split_seed": split_seed,
+    }
+    parts = make_parts(source, policy, store, pipeline, chosen, seed=seed, **settings_of_data)
     try:
         check_parts(encoder, pipeline, policy, [make_head])
         parts.data.setup()
@@ -172,6 +168,12 @@ def train_guard(
             every = [EpochProgress(), *_callbacks(callbacks, folder)]
             fitted = recipe.fit(made, parts, logger=log, callbacks=every, threshold=threshold, ckpt_path=ckpt_path)
             metrics, measured = measure(fitted, parts.data, experiment=chosen.name, seed=seed)
+            try:
+                out_of_fold = cross_validate(make_head, parts, recipe, chosen, fitted, seed, **settings_of_data)
+                figures = out_of_fold_figures(fitted.guard, out_of_fold.records, out_of_fold.scores[:, 0])
+                metrics["cross_validated"] = {"n_folds": N_FOLDS, **figures}
+            except InputError as error:
+                out_of_fold, metrics["cross_validated"] = None, {"n_folds": None, "reason": str(error)}
             metrics["notes"] = [*parts.data.notes, *parts.unlabelled.notes]
             if metrics["test"]["safe_images_are_counterfactuals"]:
                 metrics["notes"].append(

@@ -23,13 +23,7 @@ def split_test(records: Sequence[Record], test_share: float, seed: int) -> tuple
         Training pool and test set, both in the order of `records`.
     """
     rng = np.random.default_rng([seed, 11])
-    strata: dict[str, list[str]] = {}
-    seen: set[str] = set()
-    for record in records:
-        # a group that mixes labels belongs to the stratum of its first record
-        if record.group not in seen:
-            seen.add(record.group)
-            strata.setdefault(f"{record.label} {record.category if record.label else ''}", []).append(record.group)
+    strata = _strata(records)
     test_groups: set[str] = set()
     for name in sorted(strata):
         groups = strata[name]
@@ -37,6 +31,36 @@ def split_test(records: Sequence[Record], test_share: float, seed: int) -> tuple
         test_groups |= {groups[i] for i in rng.permutation(len(groups))[:n_test]}
     train = [record for record in records if record.group not in test_groups]
     return train, [record for record in records if record.group in test_groups]
+
+
+def folds(records: Sequence[Record], n_folds: int, seed: int) -> np.ndarray:
+    """Divides records into parts of about equal size, whole groups at a time, with about as much of each label and unsafe category.
+
+    Args:
+        records: all of a source.
+        n_folds: how many parts; with fewer groups some are empty.
+        seed: of the division.
+    Returns:
+        (n,) int, the part of each record.
+    """
+    rng = np.random.default_rng([seed, 15])
+    strata = _strata(records)
+    # dealt out in turn, going on from one stratum to the next, so that small ones do not all end in the first part
+    dealt = [strata[name][i] for name in sorted(strata) for i in rng.permutation(len(strata[name]))]
+    fold_of = {group: place % n_folds for place, group in enumerate(dealt)}
+    return np.array([fold_of[record.group] for record in records], int)
+
+
+def _strata(records: Sequence[Record]) -> dict[str, list[str]]:
+    """Groups by label and, of unsafe images, category."""
+    strata: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    for record in records:
+        # a group that mixes labels belongs to the stratum of its first record
+        if record.group not in seen:
+            seen.add(record.group)
+            strata.setdefault(f"{record.label} {record.category if record.label else ''}", []).append(record.group)
+    return strata
 
 
 def nested_order(records: Sequence[Record], seed: int) -> list[Record]:

@@ -19,7 +19,7 @@ from guardkit.evaluation.scoring import Contender
 from guardkit.heads import AnchoredHead, LinearHead
 from guardkit.metrics.figures import METRICS, OF_IMAGES, OF_PAIRS, always_unsafe_f1
 from guardkit.metrics.probe import PROBE_MIN_IMAGES, edited_vs_original_auroc
-from guardkit.schema import SAFE
+from guardkit.schema import SAFE, Record
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,22 @@ def test_figures(guard: GuardClassifier, data: GuardDataModule) -> tuple[dict[st
         pairs["reason"] = f"no counterfactual of a test image was accepted ({reasons or 'no unsafe test image'})"
     always = {"f1": always_unsafe_f1(sheet.labels[sheet.counted])}
     return {"test": figures, "pairs": pairs, "always_unsafe": always}, Measured(test, scores, twins, guard.policy.category_names)
+
+
+def out_of_fold_figures(guard: GuardClassifier, records: list[Record], scores: np.ndarray) -> dict[str, Any]:
+    """The figures of images that were scored by guards which had not seen them, at the threshold of the one that is kept.
+
+    Args:
+        guard: it.
+        records: labelled images.
+        scores: (n,) probabilities of unsafe.
+    Returns:
+        As "test" of metrics.json, without categories and sources.
+    """
+    nothing = np.zeros((0, 0), np.float32)
+    test = TestSet(records, nothing, np.zeros(0, int), nothing, "", 0.0)
+    rows, _ = measure_sheet(_sheet(guard, test, scores, np.zeros(0)), prevalence=PREVALENCE, n_resamples=N_RESAMPLES, seed=SEED)
+    return _figures(rows, OF_IMAGES)
 
 
 def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int) -> tuple[dict[str, Any], Measured]:

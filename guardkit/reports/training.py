@@ -73,6 +73,7 @@ def summary_table(metrics: dict[str, Any]) -> str:
         _row("test false-positive rate", test, "fpr", "safe images that are flagged"),
         _row("test F1", test, "f1", "of recall and precision; to compare with the next line"),
         ("F1 of flagging everything", _shown(metrics["always_unsafe"]["f1"]), "what any useful guard must beat"),
+        *_cross_validated(metrics["cross_validated"]),
         *(_row(f"{name}-versus-original AUROC", metrics["controls"][key], "auroc", _TRACE[key]) for name, key in traces.items()),
         *_after_leace(metrics),
     ]
@@ -93,6 +94,20 @@ def _after_leace(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
         else metrics["controls"]["null_edit"]["reason"]
     )
     return [("edited, the same after LEACE", _shown(metrics[name]), about)]
+
+
+def _cross_validated(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The test figures once more, of all labelled images; none where that was not done."""
+    if figures["n_folds"] is None:
+        return []
+    said = {
+        "auroc": f"{figures['n_folds']} guards, each trained without a part of the labelled images and tested on it",
+        "recall": "the same of all labelled images, where a test set is small",
+        "fpr": "",
+        "f1": "",
+    }
+    names = {"auroc": f"AUROC (n={figures['n']})", "recall": "recall", "fpr": "false-positive rate", "f1": "F1"}
+    return [_row(f"cross-validated {names[name]}", figures, name, meaning) for name, meaning in said.items()]
 
 
 def _row(title: str, figures: dict[str, Any], name: str, meaning: str) -> tuple[str, str, str]:
