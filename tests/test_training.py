@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,7 +15,7 @@ from conftest import ROOT, picture
 from safetensors.numpy import load_file
 
 from guardkit import GuardClassifier
-from guardkit.data.splits import nested_order, split_test, split_validation
+from guardkit.data.splits import folds, nested_order, split_test, split_validation
 from guardkit.evaluation.verdicts import no_better
 from guardkit.schema import InputError, Record
 
@@ -332,6 +334,70 @@ def photographs(tmp_path):
         rows.append(f"{i}.png," + ("unsafe,weapons,0.25,0.25,0.625,0.625" if i % 2 else "safe,,,,,"))
     (tmp_path / "metadata.csv").write_text("\n".join(rows))
     return tmp_path
+
+
+def test_few_labels_are_cross_validated(compose, photographs, tmp_path):
+    """A black square is easily seen: out of fold, nearly every image is told rightly; nothing of the run itself changes."""
+    from guardkit.runs.train import run
+
+    overrides = ["source=folder", f"source.root={photographs}", "policy=handled_objects", "editor=none", "data.n_unsafe=10"]
+    report = run(compose("train", "experiment=unpaired", *overrides, "trainer.max_epochs=40"), {}, tmp_path / "out")
+    found, test = report.metrics["cross_validated"], report.metrics["test"]
+    assert (found["n_folds"], found["n"]) == (5, 30)
+    assert (test["n"], found["threshold"]) == (8, test["threshold"])
+    low, high = found["ci"]["auroc"]
+    assert low <= found["auroc"] <= high
+    rows = rows_of(report.table)
+    assert rows["cross-validated AUROC (n=30)"][0] == f"{found['auroc']:.3f} ({low:.3f}–{high:.3f})"
+    assert rows["cross-validated recall"][0].startswith(f"{found['recall']:.3f} ")
+    assert report.guard.metrics["test"] == test
+
+
+def test_many_labels_are_not_cross_validated_and_the_reason_is_said(pairs_aug):
+    found = pairs_aug.metrics["cross_validated"]
+    assert found["n_folds"] is None
+    assert re.fullmatch(r"done where a source has fewer than 200 labelled images, and source=scenes has \d+", found["reason"])
+    assert "cross-validated" not in pairs_aug.table
+
+
+def test_folds_hold_whole_groups_and_as_much_of_each_label():
+    records = [record(f"r{i}", label=int(i % 4 == 0), group=f"g{i // 2}") for i in range(80)]
+    fold = folds(records, 5, 0)
+    of_group = {}
+    for one, number in zip(records, fold, strict=True):
+        assert of_group.setdefault(one.group, number) == number
+    assert np.bincount(fold).tolist() == [16] * 5
+    assert np.bincount(fold, weights=[one.label for one in records]).tolist() == [4] * 5
+    assert set(folds(records[:4], 5, 0)) == {0, 1}
+    assert (folds(records, 5, 1) != fold).any()
+
+
+def test_out_of_fold_scores_are_of_guards_that_did_not_see_the_image(compose, photographs):
+    """Labels made at random are learned by heart: an image that was seen would be told rightly."""
+    from guardkit.data.arms import arm_named
+    from guardkit.fitting.cross_validation import cross_validate
+    from guardkit.fitting.parts import HEADS, make_parts, new_head
+    from guardkit.fitting.recipe import Recipe
+    from guardkit.runs.objects import build
+
+    cfg = compose("train", "experiment=unpaired", "source=folder", f"source.root={photographs}", "policy=handled_objects", "editor=none")
+    source = build(cfg).data.source
+    loaded = source.load()
+    labels = np.random.default_rng(0).permutation([one.label for one in loaded.train])
+    noisy = replace(loaded, train=[replace(one, label=int(label)) for one, label in zip(loaded.train, labels, strict=True)])
+    arm, data = arm_named("unpaired"), {"n_unsafe": 12, "split_seed": 0}
+    first = build(cfg)
+    parts = make_parts(
+        SimpleNamespace(name="noisy", asked={}, load=lambda: noisy), first.policy, first.store, first.pipeline, arm, seed=0, **data
+    )
+    recipe = Recipe(trainer={"max_epochs": 150})
+    fitted = recipe.fit(new_head(HEADS["linear"], parts, 0), parts)
+    found = cross_validate(HEADS["linear"], parts, recipe, arm, fitted, 0, **data)
+    assert len(found.records) == 30
+    truth = np.array([one.label for one in found.records])
+    assert ((found.scores[:, 0] >= 0.5) == truth).mean() < 0.75
+    seen = parts.data.choice.train["unsafe"]
+    assert (fitted.guard.score_embeddings(parts.data.views.embed(seen)) >= 0.5).mean() > 0.9
 
 
 def test_own_photographs_with_boxes(compose, photographs, tmp_path):
