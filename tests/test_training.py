@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from guardkit import GuardClassifier
 from guardkit.data.splits import folds, nested_order, split_test, split_validation
 from guardkit.evaluation.verdicts import no_better
+from guardkit.metrics.label_errors import probable_label_errors
 from guardkit.schema import InputError, Record
 
 ARMS = ("pairs_aug", "unpaired", "pairs_plus", "shuffled_pairs", "null_edits", "classic_aug")
@@ -55,7 +56,7 @@ def test_all_six_arms_have_an_experiment():
 
 def test_the_folder_holds_what_the_contract_promises(pairs_aug):
     folder = pairs_aug.folder
-    assert {"guard", "metrics.json", "predictions.parquet", "pairs.png", "learning.png", "checkpoints"} <= {
+    assert {"guard", "metrics.json", "predictions.parquet", "pairs.png", "learning.png", "mistakes.html", "checkpoints"} <= {
         path.name for path in folder.iterdir()
     }
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -351,6 +352,42 @@ def test_few_labels_are_cross_validated(compose, photographs, tmp_path):
     assert rows["cross-validated AUROC (n=30)"][0] == f"{found['auroc']:.3f} ({low:.3f}–{high:.3f})"
     assert rows["cross-validated recall"][0].startswith(f"{found['recall']:.3f} ")
     assert report.guard.metrics["test"] == test
+    page = (tmp_path / "out/mistakes.html").read_text()
+    assert "5 guards" not in page
+    assert re.search(r"Labels that may be wrong: \d+ of 30 labelled images", page)
+
+
+def test_mistakes_are_a_page_of_its_own_blurred_until_clicked(pairs_aug):
+    page = (pairs_aug.folder / "mistakes.html").read_text()
+    table = pq.read_table(pairs_aug.folder / "predictions.parquet").to_pylist()
+    natural = [row for row in table if not row["is_counterfactual"]]
+    alarms = [row for row in natural if row["label"] == 0 and row["score"] >= 0.5]
+    missed = [row for row in natural if row["label"] == 1 and row["score"] < 0.5]
+    assert f"False alarms: {len(alarms)} of 54 safe test images" in page
+    assert f"Misses: {len(missed)} of 54 unsafe test images" in page
+    worst = max(alarms, key=lambda row: row["score"])
+    assert f"<b>{worst['score']:.3f}</b>" in page
+    assert page.index(f"show {worst['id']}") == page.index('aria-label="show ') + len('aria-label="')
+    n_shown = min(12, len(alarms)) + min(12, len(missed))
+    assert page.count('class="veil"') == page.count("data:image/jpeg;base64,") == n_shown
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    assert "Labels that may be wrong: not looked for" in page
+    assert "It takes guards that did not see an image: done where a source has fewer than 200 labelled images" in page
+    assert len(page) < 400_000
+
+
+def test_labels_that_guards_out_of_fold_contradict_are_found():
+    rng = np.random.default_rng(0)
+    truth = np.repeat([1, 0], [40, 60])
+    scores = np.clip(0.15 + 0.7 * truth + rng.normal(0, 0.08, 100), 0, 1)
+    labels = truth.copy()
+    labels[[3, 50]] = [0, 1]
+    found = probable_label_errors(labels, scores)
+    assert {3, 50} <= set(found.tolist())
+    assert len(found) < 8
+    other = np.where(labels == 1, 1 - scores, scores)[found]
+    assert (np.diff(other) <= 0).all()
+    assert not len(probable_label_errors(np.ones(4, int), np.full(4, 0.2)))
 
 
 def test_many_labels_are_not_cross_validated_and_the_reason_is_said(pairs_aug):

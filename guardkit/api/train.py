@@ -12,7 +12,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
-from guardkit.artifacts import write_json
+from guardkit.artifacts import write_json, written
 from guardkit.checks import MAX_SEED, check_whole
 from guardkit.classifier import GuardClassifier
 from guardkit.counterfactual.edits import Edits
@@ -33,9 +33,10 @@ from guardkit.folders import claim, refuse_others
 from guardkit.heads import Head
 from guardkit.policy import Policy
 from guardkit.reports.training import summary_table, write_pictures, write_predictions
+from guardkit.reports.training_mistakes import mistakes_page
 from guardkit.schema import InputError
 
-WRITTEN = ("guard", "metrics.json", "predictions.parquet", "*.png", "checkpoints", "csv", "wandb")
+WRITTEN = ("guard", "metrics.json", "predictions.parquet", "*.png", "mistakes.html", "checkpoints", "csv", "wandb")
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,9 @@ def train_guard(
                 guard.save_pretrained(folder / "guard")
                 write_predictions(folder / "predictions.parquet", measured)
                 write_pictures(folder, fitted, parts.data, measured)
+                page = mistakes_page(metrics, measured, out_of_fold, policy=policy.name, threshold=guard.threshold)
+                with written(folder / "mistakes.html") as temporary:
+                    temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # it shows paths, which may be no text
             metrics["timing_s"] = {
                 "total": time.perf_counter() - started,
                 "encode": store.seconds,

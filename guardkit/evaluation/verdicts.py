@@ -40,7 +40,10 @@ def no_better(metrics: Mapping[str, Any]) -> list[str]:
         mend = mend or ["another threshold (threshold=balanced)"]
     if not found:
         return []
-    return [f"as far as its {test['n']} test images tell, this guard is no better {' and no better '.join(found)}; try {', '.join(mend)}"]
+    return [
+        f"as far as its {test['n']} test images tell, this guard is no better {' and no better '.join(found)}; try {', '.join(mend)}, and look at "
+        "mistakes.html"
+    ]
 
 
 def editor_trace(metrics: Mapping[str, Any], arm: Arm, editor: str) -> list[str]:

@@ -89,7 +89,8 @@ class _Without:
     """A source whose test images are some of another one's."""
 
     def __init__(self, loaded: Loaded, name: str, records: list[Record], left_out: set[int]) -> None:
-        self.name, self.asked = name, {}
+        self.name = name
+        self.asked: dict[str, Any] = {}
         train, test = ([one for row, one in enumerate(records) if (row in left_out) == is_out] for is_out in (False, True))
         self._loaded = replace(loaded, train=train, test=test, test_pairs=None, rejected=[])
 

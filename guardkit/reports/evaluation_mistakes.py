@@ -1,4 +1,4 @@
-"""The most confident mistakes of each classifier, as small pictures inside the page."""
+"""Mistakes as small pictures inside a page: the most confident ones of each classifier."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from guardkit.evaluation.effectiveness import covered_rows
 from guardkit.evaluation.outcome import Evaluation
-from guardkit.schema import ImageError
+from guardkit.schema import ImageError, Record
 
 N_MISTAKES = 4  # of each kind and classifier
 _THUMBNAIL_PX = 150
@@ -35,7 +35,7 @@ def mistakes(evaluation: Evaluation) -> list[dict[str, Any]]:
                 "kind": kind,
                 "about": about,
                 "n": len(rows),
-                "shown": [_picture(evaluation, int(row), float(scores[row])) for row in rows[:N_MISTAKES]],
+                "shown": [picture(sheet.records[row], float(scores[row])) for row in rows[:N_MISTAKES]],
             }
             for kind, about, rows in kinds
         ]
@@ -43,22 +43,22 @@ def mistakes(evaluation: Evaluation) -> list[dict[str, Any]]:
     return found
 
 
-def _picture(evaluation: Evaluation, row: int, score: float) -> dict[str, Any]:
-    record = evaluation.sheet.records[row]
-    picture = {
+def picture(record: Record, score: float) -> dict[str, Any]:
+    """What a page needs to show an image: a small JPEG as a data address, or why there is none."""
+    shown = {
         "id": record.id,
         "category": record.category,
         "source": record.source,
         "score": score,
         "data": None,
-        "why": "no image: the benchmark holds embeddings",
+        "why": "no image: the source holds embeddings",
     }
     if record.content is not None:
         try:
-            picture["data"] = _thumbnail(record.content.load())
+            shown["data"] = _thumbnail(record.content.load())
         except ImageError as error:  # it could be read before; files change
-            picture["why"] = str(error)
-    return picture
+            shown["why"] = str(error)
+    return shown
 
 
 def _thumbnail(image: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""What a training run shows: predictions.parquet, pairs.png, learning.png, a short table."""
+"""What a training run shows: predictions.parquet, pairs.png, learning.png, mistakes.html, a short table."""
 
 from __future__ import annotations
 
