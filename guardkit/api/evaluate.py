@@ -6,14 +6,18 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from guardkit.artifacts import read_json
 from guardkit.checks import check_choice, check_number, check_whole, is_list
 from guardkit.classifier import GuardClassifier
 from guardkit.data.sources.base import Source
 from guardkit.encoders.base import Encoder
+from guardkit.encoders.known import unknown_images
 from guardkit.evaluation.benchmark import SPLITS, read_benchmark
 from guardkit.evaluation.effectiveness import Sheet, covered_rows, make_sheet, measure
 from guardkit.evaluation.held_out import leave_out_seen, sentences
@@ -113,6 +117,12 @@ def evaluate(
             f"none of the {len(scored.rejected)} images of source={benchmark.name} can be read, the first is {scored.rejected[0].id}: {scored.rejected[0].reason}"
         )
     sheet = make_sheet(benchmark, scored, found, rules.category_names)
+    for name, store in stores.items():
+        if benchmark.encoder_fingerprint in (None, name):
+            unknown = unknown_images(store.encoder, partial(_natural, scored.embeddings[name], sheet.n_natural))
+            notes += [f"{note}." for note in unknown]
+            for note in unknown:
+                log.warning("%s", note)
     at_scored = time.perf_counter()
     rows, tests = measure(sheet, prevalence=float(prevalence), n_resamples=n_resamples, seed=seed)
     measured = time.perf_counter()
@@ -265,6 +275,12 @@ def notes_on(rules: Policy, contenders: Sequence[Contender]) -> list[str]:
                 f"{one.name} keeps no list of its training images, as guards of an earlier guardkit: whether it is tested on some of them is not known."
             )
     return notes
+
+
+def _natural(embeddings: np.ndarray, n_natural: int) -> np.ndarray:
+    """Of natural images, as far as they have an embedding."""
+    natural = embeddings[:n_natural]
+    return natural[natural.any(axis=1)]
 
 
 def _attack(contender: Contender, sheet: Sheet, settings: RobustnessSettings, stores: Mapping[str, Any]) -> list[dict[str, Any]]:

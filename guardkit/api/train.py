@@ -22,6 +22,7 @@ from guardkit.data.training_images import training_images
 from guardkit.editors.base import Editor
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
+from guardkit.encoders.known import MAX_IMAGES, unknown_images
 from guardkit.evaluation.training import measure, out_of_fold_figures
 from guardkit.evaluation.verdicts import editor_trace, no_better
 from guardkit.fitting.cross_validation import N_FOLDS, cross_validate
@@ -181,6 +182,8 @@ def train_guard(
                     f"source={source.name} has no natural safe images to test on: counterfactuals stand for them, and test AUROC and F1 "
                     "do not say how a guard does on ordinary images"
                 )
+            labelled = [record for kind in ("unsafe", "natural", "look_alike") for record in parts.data.choice.of(kind)[:MAX_IMAGES]]
+            metrics["notes"] += unknown_images(encoder, lambda: parts.data.views.embed(labelled))
             metrics["notes"] += [*no_better(metrics), *editor_trace(metrics, chosen, pipeline.editor.name)]
             guard = fitted.guard
             guard.training = {

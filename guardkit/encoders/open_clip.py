@@ -17,6 +17,7 @@ import numpy as np
 from guardkit.artifacts import SHIPPED, read_json, shipped, write_json, written
 from guardkit.encoders.base import CutTexts, checked_preprocess
 from guardkit.encoders.frozen import Built, FrozenEncoder, checked_device, hash_state, trial
+from guardkit.encoders.known import KnownImages
 from guardkit.encoders.places import HUB, LOCAL, offline
 from guardkit.hub import hub_folder
 from guardkit.schema import InputError
@@ -75,6 +76,11 @@ class OpenClipEncoder(FrozenEncoder):
         name = weights if architecture is None else f"{architecture} ({Path(weights).name if self._is_file else weights})"
         super().__init__(name, device=device, batch_size=batch_size)
         self._cut = CutTexts(name)
+
+    @cached_property
+    def known_images(self) -> KnownImages | None:
+        """What the model's folder says of the images that it knows; None: nothing."""
+        return None if self._folder is None else KnownImages.read(self._folder)
 
     # --- where it may have moved: see `guardkit.encoders.lookup` --------------------------------------------------------
 
