@@ -80,7 +80,7 @@ def test_train_and_evaluate_say_so(compose, pictures, tmp_path):
     from guardkit.runs.train import run
 
     rows = ["file_name,label"]
-    for i in range(60):
+    for i in range(80):
         picture(100 + i, (64, 64)).save(tmp_path / f"{i}.png")
         rows.append(f"{i}.png,{'unsafe' if i % 2 else 'safe'}")
     (tmp_path / "metadata.csv").write_text("\n".join(rows))

@@ -50,7 +50,7 @@ class KnownImages:
         if not (folder / KNOWN).is_file():
             return None
         said = read_json(folder / KNOWN, "what images an encoder knows")
-        found = {name: said.get(name) for name in ("about", "statistic", "normal", "limit", "texts")}
+        found: dict[str, Any] = {name: said.get(name) for name in ("about", "statistic", "normal", "limit", "texts")}
         is_right = (
             isinstance(found["about"], str)
             and found["statistic"] in ("nearest_text", "mean_cosine")
