@@ -205,5 +205,6 @@ def _control(control: Control) -> dict[str, Any]:
     figures: dict[str, Any] = {"auroc": None, "ci": {}, "mean_cosine": cosine, "n": n}
     if found is None:
         missing = f" ({control.reason})" if control.reason else ""
-        return figures | {"reason": f"needs {PROBE_MIN_IMAGES} images that came through, there are {n}{missing}"}
+        few = f"needs {PROBE_MIN_IMAGES} images that came through, there are {n}" if n else "no image came through"
+        return figures | {"reason": f"{few}{missing}"}
     return figures | {"auroc": found.estimate, "ci": {"auroc": [found.low, found.high]}}
