@@ -39,7 +39,7 @@ def test_each_shipped_encoder_knows_its_own_world(scenes_encoder, photos_encoder
         "encoder guardkit:scenes_clip knows drawn scenes, and these images look to it like something else: their mean cosine", said
     )
     assert "of images that it knows 0.98, and below 0.88" in said
-    assert said.endswith("take another with encoder= (docs/encoders.md)")
+    assert said.endswith("try another with encoder= (docs/encoders.md)")
     (said,) = unknown_images(photos_encoder, lambda: photos_encoder.encode_images(scenes))
     assert "knows photographs" in said
     assert "the mean cosine of two of them is 0.6" in said

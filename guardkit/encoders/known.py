@@ -102,5 +102,5 @@ def unknown_images(encoder: Any, embeddings: Callable[[], np.ndarray]) -> list[s
         return []
     return [
         f"encoder {encoder.name} knows {known.about}, and these images look to it like something else: {what} is {value:.2f}, of images that it knows "
-        f"{known.normal:.2f}, and {beyond} {known.limit:.2f} it sees little of what they show; take another with encoder= (docs/encoders.md)"
+        f"{known.normal:.2f}, and {beyond} {known.limit:.2f} it may see little of what they show; try another with encoder= (docs/encoders.md)"
     ]
