@@ -148,16 +148,21 @@ def photographs(root, *settings):
     return ["source=folder", f"source.root={root}", "policy=handled_objects", "data.n_unsafe=8", "trainer.max_epochs=5", *settings]
 
 
+def shortages(report):
+    """Notes on what there was too little of; after five epochs a guard may also be no better than flagging everything."""
+    return [note for note in report.metrics["notes"] if "this guard is no better" not in note]
+
+
 def test_every_arm_has_the_same_unsafe_images_and_fewer_negatives_are_marked(train):
     few = ["source.n_train=30", "trainer.max_epochs=5"]
     shuffled, unpaired = train("experiment=shuffled_pairs", *few), train("experiment=unpaired", *few)
     assert shuffled.metrics["n_unsafe"] == unpaired.metrics["n_unsafe"] == 24
     assert shuffled.metrics["n_counterfactuals"] == 6
-    (note,) = shuffled.metrics["notes"]
+    (note,) = shortages(shuffled)
     assert "of the 30 unsafe images that source=scenes has for training, 6 are left beside the 24 labelled ones" in note
     assert "not comparable with arms that have 24 negatives (set data.n_unsafe=15 for every arm that is compared" in note
     assert f"note: {note}" in shuffled.table
-    assert unpaired.metrics["notes"] == []
+    assert shortages(unpaired) == []
 
 
 @pytest.mark.usefixtures("nothing_long")
@@ -168,10 +173,10 @@ def test_no_others_for_shuffled_pairs_is_an_error(train):
 
 def test_whitening_on_few_images_is_marked(train):
     report = train("experiment=unpaired", "head=linear_whitened", "trainer.max_epochs=5")
-    (note,) = report.metrics["notes"]
+    (note,) = shortages(report)
     assert "learns how 256-d embeddings vary from 240 training images, where 2048 are asked for" in note
     assert f"note: {note}" in report.table
-    assert train("experiment=unpaired", "head=linear_whitened", "head.n_images=240", "trainer.max_epochs=5").metrics["notes"] == []
+    assert shortages(train("experiment=unpaired", "head=linear_whitened", "head.n_images=240", "trainer.max_epochs=5")) == []
 
 
 def test_a_sweep_that_finds_all_cells_marks_what_they_were_short_of(compose, tmp_path):
