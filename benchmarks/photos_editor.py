@@ -132,7 +132,7 @@ def main(
     loaded = source_of(policy, Path(data)).load()
     store = EmbeddingStore(OpenClipEncoder(None, "guardkit:photos_clip", batch_size=128), Path(cache_dir) if cache_dir else None)
     judge = Judge(store, loaded.train, int(per_class))
-    print(f"judge: linear probe on {judge.n} photographs of the half that the editor did not see, {len(judge.names)} classes")
+    print(f"judge: linear probe on {judge.n} photographs of the half that the editor did not see, {len(judge.names)} classes", flush=True)
     rng = np.random.default_rng(SEED)
     unsafe = [record for record in loaded.test if record.label == 1]
     unsafe = [unsafe[i] for i in rng.permutation(len(unsafe))[: int(n)]]
