@@ -360,7 +360,7 @@ def test_an_encoder_that_would_not_be_found_again_is_refused(encoder, message):
 
 def test_training_begins_with_these_checks(train, tmp_path):
     with pytest.raises(InputError, match="the head must give float32 logits of shape"):
-        train("head._target_=test_extension.one_logit", folder=tmp_path / "run")
+        train("head._target_=test_extension.one_logit", "~head.leace_images", folder=tmp_path / "run")
     assert not (tmp_path / "run" / "guard").exists()
 
 
@@ -374,7 +374,7 @@ def test_a_subclass_of_the_linear_head_is_not_solved_as_if_it_were_one(compose, 
 
     small = ["source.n_train=60", "source.n_test=9", "sweep.arms=[unpaired]", "sweep.sizes=[8]", "sweep.seeds=1", "trainer.max_epochs=5"]
     target = "head._target_=test_extension.blind"
-    summary = run(compose("sweep", *small, "head=linear", target), {}, tmp_path / "out").summary
+    summary = run(compose("sweep", *small, "head=linear", target, "~head.leace_images"), {}, tmp_path / "out").summary
     (curve,) = summary["curves"].values()
     assert curve["8"]["mean"] == 0  # a head that always says the same decides no pair rightly
 
