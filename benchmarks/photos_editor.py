@@ -24,10 +24,10 @@ from torch.nn import functional
 from verifier_quality import wilson
 
 from benchmarks.class_policies import photo_of
-from benchmarks.photographs import source_of
 from benchmarks.photos_encoder import fit
 from checkpoints.photos_edit import is_of_editor
 from guardkit.artifacts import written
+from guardkit.data.sources.parquet import ParquetSource
 from guardkit.editors.base import EditRequest
 from guardkit.editors.diffusers import DiffusersEditor
 from guardkit.embeddings import EmbeddingStore
@@ -129,7 +129,8 @@ def main(
     picture: str = "",
 ) -> None:
     policy = Policy.load(CONF_DIR / "policy/photos.yaml")
-    loaded = source_of(policy, Path(data)).load()
+    files = {"files": str(Path(data) / "train.parquet"), "test": str(Path(data) / "val.parquet")}
+    loaded = ParquetSource(policy, **files, name="photos", class_column="name", caption_column="name", check_images=False).load()
     store = EmbeddingStore(OpenClipEncoder(None, "guardkit:photos_clip", batch_size=128), Path(cache_dir) if cache_dir else None)
     judge = Judge(store, loaded.train, int(per_class))
     print(f"judge: linear probe on {judge.n} photographs of the half that the editor did not see, {len(judge.names)} classes", flush=True)
@@ -144,7 +145,9 @@ def main(
         "any other class": [str(rng.choice([name for name in judge.names if name != one])) for one in source],
     }
     pipeline = DiffusersEditor("auto", editor, steps=int(steps), guidance=float(guidance), dilate=0.0, batch_size=32)
-    print("| photographs | n | called so, of 200 classes | of the policy's classes and the one asked for | above the source's class |")
+    print(
+        f"| photographs | n | called so, of {len(judge.names)} classes | of the policy's classes and the one asked for | above the source's class |"
+    )
     print("|---|---|---|---|---|")
     real = [record for record in loaded.test if record.caption in own]
     every = loaded.test
