@@ -112,7 +112,7 @@ class Photographs:
     @cached_property
     def _loaded(self) -> Loaded:
         loaded = self._source.load()
-        kept = [one for one in loaded.train if one.label == 1 or int(one.id.rsplit("/", 1)[1]) % SAFE_EVERY == 0]
+        kept = [one for one in loaded.train if one.label == 1 or _is_kept(one)]
         return replace(loaded, train=kept)
 
     def load(self) -> Loaded:
@@ -128,6 +128,18 @@ class Data(GuardDataModule):
     def make_test_set(self) -> TestSet:
         """What it was given."""
         return self.given
+
+
+class AsTheyOccur(GuardDataModule):
+    """As many of the unsafe photographs as of the safe ones, for heads that learn from images without labels how these vary."""
+
+    def load(self) -> list[Record]:
+        """Every eighth photograph."""
+        return [one for one in super().load() if _is_kept(one)]
+
+
+def _is_kept(record: Record) -> bool:
+    return int(record.id.rsplit("/", 1)[1]) % SAFE_EVERY == 0
 
 
 @dataclass(frozen=True)
@@ -265,7 +277,7 @@ def try_policy(one: ClassPolicy, settings: Settings, encoder: OpenClipEncoder) -
         return pd.read_parquet(done)
     started = time.perf_counter()
     trial = Trial.of(one.policy, EmbeddingStore(encoder, settings.cache_dir), settings)
-    plain = trial.data("", 1)
+    plain = AsTheyOccur(trial.source, one.policy, trial.store, trial.pipelines[""])
     parts = Parts(one.policy, encoder, trial.store, trial.pipelines[""], plain, Unlabelled(plain))
     make = head_factory(settings.head)
     schedule = Schedule(ADAMW, TRAINER["max_epochs"], TRAINER["check_val_every_n_epoch"], 12)
@@ -345,7 +357,7 @@ def main(
         Path(cache_dir) if cache_dir else folder / "cache",
         *(tuple(map(int, text.split(","))) for text in (sizes, safe_per_unsafe)),
         int(seeds),
-        tuple(editors.split(",")),
+        tuple(name for name in editors.split(",") if name),
         head,
     )
     folder.mkdir(parents=True, exist_ok=True)

@@ -228,8 +228,8 @@ def draw_curves(table: pd.DataFrame, path: Path) -> None:
     """Learning curves: natural photographs, look-alikes only, and more safe photographs."""
     results = Results(table)
     first = results.ratios[0]
-    figure = Figure(figsize=(15, 5.6), facecolor="white")
-    axes = [figure.add_axes((left, 0.17, 0.27, 0.74)) for left in (0.045, 0.375, 0.705)]
+    figure = Figure(figsize=(15, 6.4), facecolor="white")
+    axes = [figure.add_axes((left, 0.26, 0.28, 0.67)) for left in (0.045, 0.37, 0.695)]
     for axis, measure in zip(axes[:2], ("auroc", "auroc_look_alikes"), strict=True):
         for key in results.arms(first):
             sizes, values = results.curves(key, measure)
@@ -239,19 +239,23 @@ def draw_curves(table: pd.DataFrame, path: Path) -> None:
             axis.plot(sizes, values.mean(axis=0), marker="o", markersize=4, linewidth=2, label=_label(key), **look)
             if key[0] == BASELINE:
                 _band(axis, sizes, values, look["color"])
-        axis.set_title(f"{MEASURES[measure]}, {first} safe photograph for each unsafe one", fontsize=11)
+        axis.set_title(f"{MEASURES[measure]}, {first} safe for each unsafe one", fontsize=11)
         _finish(axis, results, measure)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), fontsize=9.5, frameon=False, ncols=5, loc="upper left", bbox_to_anchor=(0.03, 0.185)
+    )
     for safe, shade in zip(results.ratios, ("#2a3038", "#7b5ea7", "#e08a00"), strict=False):
         sizes, values = results.curves((BASELINE, "", safe), "auroc")
         axes[2].plot(sizes, values.mean(axis=0), marker="o", markersize=4, linewidth=2, color=shade, label=f"{BASELINE}, {safe} safe")
         _band(axes[2], sizes, values, shade)
     axes[2].set_title(f"AUROC of {BASELINE}, more safe photographs", fontsize=11)
     _finish(axes[2], results, "auroc")
+    axes[2].legend(fontsize=9.5, frameon=False, loc="lower right")
     low = min(axis.get_ylim()[0] for axis in axes)
     for axis in axes:
         axis.set_ylim(low, 1.0)
     figure.text(
-        0.045, 0.02, f"Means of {results.n_policies} policies; bands: 95 % over policies. Labels: labelled unsafe photographs.", fontsize=9
+        0.045, 0.03, f"Means of {results.n_policies} policies; bands: 95 % over policies. Labels: labelled unsafe photographs.", fontsize=9
     )
     figure.savefig(path, dpi=110)
 
@@ -276,7 +280,6 @@ def _finish(axis, results: Results, measure: str) -> None:  # type: ignore[no-un
     axis.set_axisbelow(True)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
-    axis.legend(fontsize=8.5, frameon=False, loc="lower right")
 
 
 def draw_pairs(pairs: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]], path: Path) -> None:
