@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from guardkit.artifacts import written
+from guardkit.data.sources.parquet import ParquetSource
 from guardkit.policy import Policy
 
 FILE = Path(__file__).with_suffix(".json")
@@ -83,6 +84,19 @@ def policies(split: str) -> list[ClassPolicy]:
     said = json.loads(FILE.read_text(encoding="utf-8"))
     found = [ClassPolicy(**{key: tuple(value) if isinstance(value, list) else value for key, value in one.items()}) for one in said]
     return [one for one in found if one.split == split]
+
+
+def source_of(policy: Policy, data: Path) -> ParquetSource:
+    """The photographs of `train.parquet` and `val.parquet` in a folder, labelled under a policy."""
+    return ParquetSource(
+        policy,
+        str(data / "train.parquet"),
+        test=str(data / "val.parquet"),
+        name="photos",
+        class_column="name",
+        caption_column="name",
+        check_images=False,
+    )
 
 
 def read_chains(path: Path) -> dict[str, list[str]]:

@@ -23,9 +23,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from benchmarks.class_policies import ClassPolicy, photo_of
+from benchmarks.class_policies import ClassPolicy, photo_of, source_of
 from benchmarks.class_policies import policies as of_split
-from benchmarks.photographs import interval, source_of
+from benchmarks.photographs_report import interval
 from guardkit.artifacts import written
 from guardkit.counterfactual.edits import Edits
 from guardkit.data.arms import Orders, choose

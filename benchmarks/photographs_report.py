@@ -42,14 +42,14 @@ _COLOURS = {
 _DASHES = {"": "-", "inpaint": "-", "paste": (0, (5, 2))}
 
 
-def _interval(values: np.ndarray) -> str:
+def interval(values: np.ndarray) -> str:
     """Mean and half the 95 % interval over policies."""
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
     return f"{values.mean():.3f} ± {half:.3f}"
 
 
 def _difference(values: np.ndarray) -> str:
-    said = _interval(values)
+    said = interval(values)
     return said if said.startswith("-") else f"+{said}"
 
 
@@ -114,13 +114,13 @@ def report(table: pd.DataFrame) -> str:
     first = results.ratios[0]
     shown = results.sizes[1::2] if len(results.sizes) > 4 else results.sizes
     middle = results.sizes[(len(results.sizes) - 1) // 2]
-    zero = {measure: _interval(results.zero_shot[measure].to_numpy()) for measure in MEASURES}
+    zero = {measure: interval(results.zero_shot[measure].to_numpy()) for measure in MEASURES}
     lines = [f"{results.n_policies} policies. Zero-shot AUROC {zero['auroc']}.", ""]
     lines += [f"## AUROC on natural photographs, {first} safe for each unsafe one", ""]
     lines += _by_size(results, results.arms(first), shown, zero["auroc"])
     lines += [f"## With {middle} labels, {first} safe for each unsafe one: differences to {BASELINE}", ""]
     rows = [["zero-shot, as it is", *zero.values()]]
-    rows += [[f"`{BASELINE}`, as it is", *(_interval(results.values((BASELINE, "", first), middle, one).to_numpy()) for one in MEASURES)]]
+    rows += [[f"`{BASELINE}`, as it is", *(interval(results.values((BASELINE, "", first), middle, one).to_numpy()) for one in MEASURES)]]
     rows += [
         [_name(key), *(_difference(found) if len(found := results.differences(key, middle, one)) else "–" for one in MEASURES)]
         for key in results.arms(first)
@@ -144,7 +144,7 @@ def report(table: pd.DataFrame) -> str:
     lines += _labels_to_reach(results)
     lines += [f"## Controls: AUROC, {first} safe for each unsafe one", ""]
     lines += _by_size(results, [(BASELINE, "", first), *results.arms(first, controls=True)], results.sizes, zero["auroc"])
-    rows = [[editor, _interval(part["auroc"].dropna().to_numpy())] for editor, part in results.traces.groupby("editor")]
+    rows = [[editor, interval(part["auroc"].dropna().to_numpy())] for editor, part in results.traces.groupby("editor")]
     lines += ["## A probe that tells null edits from photographs: AUROC", "", *_table(["editor", "AUROC"], rows)]
     return "\n".join(lines)
 
@@ -159,7 +159,7 @@ def _by_size(results: Results, keys: Sequence[Key], sizes: Sequence[int], zero: 
             if not len(values):
                 cells.append("–")
             elif key[0] == BASELINE:
-                cells.append(_interval(values))
+                cells.append(interval(values))
             else:
                 cells.append(f"{values.mean():.3f} ({_difference(results.differences(key, size, 'auroc'))})")
         rows.append([_name(key), *cells])
@@ -178,7 +178,7 @@ def _matrix(results: Results, keys: Sequence[Key], size: int) -> list[str]:
 
 
 def _both(pair: Sequence[pd.Series]) -> Iterator[str]:
-    yield _interval(pair[0].to_numpy())
+    yield interval(pair[0].to_numpy())
     yield f"({pair[1].mean():.2f})"
 
 

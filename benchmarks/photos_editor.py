@@ -23,11 +23,10 @@ from PIL import Image, ImageDraw
 from torch.nn import functional
 from verifier_quality import wilson
 
-from benchmarks.class_policies import photo_of
+from benchmarks.class_policies import photo_of, source_of
 from benchmarks.photos_encoder import fit
 from checkpoints.photos_edit import is_of_editor
 from guardkit.artifacts import written
-from guardkit.data.sources.parquet import ParquetSource
 from guardkit.editors.base import EditRequest
 from guardkit.editors.diffusers import DiffusersEditor
 from guardkit.embeddings import EmbeddingStore
@@ -129,8 +128,7 @@ def main(
     picture: str = "",
 ) -> None:
     policy = Policy.load(CONF_DIR / "policy/photos.yaml")
-    files = {"files": str(Path(data) / "train.parquet"), "test": str(Path(data) / "val.parquet")}
-    loaded = ParquetSource(policy, **files, name="photos", class_column="name", caption_column="name", check_images=False).load()
+    loaded = source_of(policy, Path(data)).load()
     store = EmbeddingStore(OpenClipEncoder(None, "guardkit:photos_clip", batch_size=128), Path(cache_dir) if cache_dir else None)
     judge = Judge(store, loaded.train, int(per_class))
     print(f"judge: linear probe on {judge.n} photographs of the half that the editor did not see, {len(judge.names)} classes", flush=True)
