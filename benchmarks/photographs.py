@@ -67,6 +67,7 @@ MOST_CONTROLLED = 32  # labels in the controls
 MOST_REPEATED = 32  # labels with several subsets; with more, one
 MAX_FPR = 0.05
 N_SHOWN = 6
+N_TRIED = 24  # photographs of a policy, of which the first that all editors could edit is shown
 
 
 @dataclass(frozen=True)
@@ -318,7 +319,7 @@ def shown_pairs(some: Sequence[ClassPolicy], settings: Settings) -> dict[str, li
         loaded = Photographs(one.policy, settings.data).load()
         assert loaded.test is not None
         assert one.policy.harmless
-        unsafe: list[Record] = [record for record in loaded.test if record.label == 1 and record.region is not None]
+        unsafe: list[Record] = [record for record in loaded.test if record.label == 1 and record.region is not None][:N_TRIED]
         pipeline = Edits.of(None).pipeline(one.policy, None, None)  # type: ignore[arg-type]
         pipeline.supply(loaded.train)
         edits: dict[str, list[Any]] = {}
