@@ -235,7 +235,8 @@ class Trial:
         views = _views(self.store, self.pipelines[editor])
         edited = views.edited(unsafe, 1, "null", EditCounts())
         there = edited.there[:, 0]
-        return edited_vs_original_auroc(views.embed(unsafe)[there], edited.vectors[there, 0])
+        found = edited_vs_original_auroc(views.embed(unsafe)[there], edited.vectors[there, 0])
+        return None if found is None else found.estimate
 
 
 def _views(store: EmbeddingStore, pipeline: CounterfactualPipeline) -> ViewMaker:
