@@ -122,6 +122,15 @@ def test_pixels_are_differentiable_and_agree_with_images(scenes_encoder):
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in scenes_encoder.model.parameters())
 
 
+def test_pixels_are_differentiable_whatever_was_asked_first():
+    encoder = OpenClipEncoder(None, "guardkit:scenes_clip")
+    with torch.inference_mode():
+        encoder.encode_texts(["a photo of a dog"])
+    pixels = torch.rand(1, 3, 64, 64).requires_grad_()
+    encoder.encode_pixels(pixels)[0, 0].backward()
+    assert pixels.grad.abs().sum() > 0
+
+
 def test_vectors_come_as_the_model_gives_them_on_request(scenes_encoder):
     raw = scenes_encoder.encode_images(IMAGES, normalize=False)
     lengths = np.linalg.norm(raw, axis=1, keepdims=True)

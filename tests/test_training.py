@@ -122,7 +122,9 @@ def test_a_threshold_that_flags_everything_is_told_from_scores_that_tell_nothing
     figures = {"n": 100, "auroc": 0.9, "f1": 0.6, "ci": {"auroc": [0.8, 0.95], "f1": [0.5, 0.7]}}
     metrics = {"test": figures, "always_unsafe": {"f1": 0.667}, "n_safe": 10}
     (said,) = no_better(metrics)
-    assert said.endswith("no better than flagging everything (F1 0.600 against 0.667); try another threshold (threshold=balanced)")
+    assert said.endswith(
+        "no better than flagging everything (F1 0.600 against 0.667); try another threshold (threshold=balanced), and look at mistakes.html"
+    )
     assert no_better(metrics | {"always_unsafe": {"f1": 0.5}}) == []
     assert no_better({"test": {"n": 3, "auroc": None, "f1": None, "ci": {}}, "always_unsafe": {"f1": None}, "n_safe": 0}) == []
 

@@ -98,10 +98,14 @@ class FrozenEncoder(ABC):
 
     @cached_property
     def _loaded(self) -> Built:
+        import torch
+
         with self._lock:
             if "_built" not in self.__dict__:
                 self._builder = os.getpid()
-                built = self._build()
+                # whoever asks first may be in inference mode, and weights that are made there take no gradients ever after
+                with torch.inference_mode(False):
+                    built = self._build()
                 if self._pickled is not None and built.fingerprint != self._pickled:
                     raise InputError(
                         f"the weights of encoder {self.name} changed after it was pickled; pickle it anew, or put the old ones back"
