@@ -10,11 +10,11 @@ import numpy as np
 from guardkit.counterfactual.pipeline import EditCounts
 from guardkit.data.datamodule import GuardDataModule
 from guardkit.data.splits import nested_order
+from guardkit.metrics.probe import PROBE_MIN_IMAGES
 from guardkit.schema import InputError, Record
 
 log = logging.getLogger(__name__)
 
-_MIN_EDITS = 10  # as many as the probe of `guardkit.metrics.probe` asks for
 _ORDER_SEED = 0  # the same images whatever the seed of a run: its labelled subset says nothing about them
 
 
@@ -30,7 +30,7 @@ class Unlabelled:
 
     def __init__(self, data: GuardDataModule) -> None:
         self._data = data
-        self.images: list[Record] = []
+        self._images: dict[int, Record] = {}  # by identity: names may repeat
         self._vectors: dict[int, np.ndarray] = {}
         self._null_edits: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._whitenings: dict[tuple[int, float], np.ndarray] = {}
@@ -68,6 +68,11 @@ class Unlabelled:
             self._whitenings[key] = (axes * (values.mean() / values) ** 0.5) @ axes.T
         return self._whitenings[key]
 
+    @property
+    def images(self) -> list[Record]:
+        """Those that were looked at so far, each once."""
+        return list(self._images.values())
+
     def embeddings(self, n_images: int) -> np.ndarray:
         """(n, d) float64 of so many images, fewer if there are fewer or some cannot be read. Raises InputError where none can."""
         if n_images not in self._vectors:
@@ -90,15 +95,15 @@ class Unlabelled:
             views = self._data.views.edited(images, 1, "null", counts)
             self._data.other_edits.seconds += counts.seconds
             there = views.there[:, 0]
-            if there.sum() < _MIN_EDITS:
+            if there.sum() < PROBE_MIN_IMAGES:
                 reasons = "; ".join(f"{count} x {reason}" for reason, count in sorted(counts.rejected.items()))
                 raise InputError(
-                    f"head.leace_images={n_images}: LEACE needs at least {_MIN_EDITS} null edits to see the editor's trace, and "
+                    f"head.leace_images={n_images}: LEACE needs at least {PROBE_MIN_IMAGES} null edits to see the editor's trace, and "
                     f"editor={self._data.pipeline.editor.name} made {int(there.sum())} of {len(images)} images ({reasons or 'there are no more'}); choose an "
                     "editor that makes them, more images, or head.leace_images=0"
                 )
             kept = [record for record, accepted in zip(images, there, strict=True) if accepted]
-            self.images += kept
+            self._images |= {id(record): record for record in kept}
             self._null_edits[n_images] = self._data.views.embed(kept).astype(np.float64), views.vectors[there, 0].astype(np.float64)
         return self._null_edits[n_images]
 
@@ -106,7 +111,7 @@ class Unlabelled:
         """(n, d) float64. An image that cannot be read is no reason to stop: nobody asked for this very one."""
         brought = [record.embedding for record in images if record.embedding is not None]
         read, made, unreadable = self._data.store.embed_readable([record for record in images if record.embedding is None])
-        self.images += [*(record for record in images if record.embedding is not None), *read]
+        self._images |= {id(record): record for record in [*(record for record in images if record.embedding is not None), *read]}
         if unreadable:
             log.warning(
                 "whitening leaves out %d image(s) that cannot be read, the first is %s: %s",
