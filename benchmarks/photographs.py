@@ -1,10 +1,10 @@
 """Do counterfactual pairs help on photographs? Arms x editors x label budgets over policies that nobody tuned to.
 
-    python benchmarks/photographs.py data=DIR output_dir=DIR [encoder=guardkit:photos_clip] [cache_dir=DIR] [head=linear_whitened]
+    python benchmarks/photographs.py data=DIR output_dir=DIR [encoder=guardkit:photos_clip] [cache_dir=DIR] [heads=anchored,linear_whitened]
         [policies=24] [sizes=4,8,16,32,64,128,256,512] [seeds=2] [safe_per_unsafe=1,4,16] [editors=inpaint,paste] [split=test]
 
 DIR holds `train.parquet` and `val.parquet` (columns `image`, `name` and the box). For each of the policies of `class_policies.json`, each
-arm's head is trained on so many labelled unsafe photographs, and tested on all natural ones of `val.parquet`, on the look-alikes
+arm's heads are trained on so many labelled unsafe photographs, and tested on all natural ones of `val.parquet`, on the look-alikes
 among them, and on pairs that each editor makes of the unsafe ones. Finished policies are found in output_dir; tables
 (`photographs.md`) and pictures are of those that are finished. Any open_clip weights may be the encoder: "local-dir:FOLDER",
 "hf-hub:ORG/NAME". How tables are made is said in `photographs_report.py`.
@@ -57,11 +57,12 @@ from guardkit.schema import Record
 
 EDITORS: dict[str, type[Editor]] = {"inpaint": InpaintEditor, "paste": PasteEditor}
 TRANSPLANTS = "transplants"  # pairs to test on that are edited on both sides
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the pull, chosen on validation images
+FIXED = {"anchored": (1.0,)}  # where `train` has one
 SCALE = 30.0  # of the cosine before the softmax, as conf/verifier/encoder.yaml
 SAFE_EVERY = 8  # of the safe training photographs, every eighth is there to choose from: each has to be encoded
 MOST_SAFE = 1024  # natural safe photographs beside the unsafe ones: larger budgets are not tried with more of them for each
-MOST_EDITED = 128  # labels with edits
+MOST_EDITED = 512  # labels with edits
 MOST_TRANSPLANTED = 32  # labels with transplants, of which there are eight for each
 MOST_CONTROLLED = 32  # labels in the controls
 MOST_REPEATED = 32  # labels with several subsets; with more, one
@@ -79,7 +80,7 @@ class Settings:
     safe_per_unsafe: tuple[int, ...]
     seeds: int
     editors: tuple[str, ...]
-    head: str
+    heads: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -272,27 +273,32 @@ def permuted(data: CellData, seed: int) -> CellData:
 
 
 def try_policy(one: ClassPolicy, settings: Settings, encoder: OpenClipEncoder) -> pd.DataFrame:
-    """A row for each arm, editor, number of safe images, label budget and seed; for zero-shot; and for the trace of each editor."""
+    """A row for each arm, head, editor, number of safe images, label budget and seed; for zero-shot; and for the trace of each editor."""
     about = [one.policy.digest, encoder.fingerprint, *(str(getattr(settings, name)) for name in ("sizes", "safe_per_unsafe", "seeds"))]
-    done = settings.output_dir / f"{one.policy.name}_{fingerprint([*about, settings.editors, settings.head])[:12]}.parquet"
+    done = settings.output_dir / f"{one.policy.name}_{fingerprint([*about, settings.editors, settings.heads])[:12]}.parquet"
     if done.is_file():
         return pd.read_parquet(done)
     started = time.perf_counter()
     trial = Trial.of(one.policy, EmbeddingStore(encoder, settings.cache_dir), settings)
     plain = AsTheyOccur(trial.source, one.policy, trial.store, trial.pipelines[""])
     parts = Parts(one.policy, encoder, trial.store, trial.pipelines[""], plain, Unlabelled(plain))
-    make = head_factory(settings.head)
     schedule = Schedule(ADAMW, TRAINER["max_epochs"], TRAINER["check_val_every_n_epoch"], 12)
-    engine = BatchedEngine(
-        Objective.of({"category_weight": 0.0, "l2": 0.0}), STRENGTHS, lambda _, seed: new_head(make, parts, seed), schedule
-    )
+    engines = {
+        head: BatchedEngine(
+            Objective.of({"category_weight": 0.0, "l2": 0.0}),
+            FIXED.get(head, STRENGTHS),
+            lambda name, seed: new_head(head_factory(name), parts, seed),
+            schedule,
+        )
+        for head in settings.heads
+    }
     rows: list[dict[str, Any]] = [{"arm": "zero_shot", **trial.zero_shot()}]
     for block in blocks(settings):
         arms = [arm_named(arm) for arm in block.arms]
         arms = [arm if arm.variants_per_image else replace(arm, variants_per_image=1) for arm in arms]
         stock = Stock(trial.data(block.editor, block.safe_per_unsafe), arms, block.sizes, block.seeds)
         ready: list[tuple[Cell, CellData]] = []
-        for cell in [Cell(arm, settings.head, size, seed) for arm in block.arms for size in block.sizes for seed in block.seeds]:
+        for cell in [Cell(arm, "", size, seed) for arm in block.arms for size in block.sizes for seed in block.seeds]:
             with suppress(CellError):  # too few images, or no edit of the few was accepted: it is missing in the tables
                 ready.append((cell, stock.data_of(cell)))
         if block.safe_per_unsafe == settings.safe_per_unsafe[0]:
@@ -301,11 +307,13 @@ def try_policy(one: ClassPolicy, settings: Settings, encoder: OpenClipEncoder) -
                 for cell, data in ready
                 if cell.arm == "unpaired" and cell.n_unsafe <= MOST_CONTROLLED
             ]
-        for (cell, data), fitted in zip(ready, engine.fit(ready, trial.test), strict=True):
-            if isinstance(fitted, FittedCell):
-                about_cell = {"arm": cell.arm, "n_unsafe": cell.n_unsafe, "seed": cell.seed, **data.counts}
-                where = {"editor": block.editor, "safe_per_unsafe": block.safe_per_unsafe}
-                rows.append(about_cell | where | trial.measured(fitted.logits, fitted.counterfactual_logits))
+        for head, engine in engines.items():
+            own = [(replace(cell, head=head), data) for cell, data in ready]
+            for (cell, data), fitted in zip(own, engine.fit(own, trial.test), strict=True):
+                if isinstance(fitted, FittedCell):
+                    about_cell = {"arm": cell.arm, "head": head, "n_unsafe": cell.n_unsafe, "seed": cell.seed, **data.counts}
+                    where = {"editor": block.editor, "safe_per_unsafe": block.safe_per_unsafe}
+                    rows.append(about_cell | where | trial.measured(fitted.logits, fitted.counterfactual_logits))
     rows += [{"arm": "trace", "editor": editor, "auroc": trial.trace(editor)} for editor in settings.editors]
     table = pd.DataFrame(rows).assign(policy=one.policy.name, seconds=time.perf_counter() - started)
     with written(done) as temporary:
@@ -344,7 +352,7 @@ def main(
     output_dir: str,
     encoder: str = "guardkit:photos_clip",
     cache_dir: str = "",
-    head: str = "linear_whitened",
+    heads: str = "anchored,linear_whitened",
     policies: str = "24",
     sizes: str = "4,8,16,32,64,128,256,512",
     seeds: str = "2",
@@ -360,7 +368,7 @@ def main(
         *(tuple(map(int, text.split(","))) for text in (sizes, safe_per_unsafe)),
         int(seeds),
         tuple(name for name in editors.split(",") if name),
-        head,
+        tuple(heads.split(",")),
     )
     folder.mkdir(parents=True, exist_ok=True)
     model = OpenClipEncoder(None, encoder, batch_size=16)  # calls are small, and are padded to whole batches
@@ -371,10 +379,14 @@ def main(
         print(f"{row + 1} {one.policy.name} {tables[-1]['seconds'].iloc[0]:.0f} s", file=sys.stderr, flush=True)
     table = pd.concat(tables)
     table.to_parquet(folder / "table.parquet")
-    text = report(table)
+    texts = []
+    for head in settings.heads:
+        own = table[table["head"].isna() | (table["head"] == head)]
+        texts += [f"# head={head}", "", report(own)]
+        draw_curves(own, folder / f"photographs_curves_{head}.png")
+    text = "\n".join(texts)
     (folder / "photographs.md").write_text(text, encoding="utf-8")
     print(text)
-    draw_curves(table, folder / "photographs_curves.png")
     draw_pairs(shown_pairs(chosen[:: max(1, len(chosen) // N_SHOWN)][:N_SHOWN], settings), folder / "photographs_pairs.png")
 
 
