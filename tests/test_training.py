@@ -18,6 +18,7 @@ from guardkit import GuardClassifier
 from guardkit.data.splits import folds, nested_order, split_test, split_validation
 from guardkit.evaluation.verdicts import no_better
 from guardkit.metrics.label_errors import probable_label_errors
+from guardkit.reports.training import summary_table
 from guardkit.schema import InputError, Record
 
 ARMS = ("pairs_aug", "unpaired", "pairs_plus", "shuffled_pairs", "null_edits", "classic_aug")
@@ -34,11 +35,16 @@ EXPERIMENTS = sorted({path.stem for path in (ROOT / "conf/experiment").glob("*.y
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs_within_its_budget(train, experiment):
-    metrics = train(f"experiment={experiment}").metrics
+    report = train(f"experiment={experiment}")
+    metrics, rows = report.metrics, rows_of(report.table)
     assert metrics["experiment"] == experiment
     assert metrics["n_unsafe"] == 24
     natural = {"pairs_aug": 0, "shuffled_pairs": 0, "look_alikes": 48}.get(experiment, 24)
     assert metrics["n_safe"] == natural
+    # the rows of what this arm has not are left out
+    assert [rows[name][0] for name in ("of these look-alikes", "transplants") if name in rows] == (
+        ["24"] if experiment == "look_alikes" else []
+    )
     edits = metrics["edits"]
     assert edits["requested"] == edits["accepted"] + sum(edits["rejected"].values())
     assert metrics["n_counterfactuals"] == (24 if experiment in ("pairs_aug", "pairs_plus", "pairs_balanced", "shuffled_pairs") else 0)
@@ -105,6 +111,11 @@ def test_the_table_says_what_it_means(pairs_aug):
     assert value == "-"
     assert "this editor has no autoencoder" in why
     assert "no better" not in pairs_aug.table
+
+
+def test_the_table_counts_transplants(pairs_aug):
+    table = summary_table(pairs_aug.metrics | {"n_transplants": 96})
+    assert rows_of(table)["transplants"][0] == "96"
 
 
 def test_a_guard_that_is_no_better_than_chance_says_so(train):

@@ -6,9 +6,7 @@ did not see it, nor a near-duplicate of it.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +17,7 @@ from guardkit.classifier import GuardClassifier
 from guardkit.data.arms import Arm
 from guardkit.data.sources.base import Loaded
 from guardkit.data.splits import folds
-from guardkit.fitting.module import Fitted, GuardModule
+from guardkit.fitting.module import Fitted, GuardModule, quiet
 from guardkit.fitting.parts import HeadFactory, Parts, data_module, new_head
 from guardkit.fitting.recipe import TRAINER, Recipe
 from guardkit.heads import Head
@@ -73,7 +71,8 @@ def cross_validate(make_head: HeadFactory, parts: Parts, recipe: Recipe, arm: Ar
             if not len(left_out):
                 continue
             source = _Without(parts.data.loaded, parts.data.source.name, records, set(left_out.tolist()))
-            with _quiet(), torch.random.fork_rng(devices=[]):
+            # what a source is short of was said of the training itself
+            with quiet("guardkit.data"), torch.random.fork_rng(devices=[]):
                 mine = replace(parts, data=data_module(source, parts.policy, parts.store, parts.pipeline, arm, seed=seed, **data))
                 head = _trained(make_head, mine, recipe, n_epochs, seed)
             guard = GuardClassifier(head, parts.encoder, parts.policy, threshold=fitted.guard.threshold)
@@ -118,15 +117,3 @@ def _closure(module: GuardModule, optimizer: torch.optim.Optimizer, batch: Mappi
         return value
 
     return loss
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What a source is short of was said of the training itself."""
-    logger = logging.getLogger("guardkit.data")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -367,16 +367,22 @@ class EpochProgress(L.Callback):
 
 
 @contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Lightning advises on data loader workers and logging intervals, which do not apply to embeddings in memory."""
-    logger = logging.getLogger("lightning.pytorch")
+def quiet(logger_name: str) -> Iterator[None]:
+    """Of a logger and those below it, errors alone are shown."""
+    logger = logging.getLogger(logger_name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            yield
+        yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Lightning advises on data loader workers and logging intervals, which do not apply to embeddings in memory."""
+    with quiet("lightning.pytorch"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield

@@ -63,7 +63,11 @@ def summary_table(metrics: dict[str, Any]) -> str:
     rows = [
         ("labelled unsafe images", str(metrics["n_unsafe"]), ""),
         ("natural safe images", str(metrics["n_safe"]), ""),
+        *_counted("of these look-alikes", metrics["n_look_alikes"], "safe images that the source says to look like unsafe ones"),
         ("counterfactuals", str(metrics["n_counterfactuals"]), ""),
+        *_counted(
+            "transplants", metrics["n_transplants"], "unsafe objects in safe photographs; as many safe ones stand in the same places"
+        ),
         ("edits rejected", f"{edits['requested'] - edits['accepted']} of {edits['requested']}", ""),
         ("threshold", _shown(threshold), "an image is flagged when its score reaches it"),
         _row(f"pair accuracy (n={pairs['n']})", pairs, "pair_accuracy", "unsafe image flagged and its counterfactual not"),
@@ -81,6 +85,11 @@ def summary_table(metrics: dict[str, Any]) -> str:
     lines = [f"{metrics['experiment']}, seed {metrics['seed']}"]
     lines += [f"  {name:<{names}}  {value:<{values}}  {meaning}".rstrip() for name, value, meaning in rows]
     return "\n".join([*lines, *(f"  note: {note}" for note in metrics["notes"])])
+
+
+def _counted(title: str, n: int, meaning: str) -> list[tuple[str, str, str]]:
+    """A row of what only some arms have; none without it."""
+    return [(title, str(n), meaning)] if n else []
 
 
 def _after_leace(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
