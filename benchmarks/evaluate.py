@@ -28,7 +28,7 @@ from guardkit.baselines.base import HeadGuard
 from guardkit.data.sources.folder import FolderSource
 from guardkit.encoders.open_clip import OpenClipEncoder
 from guardkit.evaluation.benchmark import read_benchmark
-from guardkit.evaluation.effectiveness import make_sheet, measure
+from guardkit.evaluation.effectiveness import measure
 from guardkit.evaluation.outcome import Evaluation
 from guardkit.evaluation.scoring import Contender, embedding_stores, score
 from guardkit.images import read_image
@@ -106,8 +106,7 @@ def main(n_images: int = 768, repeats: int = 3, side: int = 256, width: int = 0)
         benchmark = read_benchmark(FolderSource(policy, str(root / "images"), check_images=False), split="all")
 
         def scored(contenders: list[Contender]) -> Any:
-            stores = embedding_stores(contenders, None)
-            return score(benchmark.records, contenders, stores, None, encoder_fingerprint=None)
+            return score(benchmark, contenders, embedding_stores(contenders, None), None, policy.category_names)
 
         read, ready = best(repeats, lambda: [encoder.preprocess(read_image(path)) for path in paths])
         before = time.process_time()
@@ -118,12 +117,11 @@ def main(n_images: int = 768, repeats: int = 3, side: int = 256, width: int = 0)
             ones.append(best(1, lambda: scored(heads[:1]))[0])
             tens.append(best(1, lambda: scored(heads))[0])
         one, ten = min(ones), min(tens)
-        result = scored(heads)
-        sheet = make_sheet(benchmark, result, heads, policy.category_names)
+        sheet = scored(heads)
         figures, (rows, tests) = best(1, lambda: measure(sheet, prevalence=0.01, n_resamples=1000, seed=0))
-        evaluation = Evaluation(benchmark, policy, result, sheet, rows, tests, [], 0.01, {}, "python benchmarks/evaluate.py")
+        evaluation = Evaluation(benchmark, policy, sheet, rows, tests, [], 0.01, {}, "python benchmarks/evaluate.py")
         report, _ = best(1, lambda: write_report(root / "report", evaluation))
-    counts = next(iter(result.counts["encoders"].values()))
+    counts = next(iter(sheet.counts["encoders"].values()))
     print(f"{n_images} JPEG files of {side * 4 // 3} x {side} pixels, {encoder.name}, {torch.get_num_threads()} threads, best of {repeats}")
     print(f"encoder alone               {n_images / bare:8.0f} images/s")
     print(f"reading and preprocessing   {n_images / read:8.0f} images/s on one thread")
@@ -134,7 +132,7 @@ def main(n_images: int = 768, repeats: int = 3, side: int = 256, width: int = 0)
     )
     print(f"scoring pass, one head      {n_images / one:8.0f} images/s   over the encoder's bare rate {bare / one:.2f} (aim: at least 0.9)")
     print(f"scoring pass, ten heads     {n_images / ten:8.0f} images/s   cost over one head {ten / one:.3f} (aim: at most 1.05)")
-    print(f"ten heads: {result.counts['read']} images read, {counts['encoded']} encoded")
+    print(f"ten heads: {sheet.counts['read']} images read, {counts['encoded']} encoded")
     print(f"figures and intervals of ten heads {figures:.1f} s, report {report:.1f} s")
 
 

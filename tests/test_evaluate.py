@@ -22,7 +22,7 @@ from sklearn import metrics as sk
 from guardkit.artifacts import fingerprint
 from guardkit.data.sources.base import Loaded
 from guardkit.evaluation.benchmark import read_benchmark
-from guardkit.evaluation.effectiveness import make_sheet, measure, uncovered_categories
+from guardkit.evaluation.effectiveness import measure, uncovered_categories
 from guardkit.evaluation.scoring import Contender, embedding_stores, score
 from guardkit.images import ArrayContent, FileContent
 from guardkit.metrics.figures import OF_IMAGES, OF_PAIRS, pair_metrics
@@ -110,11 +110,9 @@ def records(n=40, sources=("real", "generated")):
 def evaluated(test, *guards, cache=None, points=None, trained_on=None, n_resamples=120, **source):
     contenders = [Contender(guard.name, guard, points or {}, trained_on) for guard in guards]
     benchmark = read_benchmark(test if not isinstance(test, list) else Listed(test, **source))
-    stores = embedding_stores(contenders, cache)
-    scored = score([*benchmark.records, *benchmark.counterfactuals], contenders, stores, cache)
-    sheet = make_sheet(benchmark, scored, contenders, CATEGORIES)
+    sheet = score(benchmark, contenders, embedding_stores(contenders, cache), cache, CATEGORIES)
     rows, tests = measure(sheet, prevalence=0.02, n_resamples=n_resamples, seed=0)
-    return sheet, scored, rows, tests
+    return sheet, rows, tests
 
 
 def find(rows, **wanted):
@@ -141,7 +139,7 @@ def test_f1_table_is_that_of_unsafebench():
     """`describe_results` of its assess_effectiveness.py: images collected for a category, sources pooled, then f1_score."""
     test = records(60)
     guard = OnEncoder("guard", MeanColour(), covers=frozenset({"weapons", "sexual"}))
-    sheet, _, rows, _ = evaluated(test, guard)
+    sheet, rows, _ = evaluated(test, guard)
     predictions = (sheet.scores[:, 0] >= 0.5).astype(int)
     for sources in (["real"], ["generated"], ["real", "generated"]):
         for category in ("weapons", "sexual"):
@@ -161,10 +159,10 @@ def test_an_unsure_answer_is_no_coin_toss():
     guard = OnImages(
         "vlm", lambda image: Judgment(math.nan, "unparsable") if image.tobytes() in unsure else Judgment(float(image.mean() > 127))
     )
-    sheet, scored, rows, _ = evaluated(test, guard)
+    sheet, rows, _ = evaluated(test, guard)
     row = find(rows, metric="f1", **OVERALL)
     assert row["n_abstained"] == 3
-    assert scored.abstentions(0) == {"unparsable": 3}
+    assert sheet.abstentions(0) == {"unparsable": 3}
     predictions = np.nan_to_num(sheet.scores[:, 0], nan=0.0) >= 0.5
     assert row["value"] == pytest.approx(sk.f1_score(sheet.labels, predictions))
     assert find(rows, metric="auroc", **OVERALL)["n"] == 27
@@ -182,19 +180,19 @@ def test_eight_classifiers_read_and_encode_each_image_once(tmp_path):
         OnEncoder("elsewhere", other),
         OnImages("looks", lambda image: Judgment(0.4)),
     ]
-    _, scored, _, _ = evaluated(test, *guards, cache=tmp_path)
-    assert scored.counts["read"] == 50
-    assert scored.counts["encoders"]["mean colour"]["encoded"] == 50
+    sheet, _, _ = evaluated(test, *guards, cache=tmp_path)
+    assert sheet.counts["read"] == 50
+    assert sheet.counts["encoders"]["mean colour"]["encoded"] == 50
     assert encoder.encoded + copy.encoded == 50 == other.encoded
-    assert scored.counts["judges"] == {"looks": {"judged": 50, "from_store": 0}}
-    _, again, _, _ = evaluated(test, *guards, cache=tmp_path)
+    assert sheet.counts["judges"] == {"looks": {"judged": 50, "from_store": 0}}
+    again, _, _ = evaluated(test, *guards, cache=tmp_path)
     assert again.counts["read"] == 0
     assert again.counts["judges"] == {"looks": {"judged": 0, "from_store": 50}}
-    np.testing.assert_array_equal(again.scores, scored.scores)
+    np.testing.assert_array_equal(again.scores, sheet.scores)
     # a head that takes embeddings with their length gets them, from the same pass
     raw = np.stack([MeanColour().encode_preprocessed([encoder.preprocess(one.content.load())], normalize=False)[0] for one in test])
     expected = 1 / (1 + np.exp(-5.0 * (raw[:, 0] - raw[:, 2]).astype(float)))
-    np.testing.assert_allclose(scored.scores[:, 5], expected, atol=1e-4)
+    np.testing.assert_allclose(sheet.scores[:, 5], expected, atol=1e-4)
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
@@ -213,22 +211,22 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
         evaluated(test, guard, cache=tmp_path)
     kept = set(guard.asked[:16])
     back = OnImages("endpoint", lambda image: Judgment(0.3))
-    _, scored, _, _ = evaluated(test, back, cache=tmp_path)
+    sheet, _, _ = evaluated(test, back, cache=tmp_path)
     assert not kept & set(back.asked)
     assert len(back.asked) == 14
-    assert scored.counts["judges"]["endpoint"] == {"judged": 14, "from_store": 16}
+    assert sheet.counts["judges"]["endpoint"] == {"judged": 14, "from_store": 16}
 
 
 def test_what_lay_outside_the_classifier_is_asked_again(tmp_path):
     test = records(12)
     lost = {test[i].content.array.tobytes() for i in (2, 7)}
     first = OnImages("vlm", lambda image: Judgment(math.nan, "no connection", transient=True) if image.tobytes() in lost else Judgment(0.7))
-    _, scored, _, _ = evaluated(test, first, cache=tmp_path)
-    assert scored.abstentions(0) == {"no connection": 2}
+    sheet, _, _ = evaluated(test, first, cache=tmp_path)
+    assert sheet.abstentions(0) == {"no connection": 2}
     back = OnImages("vlm", lambda image: Judgment(0.2))
-    _, scored, _, _ = evaluated(test, back, cache=tmp_path)
+    sheet, _, _ = evaluated(test, back, cache=tmp_path)
     assert set(back.asked) == lost
-    assert not scored.abstentions(0)
+    assert not sheet.abstentions(0)
 
 
 # --- what it covers, where it comes from ------------------------------------------------------------------------------
@@ -238,7 +236,7 @@ def test_each_classifier_on_what_it_covers():
     test = [*records(40), record(100, 1, "hate"), record(101, 1, "hate")]
     narrow = OnEncoder("narrow", MeanColour(), covers=frozenset({"weapons"}))
     wide = OnEncoder("wide", MeanColour(), covers=frozenset({"weapons", "sexual"}))
-    sheet, _, rows, tests = evaluated(test, narrow, wide)
+    sheet, rows, tests = evaluated(test, narrow, wide)
     n_safe = sum(one.label == 0 for one in test)
     weapons = sum(one.label == 1 and one.category == "weapons" for one in test)
     row = find(rows, classifier="narrow", metric="recall", **OVERALL)
@@ -252,13 +250,13 @@ def test_each_classifier_on_what_it_covers():
 
 def test_nothing_of_the_benchmark_is_covered():
     guard = OnEncoder("elsewhere", MeanColour(), covers=frozenset({"hate"}))
-    _, _, rows, _ = evaluated(records(30), guard)
+    _, rows, _ = evaluated(records(30), guard)
     assert find(rows, metric="recall", **OVERALL)["reason"] == "no unsafe image"
     assert find(rows, metric="recall", **(OVERALL | {"scope": "all"}))["value"] is not None
 
 
 def test_in_and_out_of_distribution_apart():
-    _, _, rows, _ = evaluated(records(40), OnEncoder("guard", MeanColour()), trained_on=frozenset({"real"}), points={"strict": 0.9})
+    _, rows, _ = evaluated(records(40), OnEncoder("guard", MeanColour()), trained_on=frozenset({"real"}), points={"strict": 0.9})
     for side, source in (("in", "real"), ("out", "generated")):
         apart = find(rows, metric="auroc", **(OVERALL | {"distribution": side}))
         by_source = find(rows, metric="auroc", **(OVERALL | {"distribution": side, "source": source}))
@@ -273,7 +271,7 @@ def test_intervals_do_not_collapse_and_groups_are_drawn_together():
     test = [record(i, int(i < 10), "weapons", group=str(i), source=f"s{copy}") for i in range(20) for copy in range(5)]
     perfect = OnImages("perfect", lambda image: Judgment(float(image.tobytes() in unsafe)))
     unsafe = {one.content.array.tobytes() for one in test if one.label}
-    _, _, rows, _ = evaluated(test, perfect)
+    _, rows, _ = evaluated(test, perfect)
     row = find(rows, metric="recall", **OVERALL)
     assert (row["value"], row["ci_high"]) == (1, 1)
     assert row["ci_low"] == pytest.approx(0.025 ** (1 / 10))
@@ -290,7 +288,7 @@ def pair_source(n=24):
 
 
 def test_pairs_against_how_similar_the_twins_are():
-    sheet, _, rows, _ = evaluated(pair_source(), OnEncoder("guard", MeanColour(), scale=20.0))
+    sheet, rows, _ = evaluated(pair_source(), OnEncoder("guard", MeanColour(), scale=20.0))
     assert sheet.similarity_by == "mean colour"
     bins = sorted(
         (row for row in rows if row["metric"] == "mean_margin" and row["similarity_low"] is not None), key=lambda row: row["similarity_low"]
@@ -304,7 +302,7 @@ def test_pairs_against_how_similar_the_twins_are():
 
 
 def test_without_safe_images_the_counterfactuals_stand_for_them():
-    sheet, _, rows, _ = evaluated(pair_source(), OnEncoder("guard", MeanColour()))
+    sheet, rows, _ = evaluated(pair_source(), OnEncoder("guard", MeanColour()))
     row = find(rows, metric="balanced_accuracy", **OVERALL)
     assert (row["n"], row["n_unsafe"], int(sheet.counted.sum())) == (48, 24, 48)
     assert row["value"] is not None
@@ -328,7 +326,7 @@ def test_safeeditbench_layout(tmp_path, scenes_policy):
 
 
 def test_one_class_is_measured_and_explained():
-    _, _, rows, _ = evaluated([record(i, 1, "weapons") for i in range(10)], OnEncoder("guard", MeanColour()))
+    _, rows, _ = evaluated([record(i, 1, "weapons") for i in range(10)], OnEncoder("guard", MeanColour()))
     assert find(rows, metric="recall", **OVERALL)["value"] is not None
     for metric in ("auroc", "balanced_accuracy", "fpr"):
         row = find(rows, metric=metric, **OVERALL)
@@ -340,9 +338,9 @@ def test_scores_that_are_no_numbers_are_abstentions():
         def logits(self, embeddings):
             return torch.where(torch.arange(len(embeddings)) < 5, torch.nan, 1.0)
 
-    _, scored, rows, _ = evaluated(records(20), Broken("broken", MeanColour()), OnImages("odd", lambda image: Judgment(1.5)))
-    assert scored.abstentions(0) == {"score is nan, not a number in [0, 1]": 5}
-    assert scored.abstentions(1) == {"score is 1.5, not a number in [0, 1]": 20}
+    sheet, rows, _ = evaluated(records(20), Broken("broken", MeanColour()), OnImages("odd", lambda image: Judgment(1.5)))
+    assert sheet.abstentions(0) == {"score is nan, not a number in [0, 1]": 5}
+    assert sheet.abstentions(1) == {"score is 1.5, not a number in [0, 1]": 20}
     assert find(rows, classifier="odd", metric="auroc", **OVERALL)["reason"] == "abstained on every image"
     assert find(rows, classifier="odd", metric="recall", **OVERALL)["value"] == 0
 
@@ -357,12 +355,12 @@ def test_images_of_every_odd_kind_are_counted(tmp_path):
     names = ["fine.png", "empty.png", "cut.png", "text.jpg", "missing.png", "grey.png", "cmyk.jpg"]
     test = [record(i, i % 2, "weapons", content=FileContent(tmp_path / name)) for i, name in enumerate(names)]
     for guards in ([OnEncoder("guard", MeanColour())], [OnImages("looks", lambda image: Judgment(0.9))]):
-        _, scored, _, _ = evaluated(test, *guards, check_images=False)
-        assert (scored.counts["images"], scored.counts["scored"], scored.counts["unreadable"]) == (7, 3, 4)
-        reasons = {one.id: one.reason for one in scored.rejected}
+        sheet, _, _ = evaluated(test, *guards, check_images=False)
+        assert (sheet.counts["images"], sheet.counts["scored"], sheet.counts["unreadable"]) == (7, 3, 4)
+        reasons = {one.id: one.reason for one in sheet.rejected}
         assert reasons["a/1"] == "empty file"
         assert reasons["a/4"] == "file does not exist"
-        assert [one.id for one in scored.records] == ["a/0", "a/5", "a/6"]
+        assert [one.id for one in sheet.records] == ["a/0", "a/5", "a/6"]
 
 
 def test_stored_embeddings_and_who_cannot_use_them():
@@ -371,11 +369,11 @@ def test_stored_embeddings_and_who_cannot_use_them():
     test = [Record(str(i), i % 2, "weapons", "stored", str(i), None, embedding=vector) for i, vector in enumerate(vectors)]
     encoder = MeanColour()
     guards = [OnEncoder("guard", encoder), OnEncoder("raw", encoder, is_normalized=False), OnImages("looks", lambda image: Judgment(0.9))]
-    _, scored, _, _ = evaluated(test, *guards)
-    assert np.isfinite(scored.scores[:, 0]).all()
-    assert list(scored.abstentions(1)) == ["takes embeddings with their length, the benchmark's are unit vectors"]
-    assert list(scored.abstentions(2)) == ["looks at images, and the benchmark holds embeddings only"]
-    assert scored.counts["read"] == 0
+    sheet, _, _ = evaluated(test, *guards)
+    assert np.isfinite(sheet.scores[:, 0]).all()
+    assert list(sheet.abstentions(1)) == ["takes embeddings with their length, the benchmark's are unit vectors"]
+    assert list(sheet.abstentions(2)) == ["looks at images, and the benchmark holds embeddings only"]
+    assert sheet.counts["read"] == 0
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from guardkit.data.sources.base import Source
 from guardkit.encoders.base import Encoder
 from guardkit.encoders.known import unknown_images
 from guardkit.evaluation.benchmark import SPLITS, read_benchmark
-from guardkit.evaluation.effectiveness import Sheet, covered_rows, make_sheet, measure
+from guardkit.evaluation.effectiveness import covered_rows, measure
 from guardkit.evaluation.held_out import leave_out_seen, sentences
 from guardkit.evaluation.outcome import Evaluation
-from guardkit.evaluation.scoring import Contender, LazyImages, embedding_stores, score
+from guardkit.evaluation.scoring import Contender, LazyImages, Sheet, embedding_stores, score
 from guardkit.folders import claim, refuse_others
 from guardkit.policy import Policy
 from guardkit.reports.evaluation import short_table, write_report
@@ -109,17 +109,14 @@ def evaluate(
     for note in notes:
         log.warning("%s", note)
     built = time.perf_counter()
-    scored = score(
-        [*benchmark.records, *benchmark.counterfactuals], found, stores, cache, encoder_fingerprint=benchmark.encoder_fingerprint
-    )
-    if not scored.records:
+    sheet = score(benchmark, found, stores, cache, rules.category_names)
+    if not sheet.records:
         raise InputError(
-            f"none of the {len(scored.rejected)} images of source={benchmark.name} can be read, the first is {scored.rejected[0].id}: {scored.rejected[0].reason}"
+            f"none of the {len(sheet.rejected)} images of source={benchmark.name} can be read, the first is {sheet.rejected[0].id}: {sheet.rejected[0].reason}"
         )
-    sheet = make_sheet(benchmark, scored, found, rules.category_names)
     for name, store in stores.items():
         if benchmark.encoder_fingerprint in (None, name):
-            unknown = unknown_images(store.encoder, partial(_natural, scored.embeddings[name], sheet.n_natural))
+            unknown = unknown_images(store.encoder, partial(_natural, sheet.embeddings[name], sheet.n_natural))
             notes += [f"{note}." for note in unknown]
             for note in unknown:
                 log.warning("%s", note)
@@ -131,7 +128,6 @@ def evaluate(
     evaluation = Evaluation(
         benchmark=benchmark,
         policy=rules,
-        scored=scored,
         sheet=sheet,
         rows=rows,
         tests=tests,

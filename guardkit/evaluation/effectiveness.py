@@ -17,12 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from guardkit.evaluation.benchmark import Benchmark
-from guardkit.evaluation.scoring import Contender, Scored
+from guardkit.evaluation.scoring import Contender, Sheet
 from guardkit.metrics.draws import GroupDraws
 from guardkit.metrics.figures import METRICS, OF_IMAGES, OF_PAIRS, Images, Metric, Pairs, weighted
 from guardkit.metrics.intervals import Interval, bootstrap_p_value, clopper_pearson, holm, percentile_interval
-from guardkit.schema import Record, takes_embeddings
 
 COMPARED = ("f1", "balanced_accuracy", "auroc", "pair_accuracy")  # chosen beforehand: each more costs certainty of the others
 # of the intervals, unless told otherwise; those of training are always these, so that both say the same of one guard
@@ -32,70 +30,6 @@ _MIN_PAIRS_PER_BIN = 5
 # what a threshold decides; an interval of the rest for every small cut would take longer than the encoding
 _AT_THRESHOLD = tuple(name for name in OF_IMAGES if METRICS[name].at_threshold)
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """Scores in columns, ready to be counted.
-
-    Attributes:
-        contenders: (g,) what was measured.
-        records: (n,) images, natural ones first.
-        labels, scores: (n,) int and (n, g).
-        n_natural: how many of the records are natural images; the rest are counterfactuals.
-        pair_rows: (p, 2) rows of unsafe images and of their counterfactuals.
-        similarity: (p,) cosine of the embeddings of a pair; None when no encoder saw them.
-        similarity_by: name of that encoder.
-        counted: (n,) bool, the images of the natural test set. In a source without safe images the counterfactuals
-            stand for them.
-        categories: of the policy, in its order.
-    """
-
-    contenders: list[Contender]
-    records: list[Record]
-    labels: np.ndarray
-    scores: np.ndarray
-    n_natural: int
-    pair_rows: np.ndarray
-    similarity: np.ndarray | None
-    similarity_by: str | None
-    counted: np.ndarray
-    categories: tuple[str, ...]
-
-
-def make_sheet(benchmark: Benchmark, scored: Scored, contenders: Sequence[Contender], categories: tuple[str, ...]) -> Sheet:
-    """Brings scores of `benchmark.records` followed by `benchmark.counterfactuals` into columns."""
-    place = {int(row): i for i, row in enumerate(scored.rows)}
-    n_given = len(benchmark.records)
-    pairs = [
-        (place[original], place[n_given + i])
-        for i, original in enumerate(benchmark.counterfactual_of)
-        if original in place and n_given + i in place
-    ]
-    pair_rows = np.array(pairs, int).reshape(-1, 2)
-    n_natural = int((scored.rows < n_given).sum())
-    counted = np.arange(len(scored.records)) < n_natural
-    if benchmark.counterfactuals_are_the_safe_images:
-        counted[:] = True
-    similarity, name = None, None
-    for contender in contenders:
-        encoder = contender.guard.encoder if takes_embeddings(contender.guard) else None
-        if encoder is not None and len(pair_rows) and encoder.fingerprint in scored.embeddings:
-            vectors = scored.embeddings[encoder.fingerprint]
-            similarity, name = (vectors[pair_rows[:, 0]] * vectors[pair_rows[:, 1]]).sum(axis=1), encoder.name
-            break
-    return Sheet(
-        contenders=list(contenders),
-        records=scored.records,
-        labels=np.array([record.label for record in scored.records], int),
-        scores=scored.scores,
-        n_natural=n_natural,
-        pair_rows=pair_rows,
-        similarity=similarity,
-        similarity_by=name,
-        counted=counted,
-        categories=categories,
-    )
 
 
 @dataclass(frozen=True)

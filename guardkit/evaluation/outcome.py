@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from guardkit.evaluation.benchmark import Benchmark
-from guardkit.evaluation.effectiveness import Row, Sheet
+from guardkit.evaluation.effectiveness import Row
 from guardkit.evaluation.held_out import Seen
-from guardkit.evaluation.scoring import Contender, Scored
+from guardkit.evaluation.scoring import Contender, Sheet
 from guardkit.metrics.figures import METRICS
 from guardkit.policy import Policy
 
@@ -24,7 +24,7 @@ class Evaluation:
 
     Attributes:
         benchmark, policy: what was measured on, and under which rules.
-        scored, sheet: the scores.
+        sheet: the scores.
         rows, tests: figures and tests of `effectiveness.measure`.
         robustness: rows of `robustness.measure_robustness`, of all classifiers.
         prevalence: share of unsafe images that precision is stated for.
@@ -37,7 +37,6 @@ class Evaluation:
 
     benchmark: Benchmark
     policy: Policy
-    scored: Scored
     sheet: Sheet
     rows: list[Row]
     tests: list[Row]

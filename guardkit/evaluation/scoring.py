@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from guardkit.embeddings import EmbeddingStore
+from guardkit.evaluation.benchmark import Benchmark
 from guardkit.evaluation.judgments import JudgmentStore
 from guardkit.policy import Policy
 from guardkit.progress import progress
@@ -52,26 +53,40 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Scores of contenders on records.
+class Sheet:
+    """Scores in columns, ready to be counted.
 
     Attributes:
-        records: (n,) those that could be read.
-        rows: (n,) their rows in what was asked for.
-        scores: (n, g) probability of unsafe in [0, 1], a column per contender; NaN where it abstained.
+        contenders: (g,) what was measured.
+        records: (n,) images that could be read, natural ones first.
+        labels, scores: (n,) int, and (n, g) probability of unsafe in [0, 1], NaN where a contender abstained.
+        n_natural: how many of the records are natural images; the rest are counterfactuals.
+        pair_rows: (p, 2) rows of unsafe images and of their counterfactuals.
+        similarity: (p,) cosine of the embeddings of a pair; None when no encoder saw them.
+        similarity_by: name of that encoder.
+        counted: (n,) bool, the images of the natural test set. In a source without safe images the counterfactuals
+            stand for them.
+        categories: of the policy, in its order.
         reasons: per contender, row -> why it abstained.
         rejected: what could not be read, with reasons.
         embeddings: encoder fingerprint -> (n, d) unit vectors.
-        counts: images read, encoded and judged, plain JSON; none of a part.
+        counts: images read, encoded and judged, plain JSON.
     """
 
+    contenders: list[Contender]
     records: list[Record]
-    rows: np.ndarray
+    labels: np.ndarray
     scores: np.ndarray
-    reasons: list[dict[int, str]]
-    rejected: list[Rejected]
-    embeddings: dict[str, np.ndarray]
-    counts: dict[str, Any]
+    n_natural: int
+    pair_rows: np.ndarray
+    similarity: np.ndarray | None
+    similarity_by: str | None
+    counted: np.ndarray
+    categories: tuple[str, ...]
+    reasons: list[dict[int, str]] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    embeddings: dict[str, np.ndarray] = field(default_factory=dict)
+    counts: dict[str, Any] = field(default_factory=dict)
 
     def abstentions(self, column: int) -> dict[str, int]:
         """Reasons of one contender, counted."""
@@ -91,61 +106,59 @@ def embedding_stores(contenders: Sequence[Contender], cache_dir: Path | None) ->
 
 
 def score(
-    records: Sequence[Record],
+    benchmark: Benchmark,
     contenders: Sequence[Contender],
     stores: Mapping[str, EmbeddingStore],
     cache_dir: Path | None,
-    *,
-    encoder_fingerprint: str | None = None,
-) -> Scored:
-    """Scores every record with every contender.
+    categories: tuple[str, ...],
+) -> Sheet:
+    """Scores every image of a benchmark, counterfactuals included, with every contender.
 
     Args:
-        records: with contents, or with embeddings.
+        benchmark: its records have contents, or embeddings.
         contenders: measured.
         stores: of their encoders, see `embedding_stores`.
         cache_dir: where judgments are kept; None keeps them in memory.
-        encoder_fingerprint: of the encoder that made the records' own embeddings, if known.
+        categories: of the policy, in its order.
     Raises:
         InputError: an encoder returned values that are not finite, or a guard cannot work at all (an endpoint that
             stays away); what was made before is kept.
     """
-    judges = {one.guard.fingerprint: JudgmentStore(one.guard, cache_dir) for one in contenders if not takes_embeddings(one.guard)}
-    reads = _Reads()
-    blocks: list[Scored] = []
-    rejected: list[Rejected] = []
+    records = [*benchmark.records, *benchmark.counterfactuals]
+    said = _Pass(len(records), contenders, stores, cache_dir, benchmark.encoder_fingerprint)
     stream = iter(progress(records, total=len(records), what="scoring images"))
-    start = 0
     while block := list(islice(stream, _BLOCK)):
-        done = _score_block(block, contenders, stores, judges, reads, encoder_fingerprint)
-        blocks.append(replace(done, rows=done.rows + start))
-        rejected += done.rejected
-        start += len(block)
-    n = sum(len(block.records) for block in blocks)
-    reasons: list[dict[int, str]] = [{} for _ in contenders]
-    first = 0
-    for part in blocks:
-        for column, mine in enumerate(part.reasons):
-            reasons[column] |= {first + row: reason for row, reason in mine.items()}
-        first += len(part.records)
-    return Scored(
-        records=[record for block in blocks for record in block.records],
-        rows=np.concatenate([block.rows for block in blocks]) if blocks else np.zeros(0, int),
-        scores=np.concatenate([block.scores for block in blocks]) if blocks else np.zeros((0, len(contenders))),
-        reasons=reasons,
-        rejected=rejected,
-        embeddings={name: np.concatenate([block.embeddings[name] for block in blocks]) for name in stores} if n else {},
-        counts={
-            "images": len(records),
-            "scored": n,
-            "unreadable": len(rejected),
-            "read": reads.n,
-            "encoders": {
-                store.encoder.name: {"encoded": store.n_encoded, "from_store": store.n_found, "guards": _on(contenders, name)}
-                for name, store in stores.items()
-            },
-            "judges": {_on(contenders, name)[0]: {"judged": judge.n_asked, "from_store": judge.n_found} for name, judge in judges.items()},
-        },
+        said.add(block)
+    kept = np.array([row for row in range(len(records)) if row not in said.unreadable], int)
+    place = {int(row): i for i, row in enumerate(kept)}
+    n_given, n_natural = len(benchmark.records), int((kept < len(benchmark.records)).sum())
+    pairs = [
+        (place[original], place[n_given + i])
+        for i, original in enumerate(benchmark.counterfactual_of)
+        if original in place and n_given + i in place
+    ]
+    pair_rows = np.array(pairs, int).reshape(-1, 2)
+    embeddings = {name: matrix[kept] for name, matrix in said.embeddings.items()}
+    encoder = next((one.guard.encoder for one in contenders if takes_embeddings(one.guard)), None) if pairs else None
+    similarity = None
+    if encoder is not None:
+        unsafe, safe = (embeddings[encoder.fingerprint][rows] for rows in pair_rows.T)
+        similarity = (unsafe * safe).sum(axis=1)
+    return Sheet(
+        contenders=list(contenders),
+        records=[records[row] for row in kept],
+        labels=np.array([records[row].label for row in kept], int),
+        scores=said.scores[kept],
+        n_natural=n_natural,
+        pair_rows=pair_rows,
+        similarity=similarity,
+        similarity_by=None if encoder is None else encoder.name,
+        counted=np.full(len(kept), True) if benchmark.counterfactuals_are_the_safe_images else np.arange(len(kept)) < n_natural,
+        categories=categories,
+        reasons=[{place[row]: reason for row, reason in mine.items() if row in place} for mine in said.reasons],
+        rejected=[Rejected(records[row].id, reason) for row, reason in sorted(said.unreadable.items())],
+        embeddings=embeddings,
+        counts={"images": len(records), "scored": len(kept), "unreadable": len(said.unreadable), **said.counts()},
     )
 
 
@@ -165,47 +178,74 @@ class LazyImages(Sequence[np.ndarray]):
         return self._contents[row].load()
 
 
-def _score_block(
-    records: list[Record],
-    contenders: Sequence[Contender],
-    stores: Mapping[str, EmbeddingStore],
-    judges: Mapping[str, JudgmentStore],
-    reads: _Reads,
-    encoder_fingerprint: str | None,
-) -> Scored:
-    held = _Held(reads, keep=len(stores) + len(judges) > 1)
-    wrapped = [record if record.content is None else replace(record, content=_ReadOnce(record.content, held)) for record in records]
-    unreadable: dict[int, str] = {}
-    vectors = {name: embed(wrapped, store, unreadable) for name, store in stores.items()}
-    judgments = {name: _judge(wrapped, judge, unreadable) for name, judge in judges.items()}
-    scores = np.full((len(records), len(contenders)), np.nan)
-    reasons: list[dict[int, str]] = [{} for _ in contenders]
-    for column, contender in enumerate(contenders):
-        guard = contender.guard
-        if not takes_embeddings(guard):
-            for row, judgment in judgments[guard.fingerprint].items():
-                scores[row, column], reason = _checked(judgment)
+class _Pass:
+    """One pass of contenders over n images, a block at a time.
+
+    Attributes:
+        scores: (n, g), see `Sheet`.
+        reasons: per contender, row -> why it abstained.
+        unreadable: row -> why.
+        embeddings: encoder fingerprint -> (n, d) unit vectors; zero where there is none.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        contenders: Sequence[Contender],
+        stores: Mapping[str, EmbeddingStore],
+        cache_dir: Path | None,
+        encoder_fingerprint: str | None,
+    ) -> None:
+        self._contenders, self._stores, self._encoder_fingerprint = contenders, stores, encoder_fingerprint
+        self._judges = {one.guard.fingerprint: JudgmentStore(one.guard, cache_dir) for one in contenders if not takes_embeddings(one.guard)}
+        self._reads, self._n_done = _Reads(), 0
+        self.scores = np.full((n, len(contenders)), np.nan)
+        self.reasons: list[dict[int, str]] = [{} for _ in contenders]
+        self.unreadable: dict[int, str] = {}
+        self.embeddings = {name: np.zeros((n, store.encoder.dim), np.float32) for name, store in stores.items()}
+
+    def add(self, records: list[Record]) -> None:
+        """Scores the next images."""
+        first = self._n_done
+        held = _Held(self._reads, keep=len(self._stores) + len(self._judges) > 1)
+        wrapped = [record if record.content is None else replace(record, content=_ReadOnce(record.content, held)) for record in records]
+        unreadable: dict[int, str] = {}  # by their rows in the block, as all that follows
+        vectors = {name: embed(wrapped, store, unreadable) for name, store in self._stores.items()}
+        judgments = {name: _judge(wrapped, judge, unreadable) for name, judge in self._judges.items()}
+        for column, contender in enumerate(self._contenders):
+            guard, reasons = contender.guard, dict[int, str]()
+            if takes_embeddings(guard):
+                name = guard.encoder.fingerprint
+                matrix, rows = _vectors_for(
+                    guard, wrapped, vectors[name], self._stores[name], unreadable, self._encoder_fingerprint, reasons
+                )
+                values: list[float] = _probabilities(guard, matrix).tolist() if len(rows) else []
+                said = {int(row): Judgment(value) for row, value in zip(rows, values, strict=True)}
+            else:
+                said = judgments[guard.fingerprint]
+            for row, judgment in said.items():
+                self.scores[first + row, column], reason = _checked(judgment)
                 if reason:
-                    reasons[column][row] = reason
-            continue
-        name = guard.encoder.fingerprint
-        matrix, rows = _vectors_for(guard, wrapped, vectors[name], stores[name], unreadable, encoder_fingerprint, reasons[column])
-        if len(rows):
-            for row, value in zip(rows, _probabilities(guard, matrix), strict=True):
-                scores[row, column], reason = _checked(Judgment(float(value)))
-                if reason:
-                    reasons[column][int(row)] = reason
-    kept = np.array([row for row in range(len(records)) if row not in unreadable], int)
-    place = {int(row): i for i, row in enumerate(kept)}
-    return Scored(
-        records=[records[row] for row in kept],
-        rows=kept,
-        scores=scores[kept],
-        reasons=[{place[row]: reason for row, reason in mine.items() if row in place} for mine in reasons],
-        rejected=[Rejected(records[row].id, reason) for row, reason in sorted(unreadable.items())],
-        embeddings={name: matrix[kept] for name, matrix in vectors.items()},
-        counts={},
-    )
+                    reasons[row] = reason
+            self.reasons[column] |= {first + row: reason for row, reason in reasons.items()}
+        self.unreadable |= {first + row: reason for row, reason in unreadable.items()}
+        for name, matrix in vectors.items():
+            self.embeddings[name][first : first + len(records)] = matrix
+        self._n_done += len(records)
+
+    def counts(self) -> dict[str, Any]:
+        """What was read, encoded and judged so far, and what was found in the stores."""
+        return {
+            "read": self._reads.n,
+            "encoders": {
+                store.encoder.name: {"encoded": store.n_encoded, "from_store": store.n_found, "guards": _on(self._contenders, name)}
+                for name, store in self._stores.items()
+            },
+            "judges": {
+                _on(self._contenders, name)[0]: {"judged": judge.n_asked, "from_store": judge.n_found}
+                for name, judge in self._judges.items()
+            },
+        }
 
 
 def embed(records: Sequence[Record], store: EmbeddingStore, unreadable: dict[int, str]) -> np.ndarray:

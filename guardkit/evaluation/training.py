@@ -13,9 +13,9 @@ from guardkit import __version__
 from guardkit.classifier import GuardClassifier
 from guardkit.data.controls import Control
 from guardkit.data.datamodule import GuardDataModule, TestSet
-from guardkit.evaluation.effectiveness import N_RESAMPLES, PREVALENCE, SEED, Row, Sheet
+from guardkit.evaluation.effectiveness import N_RESAMPLES, PREVALENCE, SEED, Row
 from guardkit.evaluation.effectiveness import measure as measure_sheet
-from guardkit.evaluation.scoring import Contender
+from guardkit.evaluation.scoring import Contender, Sheet
 from guardkit.heads import AnchoredHead, LinearHead
 from guardkit.metrics.figures import METRICS, OF_IMAGES, OF_PAIRS, always_unsafe_f1
 from guardkit.metrics.probe import PROBE_MIN_IMAGES, edited_vs_original_auroc

@@ -32,7 +32,7 @@ EFFECTIVENESS = pa.schema(
 def write_tables(folder: Path, evaluation: Evaluation) -> None:
     """effectiveness.parquet and predictions.parquet."""
     write_table(folder / "effectiveness.parquet", pa.Table.from_pylist(evaluation.rows, schema=EFFECTIVENESS))
-    sheet, scored = evaluation.sheet, evaluation.scored
+    sheet = evaluation.sheet
     names = [contender.name for contender in sheet.contenders]
     n, k = len(sheet.records), len(names)
     columns = {
@@ -45,14 +45,14 @@ def write_tables(folder: Path, evaluation: Evaluation) -> None:
         "classifier": pa.array(names * n, pa.string()),
         "score": pa.array(sheet.scores.ravel(), pa.float64(), mask=np.isnan(sheet.scores.ravel())),
         "threshold": pa.array([contender.guard.threshold for contender in sheet.contenders] * n, pa.float64()),
-        "abstained": pa.array([scored.reasons[column].get(row) for row in range(n) for column in range(k)], pa.string()),
+        "abstained": pa.array([sheet.reasons[column].get(row) for row in range(n) for column in range(k)], pa.string()),
     }
     write_table(folder / "predictions.parquet", pa.table(columns))
 
 
 def summary(evaluation: Evaluation) -> dict[str, Any]:
     """The figures for machines: summary.json."""
-    sheet, benchmark, scored = evaluation.sheet, evaluation.benchmark, evaluation.scored
+    sheet, benchmark = evaluation.sheet, evaluation.benchmark
     labels = sheet.labels[sheet.counted]
     return {
         "benchmark": {
@@ -62,7 +62,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
             "given": benchmark.given,
             "scored": sheet.n_natural,
             "n_seen_left_out": benchmark.n_left_out,
-            "rejected": [{"id": one.id, "reason": one.reason} for one in [*benchmark.rejected, *scored.rejected]],
+            "rejected": [{"id": one.id, "reason": one.reason} for one in [*benchmark.rejected, *sheet.rejected]],
             "n": len(labels),
             "n_unsafe": int((labels == 1).sum()),
             "n_safe": int((labels == 0).sum()),
@@ -81,7 +81,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
             {key: row[key] for key in ("guard", "protocol", "attack", "strength", "unit", "n", "robust_accuracy", "note", "violation")}
             for row in evaluation.robustness
         ],
-        "passes": scored.counts,
+        "passes": sheet.counts,
         "timing_s": dict(evaluation.timing_s),
         "command": evaluation.command,
         "settings": evaluation.settings,
@@ -90,7 +90,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _classifier_summary(evaluation: Evaluation, column: int) -> dict[str, Any]:
-    contender, scored = evaluation.contenders[column], evaluation.scored
+    contender, sheet = evaluation.contenders[column], evaluation.sheet
     guard, seen = contender.guard, evaluation.seen.get(contender.name)
 
     def figures(metrics: Sequence[str], **cut: Any) -> dict[str, Any]:
@@ -110,13 +110,13 @@ def _classifier_summary(evaluation: Evaluation, column: int) -> dict[str, Any]:
         "n_seen_left_out": seen.n if seen is not None else None,
         "seen_left_out_by": seen.by if seen is not None else None,
         "n_seen_unlabelled": seen.n_unlabelled if seen is not None else None,
-        "n_abstained": len(scored.reasons[column]),
-        "abstentions": scored.abstentions(column),
+        "n_abstained": len(sheet.reasons[column]),
+        "abstentions": sheet.abstentions(column),
         "effectiveness": figures(OF_IMAGES),
         "by_source": {source: figures(OF_IMAGES, source=source) for source in evaluation.sources},
         "by_category": {
             category: figures(OF_IMAGES, category=category) | _unsafebench(figures(("f1",), category=category, negatives="same_category"))
-            for category in evaluation.sheet.categories
+            for category in sheet.categories
             if evaluation.figure(contender.name, "f1", category=category)
         },
         "pairs": figures(OF_PAIRS),
@@ -146,9 +146,7 @@ def short_table(evaluation: Evaluation) -> str:
         values = [evaluation.figure(one.name, metric, scope=scope) for _, metric in columns]
         mark = "" if scope == "covered" else "  outside what it covers"
         lines.append(
-            f"  {one.name:<{width}}  "
-            + "  ".join(f"{shown(row):>6}" for row in values)
-            + f"  {len(evaluation.scored.reasons[column]):>9}{mark}"
+            f"  {one.name:<{width}}  " + "  ".join(f"{shown(row):>6}" for row in values) + f"  {len(sheet.reasons[column]):>9}{mark}"
         )
     lines += [f"  {note}" for note in evaluation.notes]
     lines.append(f"  F1 of flagging everything: {plain(always_unsafe_f1(sheet.labels[sheet.counted]))}")

@@ -43,8 +43,8 @@ def classifiers(evaluation: Evaluation) -> list[dict[str, Any]]:
             "covers": sorted(one.guard.covers) if one.guard.covers is not None else None,
             "covers_all": evaluation.covers_all(one),
             "threshold": one.guard.threshold,
-            "n_abstained": len(evaluation.scored.reasons[colour]),
-            "abstentions": evaluation.scored.abstentions(colour),
+            "n_abstained": len(evaluation.sheet.reasons[colour]),
+            "abstentions": evaluation.sheet.abstentions(colour),
             "fingerprint": one.guard.fingerprint,
         }
         for colour, one in enumerate(evaluation.contenders)
