@@ -11,7 +11,6 @@ It assigns unparsable answers at random; here they are abstentions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -30,28 +29,7 @@ _MIN_PAIRS_PER_BIN = 5
 # what a threshold decides; an interval of the rest for every small cut would take longer than the encoding
 _AT_THRESHOLD = tuple(name for name in OF_IMAGES if METRICS[name].at_threshold)
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Some of the images: those that one figure is about.
-
-    Attributes:
-        rows: (m,) of a sheet, or of its pairs.
-        scope: "covered": what the classifier was made to find, and safe images; "all": everything.
-        negatives: "all_safe", or "same_category": safe images collected for the category.
-        category, source: None: all.
-        distribution: "in" or "out" of what the classifier was trained on; None: both, or unknown.
-        similarity: lowest and highest cosine of a pair; None: any.
-    """
-
-    rows: np.ndarray
-    scope: str
-    negatives: str = "all_safe"
-    category: str | None = None
-    source: str | None = None
-    distribution: str | None = None
-    similarity: tuple[float, float] | None = None
+"""A figure: its value and interval, what it is of, and on which images; the keys are the columns of effectiveness.parquet."""
 
 
 def measure(sheet: Sheet, *, prevalence: float, n_resamples: int, seed: int) -> tuple[list[Row], list[Row]]:
@@ -69,16 +47,16 @@ def measure(sheet: Sheet, *, prevalence: float, n_resamples: int, seed: int) -> 
     rows: list[Row] = []
     for column, contender in enumerate(sheet.contenders):
         covered = covered_rows(sheet, contender)
-        for cut in _image_cuts(sheet, contender, covered):
-            names = OF_IMAGES if cut.negatives == "all_safe" and not (cut.category and cut.source) else _AT_THRESHOLD
-            found = _on_images(names, sheet, column, cut.rows, draws, prevalence)
-            rows += _figures(sheet, column, cut, found, contender.guard.threshold)
-            if cut.category is None and cut.source is None and cut.distribution is None:
+        for images, cut in _image_cuts(sheet, contender, covered):
+            names = OF_IMAGES if cut["negatives"] == "all_safe" and not (cut["category"] and cut["source"]) else _AT_THRESHOLD
+            found = _on_images(names, sheet, column, images, draws, prevalence)
+            rows += _figures(sheet, column, images, cut, found, contender.guard.threshold)
+            if cut["category"] is None and cut["source"] is None and cut["distribution"] is None:
                 for point, threshold in contender.points.items():
-                    found = _on_images(_AT_THRESHOLD, sheet, column, cut.rows, draws, prevalence, threshold)
-                    rows += _figures(sheet, column, cut, found, threshold, point=point)
-        for cut in _pair_cuts(sheet, contender):
-            rows += _figures(sheet, column, cut, _on_pairs(OF_PAIRS, sheet, column, cut.rows, draws), contender.guard.threshold)
+                    found = _on_images(_AT_THRESHOLD, sheet, column, images, draws, prevalence, threshold)
+                    rows += _figures(sheet, column, images, cut, found, threshold, point=point)
+        for pairs, cut in _pair_cuts(sheet, contender):
+            rows += _figures(sheet, column, pairs, cut, _on_pairs(OF_PAIRS, sheet, column, pairs, draws), contender.guard.threshold)
     return rows, _tests(sheet, draws, prevalence)
 
 
@@ -124,34 +102,66 @@ def uncovered_categories(sheet: Sheet) -> dict[str, int]:
     return found
 
 
-def _image_cuts(sheet: Sheet, contender: Contender, covered: np.ndarray) -> Iterator[Cut]:
+def _cut(
+    scope: str,
+    negatives: str = "all_safe",
+    *,
+    category: str | None = None,
+    source: str | None = None,
+    distribution: str | None = None,
+    similarity: tuple[float | None, float | None] = (None, None),
+) -> Row:
+    """The part of a row that says which images, or pairs, its figure is about.
+
+    Args:
+        scope: "covered": what the classifier was made to find, and safe images; "all": everything.
+        negatives: "all_safe"; "same_category": safe images collected for the category; or "counterfactuals", of pairs.
+        category, source: None: all.
+        distribution: "in" or "out" of what the classifier was trained on; None: both, or unknown.
+        similarity: lowest and highest cosine of a pair; None: any.
+    """
+    low, high = similarity
+    return {
+        "scope": scope,
+        "negatives": negatives,
+        "category": category,
+        "source": source,
+        "distribution": distribution,
+        "similarity_low": low,
+        "similarity_high": high,
+    }
+
+
+def _image_cuts(sheet: Sheet, contender: Contender, covered: np.ndarray) -> Iterator[tuple[np.ndarray, Row]]:
+    """(m,) rows of the sheet, and which they are."""
     categories = np.array([record.category or "" for record in sheet.records])
     sources = np.array([record.source for record in sheet.records])
     names = sorted(set(sources[sheet.counted]))
     for scope, inside in (("covered", covered & sheet.counted), ("all", sheet.counted)):
         if scope == "all" and bool(covered[sheet.counted].all()):
             continue
-        yield Cut(np.flatnonzero(inside), scope)
+        yield np.flatnonzero(inside), _cut(scope)
         if contender.trained_on is not None:
             known = np.isin(sources, sorted(contender.trained_on))
             for side, mask in (("in", known), ("out", ~known)):
                 if (inside & mask).any():
-                    yield Cut(np.flatnonzero(inside & mask), scope, distribution=side)
+                    yield np.flatnonzero(inside & mask), _cut(scope, distribution=side)
         for source in names:
-            yield Cut(np.flatnonzero(inside & (sources == source)), scope, source=source)
+            yield np.flatnonzero(inside & (sources == source)), _cut(scope, source=source)
     inside = covered & sheet.counted
     for category in sheet.categories:
         mine = inside & (categories == category)
         if not (mine & (sheet.labels == 1)).any():
             continue
-        yield Cut(np.flatnonzero(mine | (inside & (sheet.labels == 0))), "covered", category=category)
+        yield np.flatnonzero(mine | (inside & (sheet.labels == 0))), _cut("covered", category=category)
         if (mine & (sheet.labels == 0)).any():
-            yield Cut(np.flatnonzero(mine), "covered", "same_category", category=category)
+            yield np.flatnonzero(mine), _cut("covered", "same_category", category=category)
             for source in names if len(names) > 1 else []:
-                yield Cut(np.flatnonzero(mine & (sources == source)), "covered", "same_category", category=category, source=source)
+                yield np.flatnonzero(mine & (sources == source)), _cut("covered", "same_category", category=category, source=source)
 
 
-def _pair_cuts(sheet: Sheet, contender: Contender) -> Iterator[Cut]:
+def _pair_cuts(sheet: Sheet, contender: Contender) -> Iterator[tuple[np.ndarray, Row]]:
+    """(m,) rows of the sheet's pairs, and which they are."""
     if not len(sheet.pair_rows):
         return
     covered = covered_rows(sheet, contender)[sheet.pair_rows[:, 0]]
@@ -159,11 +169,11 @@ def _pair_cuts(sheet: Sheet, contender: Contender) -> Iterator[Cut]:
     for scope, inside in (("covered", covered), ("all", np.ones(len(covered), bool))):
         if scope == "all" and covered.all():
             continue
-        yield Cut(np.flatnonzero(inside), scope)
+        yield np.flatnonzero(inside), _cut(scope, "counterfactuals")
         for source in sorted(set(sources)):
-            yield Cut(np.flatnonzero(inside & (sources == source)), scope, source=source)
+            yield np.flatnonzero(inside & (sources == source)), _cut(scope, "counterfactuals", source=source)
         for low, high, members in similarity_bins(sheet, inside):
-            yield Cut(members, scope, similarity=(low, high))
+            yield members, _cut(scope, "counterfactuals", similarity=(low, high))
 
 
 def similarity_bins(sheet: Sheet, inside: np.ndarray) -> list[tuple[float, float, np.ndarray]]:
@@ -176,21 +186,23 @@ def similarity_bins(sheet: Sheet, inside: np.ndarray) -> list[tuple[float, float
     return [(float(sheet.similarity[part].min()), float(sheet.similarity[part].max()), part) for part in parts]
 
 
-def _figures(sheet: Sheet, column: int, cut: Cut, found: dict[str, np.ndarray], threshold: float, *, point: str | None = None) -> list[Row]:
-    """Rows of the figures of one cut, all of images or all of pairs."""
+def _figures(
+    sheet: Sheet, column: int, units: np.ndarray, cut: Row, found: dict[str, np.ndarray], threshold: float, *, point: str | None = None
+) -> list[Row]:
+    """Rows of the figures of one cut, all of images or all of pairs; `units` are the rows of those in the sheet, or in its pairs."""
     contender = sheet.contenders[column]
     of_pairs = any(METRICS[name].of == "pairs" for name in found)
-    images = sheet.pair_rows[cut.rows].ravel() if of_pairs else cut.rows
+    images = sheet.pair_rows[units].ravel() if of_pairs else units
     abstained = int(np.isnan(sheet.scores[images, column]).sum())
     n_unsafe = int((sheet.labels[images] == 1).sum())
-    answered = int((~np.isnan(sheet.scores[images, column])).reshape(len(cut.rows), -1).all(axis=1).sum()) if len(images) else 0
+    answered = int((~np.isnan(sheet.scores[images, column])).reshape(len(units), -1).all(axis=1).sum()) if len(images) else 0
     rows = []
     for name, values in found.items():
         metric = METRICS[name]
         interval = percentile_interval(values[1:], float(values[0]))
         if metric.share_of and interval.estimate in (0.0, 1.0):
             # no redraw of all right or all wrong is anything else: the number of groups has to say how sure that is
-            n_groups = _n_groups(sheet, column, cut, metric, threshold)
+            n_groups = _n_groups(sheet, column, units, metric, threshold)
             interval = Interval(interval.estimate, *clopper_pearson(interval.estimate * n_groups, n_groups))
         value, low, high = (None if not np.isfinite(one) else float(one) for one in (interval.estimate, interval.low, interval.high))
         rows.append(
@@ -201,37 +213,32 @@ def _figures(sheet: Sheet, column: int, cut: Cut, found: dict[str, np.ndarray], 
                 "value": value,
                 "ci_low": low if value is not None else None,
                 "ci_high": high if value is not None else None,
-                "n": answered if metric.needs_answers else len(cut.rows),
+                "n": answered if metric.needs_answers else len(units),
                 "n_unsafe": n_unsafe,
                 "n_abstained": abstained,
                 "threshold": float(threshold) if metric.at_threshold else None,
                 "point": point,
-                "scope": cut.scope,
-                "negatives": "counterfactuals" if of_pairs else cut.negatives,
-                "category": cut.category,
-                "source": cut.source,
-                "distribution": cut.distribution or _distribution(contender, cut.source),
-                "similarity_low": cut.similarity[0] if cut.similarity else None,
-                "similarity_high": cut.similarity[1] if cut.similarity else None,
+                **cut,
+                "distribution": cut["distribution"] or _distribution(contender, cut["source"]),
                 "reason": None
                 if value is not None
-                else _why_undefined(name, len(cut.rows), n_unsafe, len(images) - n_unsafe, len(images) - abstained),
+                else _why_undefined(name, len(units), n_unsafe, len(images) - n_unsafe, len(images) - abstained),
             }
         )
     return rows
 
 
-def _n_groups(sheet: Sheet, column: int, cut: Cut, metric: Metric, threshold: float) -> int:
+def _n_groups(sheet: Sheet, column: int, units: np.ndarray, metric: Metric, threshold: float) -> int:
     """Groups of the units that a share is of."""
     if metric.share_of == "pairs":
-        rows = sheet.pair_rows[cut.rows, 0]
+        rows = sheet.pair_rows[units, 0]
     else:
         of = {
             "unsafe": sheet.labels == 1,
             "safe": sheet.labels == 0,
             "flagged": np.nan_to_num(sheet.scores[:, column], nan=-1.0) >= threshold,
         }
-        rows = cut.rows[of[str(metric.share_of)][cut.rows]]
+        rows = units[of[str(metric.share_of)][units]]
     return len({sheet.records[row].group for row in rows})
 
 
