@@ -18,7 +18,7 @@ from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import COUNTS, Arm, Cell, CellError, Stock
 from guardkit.efficiency.curves import SWEPT, Curve, Yardstick, compare, samples_to_target
 from guardkit.efficiency.engine import BatchedEngine, FittedCell, LinearProblem, chosen
-from guardkit.efficiency.results import CellStore, CellTable, opened, run_cells
+from guardkit.efficiency.results import CellStore, opened, run_cells
 from guardkit.fitting.objective import Objective
 from guardkit.heads import LinearHead
 from guardkit.metrics.draws import GroupDraws
@@ -250,10 +250,10 @@ def test_memory_does_not_grow_with_the_number_of_cells(tmp_path):
     """Scores of 360 cells, 8.6 MB of them, are measured with a few of them in memory at a time."""
     import tracemalloc
 
-    from guardkit.efficiency.measure import FIGURES, Yardsticks, measure
+    from guardkit.efficiency.measure import measure
     from guardkit.efficiency.plan import Plan
 
-    test = World(n=4, n_test=2000).test
+    stock = Stock(World(n=4, n_test=2000), ARMS[1:2], (2,), (0,))
     rng = np.random.default_rng(0)
     sizes, seeds = tuple(range(2, 122)), (0, 1, 2)
     plan = Plan(("pairs_aug",), ("linear",), "pairs_aug", sizes, seeds, "pair_accuracy", (), (), 2, 0.5, n_resamples=100, draw_seed=0)
@@ -266,14 +266,12 @@ def test_memory_does_not_grow_with_the_number_of_cells(tmp_path):
     with opened(tmp_path, {"shared": {}, "arms": {}, "heads": {}}) as store:
         for size in sizes:
             store.put({Cell("pairs_aug", "linear", size, seed): cell(size) for seed in seeds})
-        yardsticks = Yardsticks(plan, test)
-        with CellTable(tmp_path / "cells.parquet", (1.0,), FIGURES) as table:
-            tracemalloc.start()
-            measured = measure(plan, "linear", store, {}, yardsticks, (1.0,), table)
-            _, peak = tracemalloc.get_traced_memory()
-            tracemalloc.stop()
-    assert measured.n_cells == 360
-    assert measured.curves["pairs_aug"].sizes == sizes
+        tracemalloc.start()
+        summary = measure(tmp_path, plan, store, {}, stock, (1.0,), engine={"name": "batched"})
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert summary["engine"]["fits"] == 360
+    assert [point["n_seeds"] for point in summary["curves"]["pairs_aug"].values()] == [3] * len(sizes)
     assert pq.read_metadata(tmp_path / "cells.parquet").num_rows == 360
     assert peak < 7 << 20
 

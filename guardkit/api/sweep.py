@@ -21,6 +21,7 @@ from guardkit.efficiency.cells import Stock, chosen_sizes
 from guardkit.efficiency.curves import SWEPT
 from guardkit.efficiency.engine import BatchedEngine, Engine
 from guardkit.efficiency.lightning_engine import LBFGS, LightningEngine
+from guardkit.efficiency.measure import measure
 from guardkit.efficiency.plan import Plan, in_sentences
 from guardkit.efficiency.results import opened, run_cells
 from guardkit.efficiency.stacked import Schedule
@@ -216,7 +217,8 @@ def sweep(
                 "fits_now": (len(cells) - len(failed) - n_found) * len(pulls),
                 "seconds_now": {"embeddings and edits": prepared - started, "fitting": fitted - prepared},
             }
-            summary, table = write_report(folder, plan, cells_on_disk, failed, stock, pulls, about, parts.unlabelled.notes)
+            summary = measure(folder, plan, cells_on_disk, failed, stock, pulls, engine=about, notes=parts.unlabelled.notes)
+            table = write_report(folder, summary)
             with quiet_lightning(), opened_logger(logger) as told:
                 if told:
                     _log_results(told, folder, summary)
