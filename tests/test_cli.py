@@ -11,10 +11,12 @@ import sys
 import time
 
 import pytest
+from commands import call
 from conftest import ROOT
 
 
-def call(module, *arguments, cwd=ROOT, **environment):
+def start(module, *arguments, cwd=ROOT, **environment):
+    """A command in a Python of its own, which has imported nothing."""
     return subprocess.run(
         [sys.executable, "-m", f"guardkit.{module}", *arguments],
         capture_output=True,
@@ -37,7 +39,7 @@ def test_what_the_hub_says_is_shown_once():
 
 @pytest.mark.parametrize("module", ["train", "embed", "sweep"])
 def test_help_lists_groups_and_loads_nothing_heavy(module):
-    done = call(module, "--help")
+    done = start(module, "--help")
     assert done.returncode == 0
     assert "encoder: clip_vit_b32, clip_vit_l14, onnx, open_clip, photos_clip, scenes_clip, siglip2_b16" in done.stdout
     code = f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_module('guardkit.{module}', run_name='__main__')\nexcept SystemExit: pass\nprint([m for m in ('torch', 'lightning', 'open_clip') if m in sys.modules])"
@@ -56,7 +58,7 @@ def test_help_lists_groups_and_loads_nothing_heavy(module):
     ],
 )
 def test_wrong_value_is_one_line_and_status_2(arguments, message, tmp_path):
-    done = call("train", f"output_dir={tmp_path}", *arguments)
+    done = call("guardkit.train", f"output_dir={tmp_path}", *arguments)
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert lines[-1].startswith("error: ")
@@ -66,7 +68,7 @@ def test_wrong_value_is_one_line_and_status_2(arguments, message, tmp_path):
 
 def test_unwritable_output_folder(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    done = call("train", f"output_dir={tmp_path / 'file' / 'run'}")
+    done = call("guardkit.train", f"output_dir={tmp_path / 'file' / 'run'}")
     assert done.returncode == 2
     assert re.search(r"error: .*file.*output_dir", done.stderr.splitlines()[-1])
     assert "Traceback" not in done.stderr
@@ -76,7 +78,8 @@ def test_unwritable_output_folder(tmp_path):
 def test_ctrl_c_and_sigterm_stop_cleanly(tmp_path, number):
     """Interrupted in the middle of its work it ends soon, without a traceback, and the next run uses what is there."""
     cache = tmp_path / "cache"
-    command = [sys.executable, "-m", "guardkit.train", "source.n_test=400", f"output_dir={tmp_path / 'run'}"]
+    settings = ["data.n_unsafe=16", "trainer.max_epochs=10", f"output_dir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "guardkit.train", "source.n_test=400", *settings]
     running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"GUARDKIT_CACHE": str(cache)})
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not list(cache.glob("embeddings/*.sqlite")):
@@ -88,14 +91,14 @@ def test_ctrl_c_and_sigterm_stop_cleanly(tmp_path, number):
     assert said.strip().splitlines()[-1] == "stopped; what was finished is kept"
     assert "Traceback" not in said
     assert not (tmp_path / "run" / "metrics.json").exists()
-    done = call("train", "source.n_test=9", f"output_dir={tmp_path / 'run'}", GUARDKIT_CACHE=str(cache))
+    done = call("guardkit.train", "source.n_test=9", *settings, GUARDKIT_CACHE=str(cache))
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["edits"]["requested"] == 64
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["edits"]["requested"] == 16
 
 
 def test_multirun_gives_every_job_a_folder(tmp_path):
     arguments = ["-m", "experiment=pairs_aug,unpaired", "data.n_unsafe=8", "source.n_test=9", "trainer.max_epochs=5"]
-    done = call("train", *arguments, f"output_dir={tmp_path / 'runs'}")
+    done = call("guardkit.train", *arguments, f"output_dir={tmp_path / 'runs'}")
     assert done.returncode == 0, done.stderr
     found = {json.loads(path.read_text())["experiment"] for path in (tmp_path / "runs").glob("*/metrics.json")}
     assert found == {"pairs_aug", "unpaired"}
@@ -118,7 +121,7 @@ def test_a_wheel_runs_from_any_folder(tmp_path):
     assert not [*target.rglob("*extension*"), *target.glob("guardkit/_checkpoints/**/*.py")]
     empty = tmp_path / "empty"
     empty.mkdir()
-    done = call(
+    done = start(
         "train", "experiment=pairs_aug", "source.n_test=9", "data.n_unsafe=16", "trainer.max_epochs=10", cwd=empty, PYTHONPATH=str(target),
         GUARDKIT_CACHE=str(tmp_path / "cache"),
     )  # fmt: skip

@@ -1,11 +1,10 @@
-"""Parts from somebody else's package go through every command: docs/extension, installed from its folder, in fresh processes."""
+"""Parts from somebody else's package go through every command: docs/extension, installed from its folder, in processes of their own."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import json
-import os
 import subprocess
 import sys
 from pkgutil import resolve_name
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from commands import call, execute
 from conftest import ROOT
 
 import guardkit
@@ -28,15 +28,14 @@ PARTS = ["--config-dir", str(CONF), "policy=dots", "source=dots", "encoder=colou
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """run("-m", "guardkit.train", ...) -> finished process, in an environment that has the package and in a folder that knows nothing."""
+    """run("guardkit.train", ...) -> finished process, in an environment that has the package and in a folder that knows nothing."""
     here = tmp_path_factory.mktemp("elsewhere")
     site = here / "site"
     install = ["pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(site)]
     subprocess.run([sys.executable, "-m", *install, str(ROOT / "docs" / "extension")], check=True)
 
-    def start(*arguments):
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{site}"}
-        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=here, env=environment, timeout=300)
+    def start(what, *arguments):
+        done = (call if what.startswith("guardkit.") else execute)(what, *arguments, cwd=here, path=[str(site)])
         assert done.returncode == 0, done.stderr[-3000:]
         return done
 
@@ -48,7 +47,7 @@ def trained(run, tmp_path_factory):
     """A run's folder: all of its parts are foreign."""
     folder = tmp_path_factory.mktemp("run") / "trained"
     settings = ["head=cosine", "experiment=pairs_classic", "data.n_unsafe=32", "trainer.max_epochs=40", f"output_dir={folder}"]
-    run("-m", "guardkit.train", *PARTS, *settings)
+    run("guardkit.train", *PARTS, *settings)
     return folder
 
 
@@ -83,7 +82,7 @@ print(json.dumps({"refusal": refusal, "before": before, "scores": [one.score for
 
 def test_it_is_loaded_by_those_who_trust_the_package(run, trained):
     rows = [row for row in pq.read_table(trained / "predictions.parquet").to_pylist() if not row["is_counterfactual"]]
-    said = json.loads(run("-c", LOADED, str(trained), json.dumps([row["id"] for row in rows])).stdout)
+    said = json.loads(run(LOADED, str(trained), json.dumps([row["id"] for row in rows])).stdout)
     assert said["before"] == []
     assert "\n" not in said["refusal"]
     for part in (
@@ -121,7 +120,7 @@ def test_python_makes_the_same_of_the_same_parts(trained, monkeypatch):
 
 def test_it_is_evaluated_beside_a_foreign_baseline(run, trained, tmp_path):
     settings = [f"guard={trained}", "trust=[guardkit_extension]", "source=dots", "baselines=[redness,always_unsafe]"]
-    run("-m", "guardkit.evaluate", *PARTS[:2], *settings, f"output_dir={tmp_path / 'out'}")
+    run("guardkit.evaluate", *PARTS[:2], *settings, f"output_dir={tmp_path / 'out'}")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     f1 = {name: one["effectiveness"]["f1"]["value"] for name, one in summary["classifiers"].items()}
     assert list(f1) == ["pairs_classic", "redness", "always_unsafe"]
@@ -131,14 +130,14 @@ def test_it_is_evaluated_beside_a_foreign_baseline(run, trained, tmp_path):
 
 def test_the_files_may_be_in_hydras_search_path_as_well(run, tmp_path):
     settings = [f"hydra.searchpath=[file://{CONF}]", "policy=dots", "source=dots", "baselines=[redness]"]
-    run("-m", "guardkit.evaluate", *settings, f"output_dir={tmp_path / 'out'}")
+    run("guardkit.evaluate", *settings, f"output_dir={tmp_path / 'out'}")
     assert list(json.loads((tmp_path / "out" / "summary.json").read_text())["classifiers"]) == ["redness"]
 
 
 def test_a_foreign_arm_and_head_are_swept(run, tmp_path):
     settings = ["+experiment@arms.pairs_classic=pairs_classic", "+head@heads.cosine=cosine", "sweep.heads=[cosine,linear]"]
     settings += ["sweep.arms=[unpaired,pairs_classic]", "sweep.sizes=[4,8]", "sweep.seeds=2", "trainer.max_epochs=10"]
-    run("-m", "guardkit.sweep", *PARTS, *settings, f"output_dir={tmp_path / 'out'}")
+    run("guardkit.sweep", *PARTS, *settings, f"output_dir={tmp_path / 'out'}")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["arms"] == [f"{arm}/{head}" for head in ("cosine", "linear") for arm in ("unpaired", "pairs_classic")]
     assert all(point["mean"] is not None for curve in summary["curves"].values() for point in curve.values())
@@ -153,20 +152,20 @@ def test_a_foreign_loss_is_trained_and_swept_with_on_every_engine(run, tmp_path)
     settings += ["sweep.strengths=[0.1]", "trainer.max_epochs=10", "loss.pair_weight=0"]
     reached = {}
     for name, more in {"batched": HINGE, "lightning": [*HINGE, "sweep.engine=lightning"], "without": []}.items():
-        run("-m", "guardkit.sweep", *PARTS, *settings, *more, f"output_dir={tmp_path / name}")
+        run("guardkit.sweep", *PARTS, *settings, *more, f"output_dir={tmp_path / name}")
         reached[name] = pq.read_table(tmp_path / name / "cells.parquet").column("objective").to_pylist()
     assert reached["batched"] == pytest.approx(reached["lightning"], rel=1e-4)
     assert min(np.subtract(reached["batched"], reached["without"])) > 1e-3
     short = ["head=linear", "data.n_unsafe=8", "trainer.max_epochs=10"]
-    run("-m", "guardkit.train", *PARTS, *short, *HINGE, f"output_dir={tmp_path / 'train'}")
-    run("-m", "guardkit.train", *PARTS, *short, "loss.pair_weight=0", f"output_dir={tmp_path / 'other'}")
+    run("guardkit.train", *PARTS, *short, *HINGE, f"output_dir={tmp_path / 'train'}")
+    run("guardkit.train", *PARTS, *short, "loss.pair_weight=0", f"output_dir={tmp_path / 'other'}")
     figures = [json.loads((tmp_path / name / "metrics.json").read_text())["pairs"] for name in ("train", "other")]
     assert figures[0] != figures[1]
 
 
 def test_a_foreign_editor_makes_pairs_that_a_foreign_guard_verifies(run, trained, tmp_path):
     verifier = ["verifier=guard", f"verifier.guard.folder={trained}", "verifier.guard.trust=[guardkit_extension]"]
-    run("-m", "guardkit.synthesize", *PARTS, *verifier, "limit=6", f"output_dir={tmp_path / 'out'}")
+    run("guardkit.synthesize", *PARTS, *verifier, "limit=6", f"output_dir={tmp_path / 'out'}")
     rows = pq.read_table(tmp_path / "out" / "metadata.parquet").to_pylist()
     assert {row["editor"] for row in rows} == {"repaint"}
     assert [row["status"] for row in rows].count("accepted") > 3

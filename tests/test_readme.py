@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import re
-import runpy
 import shlex
-import sys
 import tomllib
 from itertools import groupby
 
 import pytest
+from commands import call, execute
 from conftest import ROOT, picture
 
 TEXT = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 # a command that needs the network, or that serves until somebody stops it, says so in its comment: its settings are checked, and it is not run
 NOT_RUN = re.compile(r"^(python -m guardkit\..*?)\s+# \((network|serves)\).*$", re.MULTILINE)
-# imported once, in the process that all commands are forked from
-HEAVY = [
-    "guardkit.runs.train",
-    "guardkit.runs.evaluate",
-    "guardkit.runs.synthesize",
-    "guardkit.classifier",
-    "guardkit.editors.inpaint",
-    "open_clip",
-]
 
 
 def lay_out(photos):
@@ -50,18 +38,6 @@ def commands(block):
         yield from (list(group) for joined, group in groupby(words, lambda word: word == "&&") if not joined)
 
 
-def in_a_process(folder, log, module, arguments, code):
-    """Runs a module as `python -m` does, or code, with its output in a file."""
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
-    os.chdir(folder)
-    if module is None:
-        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
-    else:
-        sys.argv = [module, *arguments]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Runs every block in order; gives the folder, what each command printed, and what was to be installed."""
@@ -69,23 +45,17 @@ def run(tmp_path_factory):
     work = folder / "work"
     work.mkdir()
     lay_out(work / "photos")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(HEAVY)
     printed, installed = [], []
 
-    def start(module=None, arguments=(), code=None):
-        log = folder / f"{len(printed)}.log"
-        process = context.Process(target=in_a_process, args=(work, log, module, arguments, code))
-        process.start()
-        process.join()
-        printed.append(log.read_text("utf-8"))
-        assert process.exitcode == 0, f"{module or code} {shlex.join(arguments)}\n{printed[-1][-3000:]}"
+    def keep(done):
+        printed.append(done.stdout + done.stderr)
+        assert done.returncode == 0, f"{shlex.join(done.args)}\n{printed[-1][-3000:]}"
 
     for language, block in BLOCKS:
         if language == "yaml":
             (work / re.match(r"# (\S+\.yaml)\n", block)[1]).write_text(block)
         if language == "python":
-            start(code=block)
+            keep(execute(block, cwd=work))
         for command in commands(NOT_RUN.sub(r"\1 --cfg job", block)) if language == "bash" else ():
             match command:
                 case ["pip", "install", *what]:
@@ -93,7 +63,7 @@ def run(tmp_path_factory):
                 case ["pytest"]:
                     pass  # these are the tests
                 case ["python", "-m", module, *arguments]:
-                    start(module, arguments)
+                    keep(call(module, *arguments, cwd=work))
                 case _:
                     pytest.fail(f"the README has a command of a new kind: {shlex.join(command)}")
     return work, printed, installed

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import call
 from conftest import ROOT, picture
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -141,16 +142,19 @@ def test_a_path_may_hold_bytes_that_are_no_text(tmp_path):
         for i in range(8):
             picture(100 * len(label) + i, (32, 32)).save(tmp_path / os.fsdecode(places[b"photos"]) / label / f"{i}.png")
 
-    def call(command, *arguments):
-        asked = [sys.executable, "-m", f"guardkit.{command}", "policy=handled_objects", f"cache_dir={tmp_path / name}", *arguments]
-        done = subprocess.run(asked, capture_output=True)
+    always = ["policy=handled_objects", f"cache_dir={tmp_path / name}"]
+    asked = [*always, "source=folder", b"source.root=" + places[b"photos"], b"output_dir=" + places[b"embedded"]]
+    done = subprocess.run([sys.executable, "-m", "guardkit.embed", *asked], capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+    def run(command, *arguments):
+        done = call(f"guardkit.{command}", *always, *map(os.fsdecode, arguments))
         assert done.returncode == 0, done.stderr
 
-    call("embed", "source=folder", b"source.root=" + places[b"photos"], b"output_dir=" + places[b"embedded"])
     few = ["experiment=unpaired", "editor=none", "trainer.max_epochs=1"]
-    call("train", "source=embeddings", b"source.root=" + places[b"embedded"], b"output_dir=" + places[b"trained"], *few)
+    run("train", "source=embeddings", b"source.root=" + places[b"embedded"], b"output_dir=" + places[b"trained"], *few)
     guard = b"guard=" + places[b"trained"]
-    call("evaluate", guard, "source=folder", b"source.root=" + places[b"photos"], b"output_dir=" + places[b"measured"], "n_resamples=100")
+    run("evaluate", guard, "source=folder", b"source.root=" + places[b"photos"], b"output_dir=" + places[b"measured"], "n_resamples=100")
 
 
 @pytest.mark.parametrize("name", ["2024", "2024_11_26", "1e5", "true", "007", "1_000"])

@@ -609,25 +609,27 @@ def test_wandb_runs_offline_with_table_and_picture(sweep):
 
 
 @pytest.mark.slow
-def test_both_engines_make_the_same_decisions(sweep, tmp_path):
+@pytest.mark.parametrize(
+    ("arms", "heads"),
+    [(LISTED, ("linear_whitened",)), (("pairs_plus", "classic_aug"), ("linear", "anchored", "mlp", "prompt"))],
+    ids=["every arm", "every other head"],
+)
+def test_both_engines_make_the_same_decisions(sweep, tmp_path, arms, heads):
     """Linear heads at the optimum, MLP and prompt heads along the same steps (without dropout, whose coins differ)."""
     grid = (
         "sweep.seeds=1",
-        "sweep.heads=[linear,linear_whitened,anchored,mlp,prompt]",
+        f"sweep.arms=[{','.join(arms)}]",
+        "sweep.baseline=pairs_plus",
+        f"sweep.heads=[{','.join(heads)}]",
         "heads.linear.leace_images=12",
         "heads.mlp.dropout=0",
-        "trainer.max_epochs=30",
+        "trainer.max_epochs=15",
         "sweep.sizes=[4,16]",
         "data.variants_per_image=2",
     )
     folders = {name: tmp_path / name for name in ("batched", "lightning")}
     reports = {name: sweep(*grid, f"sweep.engine={name}", folder=folder) for name, folder in folders.items()}
-    cells = [
-        Cell(arm, head, size, 0)
-        for arm in LISTED
-        for head in ("linear", "linear_whitened", "anchored", "mlp", "prompt")
-        for size in (4, 16)
-    ]
+    cells = [Cell(arm, head, size, 0) for arm in arms for head in heads for size in (4, 16)]
     batched, lightning = (CellStore(folders[name]).get(cells) for name in ("batched", "lightning"))
     assert len(batched) == len(lightning) == len(cells)
     same, strengths = [], np.array([0.01, 0.1, 1.0])  # of SMALL
@@ -674,32 +676,33 @@ def test_the_experiments_are_the_arms(compose):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [["joblib", "n_jobs=2"], ["submitit_local", "timeout_min=10"]], ids=["joblib", "submitit"])
 def test_multirun_with_a_launcher_goes_on_past_a_failure_and_leaves_out_what_is_finished(tmp_path, launcher):
-    from test_cli import call
+    """Two fail at once, before the one that is right: with joblib in both of its processes."""
+    from test_cli import start
 
     name, setting = launcher
     arguments = [
-        "-m", f"hydra/launcher={name}", f"hydra.launcher.{setting}", "experiment=pairs_aug,unpaired", "editor=scenes,none", "seed=range(1)",
+        "-m", f"hydra/launcher={name}", f"hydra.launcher.{setting}", "encoder=open_clip,onnx,scenes_clip", "experiment=unpaired", "editor=none",
         "data.n_unsafe=8", "source.n_test=9", "trainer.max_epochs=5", f"output_dir={tmp_path / 'runs'}",
     ]  # fmt: skip
-    first = call("train", *arguments)
+    first = start("train", *arguments)
     assert first.returncode == 2, first.stderr
     assert "Traceback" not in first.stderr
-    assert "1 job(s) failed" in first.stderr
-    (failed,) = (tmp_path / "runs").glob("*/error.txt")
-    assert "editor=none edits nothing" in failed.read_text()
-    done = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.json")}
-    assert len(done) == 3
-    again = call("train", *arguments)
+    assert "2 job(s) failed" in first.stderr
+    failed = [path.read_text() for path in (tmp_path / "runs").glob("*/error.txt")]
+    assert ["must be given, as in encoder." in text for text in failed] == [True, True]
+    (done,) = (tmp_path / "runs").glob("*/metrics.json")
+    written = done.stat().st_mtime_ns
+    again = start("train", *arguments)
     assert again.returncode == 2
     if name == "joblib":  # the other one's jobs have their own output
-        assert again.stdout.count("finished before") == 3
-    assert done == {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.json")}
+        assert again.stdout.count("finished before") == 1
+    assert done.stat().st_mtime_ns == written
 
 
 def test_a_launcher_that_is_missing_is_one_line(tmp_path):
-    from test_cli import call
+    from test_cli import start
 
-    done = call("train", "-m", "hydra/launcher=submitit_elsewhere", "seed=0,1", f"output_dir={tmp_path}")
+    done = start("train", "-m", "hydra/launcher=submitit_elsewhere", "seed=0,1", f"output_dir={tmp_path}")
     assert done.returncode == 2
     assert 'pip install "guardkit[slurm]"' in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
