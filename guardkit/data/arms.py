@@ -174,7 +174,7 @@ def make_batch(pools: Mapping[str, Pool], rows: Mapping[str, np.ndarray], turn: 
     def pick(kind: str) -> tuple[np.ndarray, np.ndarray]:
         wanted = np.tile(rows[kind], n_turns)
         turns = np.repeat(np.arange(n_turns) + (turn or 0), len(rows[kind]))
-        return pools[kind].views(rows[kind]).pick(wanted, turns)
+        return pools[kind].pick(wanted, turns)
 
     n_categories = len(pools["unsafe"].category_names)
     parts: list[np.ndarray] = []

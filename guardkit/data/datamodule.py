@@ -349,11 +349,11 @@ class GuardDataModule(L.LightningDataModule):
         return self._n_views(("transplant",))
 
     def _n_views(self, kinds: Collection[str]) -> int:
-        return sum(int(pool.views().there.sum()) for pools in self._pools for kind, pool in pools.items() if kind in kinds)
+        return sum(int(pool.there().sum()) for pools in self._pools for kind, pool in pools.items() if kind in kinds)
 
     def check_both_sides(self) -> None:
         """Raises InputError when not a single unsafe image, or not a single negative, came through, with the reasons."""
-        there = {kind: int(pool.views().there.sum()) for kind, pool in self._pools[0].items()}
+        there = {kind: int(pool.there().sum()) for kind, pool in self._pools[0].items()}
         for label, n in (("unsafe", there["unsafe"]), ("safe", sum(there[kind] for kind in self.negatives))):
             if not n:
                 reasons = "; ".join(f"{count} x {reason}" for reason, count in self.edits.rejected.items())

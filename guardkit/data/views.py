@@ -145,9 +145,21 @@ class Pool:
         """Where records stand in the table of views."""
         return np.array([self._row_of[record.id] for record in records], int)
 
-    def views(self, rows: np.ndarray | None = None) -> Views:
-        """The table, once the chunks that hold `rows` (all of them by default) are made."""
-        for number in np.unique(self._chunk_of if rows is None else self._chunk_of[rows]):
+    def pick(self, rows: np.ndarray, turn: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One view per row, see `Views.pick`, once it is made."""
+        return self._made(rows).pick(rows, turn)
+
+    def vectors(self) -> np.ndarray:
+        """(n, v, d) embeddings, once all are made; what is not there is zero."""
+        return self._made(slice(None)).vectors
+
+    def there(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """(len(rows), v) bool: which views there are, once those rows are made."""
+        return self._made(rows).there[rows]
+
+    def _made(self, rows: np.ndarray | slice) -> Views:
+        """The table, once the chunks that hold `rows` are made."""
+        for number in np.unique(self._chunk_of[rows]):
             self.chunks[number].get()
         return self._views
 

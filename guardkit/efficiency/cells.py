@@ -191,7 +191,7 @@ class Stock:
             chunks = pool.add(missing, partial(maker.make, kinds[name]), _RECORDS_AT_ONCE)
             for chunk in progress(chunks, total=len(chunks), what=f"{arm.name}: {name}"):
                 chunk.get()
-            _check_finite(pool.views().vectors, self._where, name, [record.id for record in pool.records])
+            _check_finite(pool.vectors(), self._where, name, [record.id for record in pool.records])
 
     def _pool(self, arm: Arm, kind: str) -> Pool:
         return self._pools[self._makers[arm.name].name(kind)]
@@ -206,7 +206,7 @@ class Stock:
         for kind in choice.train:
             if kind in (*EDITED, "null_edit") or arm.transform == "null_edit":
                 pool = self._pool(arm, kind)
-                there = pool.views().there[pool.rows(choice.of(kind))]
+                there = pool.there(pool.rows(choice.of(kind)))
                 requested += there.size
                 accepted += int(there.sum())
         return requested, accepted
