@@ -48,11 +48,19 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
 
         def train(name: str, folder: Path) -> list[str]:
-            return ["-m", "guardkit.train", "experiment=pairs_aug", f"cache_dir={folder / 'cache'}", f"output_dir={folder / name}"]
+            return [
+                "-m",
+                "guardkit.train",
+                "experiment=pairs_aug",
+                "head=linear",
+                f"cache_dir={folder / 'cache'}",
+                f"output_dir={folder / name}",
+            ]
 
         def sweep(folder: Path) -> list[str]:
             stored = folder.parent / "stored"
-            return ["-m", "guardkit.sweep", f"cache_dir={stored}", f"output_dir={folder / 'sweep'}", *overrides]
+            same = ["head=linear_whitened", "data.variants_per_image=4"]  # defaults of one checkout may be others than the other's
+            return ["-m", "guardkit.sweep", *same, f"cache_dir={stored}", f"output_dir={folder / 'sweep'}", *overrides]
 
         jobs: dict[str, Callable[[Path], list[str]]] = {
             "`python -c pass`": lambda _: ["-c", "pass"],

@@ -44,7 +44,7 @@ def main(seeds: int = 5, n_unsafe: int = 64, out: str = "docs/imperfect_editor.p
 
     def measure(folder: str, *overrides: str) -> dict:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            cfg = compose("train", [f"data.n_unsafe={n_unsafe}", *overrides])
+            cfg = compose("train", ["head=linear", f"data.n_unsafe={n_unsafe}", *overrides])
         return run(cfg, {}, Path(folder)).metrics
 
     results: dict[str, dict[float, dict]] = {name: {} for name in VERIFIERS}

@@ -157,7 +157,7 @@ def gain(seeds: int, n_unsafe: int) -> None:
         for name, experiment in EXPERIMENTS.items():
             for seed in range(seeds):
                 with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-                    cfg = compose("train", [*experiment, f"data.n_unsafe={n_unsafe}", f"seed={seed}"])
+                    cfg = compose("train", ["head=linear", *experiment, f"data.n_unsafe={n_unsafe}", f"seed={seed}"])
                 results[name].append(run(cfg, {}, Path(folder)).metrics)
     baseline = [one["pairs"]["pair_accuracy"] for one in results["unpaired"]]
     print(f"n_unsafe={n_unsafe}, {seeds} seeds, 95 % intervals; gain over unpaired paired by seed; the test pairs are exact")

@@ -2,6 +2,7 @@
 
     python benchmarks/photographs.py data=DIR output_dir=DIR [encoder=guardkit:photos_clip] [cache_dir=DIR] [heads=anchored,linear_whitened]
         [policies=24] [sizes=4,8,16,32,64,128,256,512] [seeds=2] [safe_per_unsafe=1,4,16] [editors=inpaint,paste] [split=test]
+        [look_alikes=marked]
 
 DIR holds `train.parquet` and `val.parquet` (columns `image`, `name` and the box). For each of the policies of `class_policies.json`, each
 arm's heads are trained on so many labelled unsafe photographs, and tested on all natural ones of `val.parquet`, on the look-alikes
@@ -35,6 +36,7 @@ from guardkit.counterfactual.edits import Edits
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.data.arms import Orders, arm_named
 from guardkit.data.datamodule import GuardDataModule, TestSet
+from guardkit.data.look_alikes import LookAlikes
 from guardkit.data.sources.base import Loaded
 from guardkit.data.sources.parquet import ParquetSource
 from guardkit.data.transplants import transplant
@@ -81,6 +83,7 @@ class Settings:
     seeds: int
     editors: tuple[str, ...]
     heads: tuple[str, ...]
+    look_alikes: LookAlikes
 
 
 @dataclass(frozen=True)
@@ -192,9 +195,10 @@ class Trial:
         test = TestSet(records, vectors, np.zeros(0, int), np.concatenate(made), "all editors", 0.0)
         return cls(policy, source, store, pipelines, test, pairs)
 
-    def data(self, editor: str, safe_per_unsafe: int) -> Data:
+    def data(self, editor: str, safe_per_unsafe: int, look_alikes: LookAlikes) -> Data:
         """To train on."""
-        module = Data(self.source, self.policy, self.store, self.pipelines[editor], safe_per_unsafe=safe_per_unsafe, all_views=True)
+        given: dict[str, Any] = {"safe_per_unsafe": safe_per_unsafe, "look_alikes": look_alikes, "all_views": True}
+        module = Data(self.source, self.policy, self.store, self.pipelines[editor], **given)
         module.given = self.test
         return module
 
@@ -275,7 +279,10 @@ def permuted(data: CellData, seed: int) -> CellData:
 def try_policy(one: ClassPolicy, settings: Settings, encoder: OpenClipEncoder) -> pd.DataFrame:
     """A row for each arm, head, editor, number of safe images, label budget and seed; for zero-shot; and for the trace of each editor."""
     about = [one.policy.digest, encoder.fingerprint, *(str(getattr(settings, name)) for name in ("sizes", "safe_per_unsafe", "seeds"))]
-    done = settings.output_dir / f"{one.policy.name}_{fingerprint([*about, settings.editors, settings.heads])[:12]}.parquet"
+    done = (
+        settings.output_dir
+        / f"{one.policy.name}_{fingerprint([*about, settings.editors, settings.heads, settings.look_alikes])[:12]}.parquet"
+    )
     if done.is_file():
         return pd.read_parquet(done)
     started = time.perf_counter()
@@ -296,7 +303,7 @@ def try_policy(one: ClassPolicy, settings: Settings, encoder: OpenClipEncoder) -
     for block in blocks(settings):
         arms = [arm_named(arm) for arm in block.arms]
         arms = [arm if arm.variants_per_image else replace(arm, variants_per_image=1) for arm in arms]
-        stock = Stock(trial.data(block.editor, block.safe_per_unsafe), arms, block.sizes, block.seeds)
+        stock = Stock(trial.data(block.editor, block.safe_per_unsafe, settings.look_alikes), arms, block.sizes, block.seeds)
         ready: list[tuple[Cell, CellData]] = []
         for cell in [Cell(arm, "", size, seed) for arm in block.arms for size in block.sizes for seed in block.seeds]:
             with suppress(CellError):  # too few images, or no edit of the few was accepted: it is missing in the tables
@@ -359,6 +366,7 @@ def main(
     safe_per_unsafe: str = "1,4,16",
     editors: str = "inpaint,paste",
     split: str = "test",
+    look_alikes: LookAlikes = "marked",
 ) -> None:
     folder = Path(output_dir)
     settings = Settings(
@@ -369,6 +377,7 @@ def main(
         int(seeds),
         tuple(name for name in editors.split(",") if name),
         tuple(heads.split(",")),
+        look_alikes,
     )
     folder.mkdir(parents=True, exist_ok=True)
     model = OpenClipEncoder(None, encoder, batch_size=16)  # calls are small, and are padded to whole batches

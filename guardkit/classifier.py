@@ -70,6 +70,9 @@ class GuardClassifier:
         self.training_images = training_images
         self.name = str(self.training.get("experiment", head.kind))
 
+    def __repr__(self) -> str:
+        return f"GuardClassifier(policy={self.policy.name!r}, head={self.head.kind!r}, encoder={self.encoder.name!r}, threshold={self.threshold:g})"
+
     @property
     def threshold(self) -> float:
         """Flag when score >= threshold, in [0, 1]."""

@@ -59,9 +59,15 @@ class Head(nn.Module):
 
     Attributes:
         config: the constructor's keyword arguments, in plain JSON types. Those called `dim` and `n_categories` are d and k.
+        usual_l2: `loss.l2` of a training that is given none.
+        is_erased: `features` has the trace of the editor taken out; of a head that was prepared here.
+        notes: what a user should know of how it was chosen, in sentences.
     """
 
     config: dict[str, Any]
+    usual_l2: float = 0.0
+    is_erased: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -76,6 +82,15 @@ class Head(nn.Module):
         """Whether it can be trained; not where `prepare` still has something to do."""
         return True
 
+    def features(self, embeddings: Tensor) -> Tensor:
+        """(n, d) -> (n, e): what it sees of embeddings through whatever is fixed in it."""
+        return embeddings
+
+    def of_texts_alone(self, embeddings: Tensor) -> Tensor | None:
+        """(n, d) -> (n, 1 + k) logits by the policy's texts without a label, where it holds those texts; None elsewhere."""
+        del embeddings
+        return None
+
 
 class LinearHead(Head):
     """A linear probe.
@@ -84,9 +99,6 @@ class LinearHead(Head):
         dim: d, width of the embeddings.
         n_categories: k.
         whitened: embeddings pass through a fixed (d, d) map first.
-
-    Attributes:
-        is_erased: the map takes the editor's trace out; of a head that was prepared here.
     """
 
     def __init__(self, dim: int, n_categories: int, *, whitened: bool = False) -> None:
@@ -95,7 +107,6 @@ class LinearHead(Head):
         self._is_prepared = True  # no map is to be estimated
         self._whitening: tuple[int, float] | None = None
         self._leace_images = 0
-        self.is_erased = False
         self.map: Tensor | None
         self.register_buffer("map", torch.eye(dim) if whitened else None)
         self.linear = nn.Linear(dim, 1 + n_categories)
@@ -226,17 +237,15 @@ class AnchoredHead(Head):
         n_categories: k.
         n_prompts: m, number of texts.
         mapped: embeddings pass through a fixed (d, d) map on their way to the probe.
-
-    Attributes:
-        is_erased: the map takes the editor's trace out; of a head that was prepared here.
     """
+
+    usual_l2 = 1.0  # of those tried, the best on policies that nobody tuned to
 
     def __init__(self, dim: int, n_categories: int, *, n_prompts: int, mapped: bool = False) -> None:
         super().__init__()
         self.config = {"dim": dim, "n_categories": n_categories, "n_prompts": n_prompts, "mapped": mapped}
         self._n_images: int | None = None  # that tell how zero-shot logits vary, until they have
         self._leace_images = 0
-        self.is_erased = False
         self.map: Tensor | None
         self.prompts: Tensor
         self.members: Tensor
@@ -306,10 +315,36 @@ class AnchoredHead(Head):
 
     def features(self, embeddings: Tensor) -> Tensor:
         """(n, d) -> (n, d + 1 + k): what the weights are multiplied with."""
-        return torch.cat([_scaled(embeddings, self.map), self._zero_shot(embeddings) / self.spread.to(embeddings)], dim=1)
+        return torch.cat([_scaled(embeddings, self.map), self.of_texts_alone(embeddings)], dim=1)
+
+    def of_texts_alone(self, embeddings: Tensor) -> Tensor:
+        """(n, d) -> (n, 1 + k) logits: where it starts, up to `strength`."""
+        return self._zero_shot(embeddings) / self.spread.to(embeddings)
 
     def _zero_shot(self, embeddings: Tensor) -> Tensor:
         return _log_odds(embeddings @ self.prompts.to(embeddings).T, self.members)
+
+
+def automatic(encoder: Encoder, policy: Policy) -> AnchoredHead | LinearHead:
+    """The head that is trained where none is named: anchored in the policy's texts, or a plain linear one without them.
+
+    docs/heads.md has the figures that speak for it.
+
+    Args:
+        encoder: made the embeddings.
+        policy: has the categories, and the texts.
+    Returns:
+        An `AnchoredHead` where the encoder reads texts, and reads no unsafe one as it reads a safe one. Elsewhere a `LinearHead` that is
+        pulled towards zero as strongly, and that notes why.
+    """
+    try:
+        return AnchoredHead.build(encoder, policy)
+    except InputError as error:
+        # what is wrong with the encoder itself is raised again here
+        head = LinearHead.build(encoder, policy)
+        head.usual_l2 = AnchoredHead.usual_l2
+        head.notes = (f"the guard learns from labels alone (head=linear loss.l2={head.usual_l2:g}), not from the policy's texts: {error}",)
+        return head
 
 
 class MLPHead(Head):

@@ -59,7 +59,7 @@ SMALL = ["source.n_train=40", "source.n_test=9", "cache_dir=null"]
 def test_train_guard_gives_the_command_s_figures(compose, world, tmp_path, arm, settings):
     from guardkit.runs.train import run
 
-    overrides = [f"head={settings.get('head', 'linear')}", *(f"loss.{name}={value}" for name, value in settings.get("loss", {}).items())]
+    overrides = [f"head={settings.get('head', 'auto')}", *(f"loss.{name}={value}" for name, value in settings.get("loss", {}).items())]
     cfg = compose("train", f"experiment={arm}", "data.n_unsafe=12", "trainer.max_epochs=10", "seed=3", *SMALL, *overrides)
     by_command = run(cfg, {}, tmp_path / "command")
     fitted = guardkit.train_guard(
@@ -149,9 +149,9 @@ def test_guards_of_one_name_are_told_apart_and_keep_it(world, tmp_path):
     )
     attacks = RobustnessSettings(protocols=("unsafebench",), n_unsafebench=2)
     report = guardkit.evaluate([first, second], world["source"], output_dir=tmp_path, n_resamples=100, robustness=attacks)
-    assert list(report.summary["classifiers"]) == ["linear", "linear 2"]
-    assert set(pq.read_table(tmp_path / "robustness.parquet")["guard"].to_pylist()) == {"linear", "linear 2"}
-    assert first.name == second.name == "linear"
+    assert list(report.summary["classifiers"]) == ["anchored", "anchored 2"]
+    assert set(pq.read_table(tmp_path / "robustness.parquet")["guard"].to_pylist()) == {"anchored", "anchored 2"}
+    assert first.name == second.name == "anchored"
 
 
 # --- defaults ---------------------------------------------------------------------------------------------------------------
@@ -254,14 +254,14 @@ def test_a_command_s_module_is_called_like_the_function():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"head": "liner"}, "there is no head 'liner'; there are linear, linear_whitened, linear_texts, anchored, mlp, prompt"),
+        ({"head": "liner"}, "there is no head 'liner'; there are auto, linear, linear_whitened, linear_texts, anchored, mlp, prompt"),
         ({"arm": "pears"}, "there is no arm 'pears'; there are pairs_aug, unpaired"),
         ({"editor": "scenes"}, "editor must be an object with a method edit, such as guardkit.InpaintEditor"),
         ({"editor": guardkit.Edits(max_tries=0)}, "edit_max_tries must be a whole number of at least 1, got 0"),
         ({"n_unsafe": 1}, "data.n_unsafe must be a whole number of at least 2, got 1"),
         ({"seed": -1}, "seed must be a whole number from 0 to 9223372036854775807, got -1"),
         ({"threshold": "best"}, "threshold must be a number"),
-        ({"loss": {"l2": -1}}, "loss.l2 must be a number of at least 0, got -1"),
+        ({"loss": {"l2": -1}}, "loss.l2 must be a number of at least 0, or null, got -1"),
         ({"trainer": {"max_epochs": "many"}}, "trainer.max_epochs must be a whole number"),
     ],
 )

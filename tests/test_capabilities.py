@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from conftest import picture
 
-from guardkit import GuardClassifier
+from guardkit import GuardClassifier, GuardModule
 from guardkit.baselines.zero_shot import zero_shot
 from guardkit.counterfactual.score_verifier import ScoreVerifier
 from guardkit.embeddings import EmbeddingStore
-from guardkit.heads import AnchoredHead, LinearHead, MLPHead, PromptHead
+from guardkit.heads import AnchoredHead, LinearHead, MLPHead, PromptHead, automatic
 from guardkit.robustness.measuring import RobustnessSettings, measure_robustness
 from guardkit.schema import InputError
 
@@ -55,6 +58,37 @@ def test_heads_that_start_from_texts_say_so(blind, scenes_policy, needs, message
     with pytest.raises(InputError, match=f"^{message}"):
         needs(blind, scenes_policy)
     assert LinearHead.build(blind, scenes_policy).config["dim"] == MLPHead.build(blind, scenes_policy).config["dim"] == blind.dim
+
+
+def test_the_default_head_does_without_texts_and_says_why(blind, scenes_encoder, scenes_policy):
+    without = automatic(blind, scenes_policy)
+    assert type(without) is LinearHead
+    (note,) = without.notes
+    assert "learns from labels alone (head=linear loss.l2=1), not from the policy's texts" in note
+    assert "images-only does not" in note
+    assert GuardModule(without, torch.optim.AdamW).l2 == 1
+    # two texts that the encoder cannot tell apart are no start either
+    category = replace(scenes_policy.categories[0], unsafe_texts=scenes_policy.safe_texts[:1])
+    misread = automatic(scenes_encoder, replace(scenes_policy, categories=(category, *scenes_policy.categories[1:])))
+    assert type(misread) is LinearHead
+    assert "are the same to the encoder" in misread.notes[0]
+    reads = automatic(scenes_encoder, scenes_policy)
+    assert type(reads) is AnchoredHead
+    assert reads.notes == ()
+
+
+def test_the_default_head_hides_no_fault_of_the_encoder(blind, scenes_policy):
+    class Missing(ImagesOnly):
+        @property
+        def dim(self):
+            raise InputError("weights cannot be found")
+
+        @dim.setter
+        def dim(self, value):
+            pass
+
+    with pytest.raises(InputError, match="weights cannot be found"):
+        automatic(Missing(blind), scenes_policy)
 
 
 def test_zero_shot_says_so(blind, scenes_policy):

@@ -78,7 +78,7 @@ def test_unwritable_output_folder(tmp_path):
 def test_ctrl_c_and_sigterm_stop_cleanly(tmp_path, number):
     """Interrupted in the middle of its work it ends soon, without a traceback, and the next run uses what is there."""
     cache = tmp_path / "cache"
-    settings = ["data.n_unsafe=16", "trainer.max_epochs=10", f"output_dir={tmp_path / 'run'}"]
+    settings = ["experiment=pairs_aug", "data.n_unsafe=16", "trainer.max_epochs=10", f"output_dir={tmp_path / 'run'}"]
     command = [sys.executable, "-m", "guardkit.train", "source.n_test=400", *settings]
     running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"GUARDKIT_CACHE": str(cache)})
     deadline = time.monotonic() + 240

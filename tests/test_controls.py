@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from test_editors_pipeline import CountingEditor, unsafe_scene
@@ -15,7 +17,7 @@ from guardkit.data.views import ViewMaker
 from guardkit.editors.base import EditResult
 from guardkit.editors.scenes import ScenesEditor
 from guardkit.embeddings import EmbeddingStore
-from guardkit.evaluation.verdicts import editor_trace
+from guardkit.evaluation.verdicts import editor_trace, texts, unused_safe
 from guardkit.metrics.probe import edited_vs_original_auroc
 
 
@@ -88,3 +90,50 @@ def test_a_trace_is_said_where_only_safe_images_passed_through_the_editor(arm, i
         assert f"experiment={arm}" not in found[0]
     assert said(0.79, 0.55, 0.95) == []  # so few images that it may be as weak as a trace that does no harm
     assert editor_trace({"controls": {"null_edit": {"auroc": None, "ci": {}}}}, arm_named(arm), "inpaint") == []
+
+
+def of_images(auroc, low, high):
+    return {"auroc": auroc, "ci": {"auroc": [low, high]}}
+
+
+@pytest.mark.parametrize(
+    ("alone", "guard", "is_said"),
+    [
+        (of_images(0.9, 0.8, 0.95), of_images(0.93, 0.9, 0.96), None),
+        (
+            of_images(0.6, 0.45, 0.7),
+            of_images(0.9, 0.8, 0.95),
+            "no better than chance on these test images .AUROC 0.600, 95 % interval 0.450–0.700",
+        ),
+        (of_images(0.9, 0.85, 0.95), of_images(0.7, 0.6, 0.8), "alone do better .* than with the labels .AUROC 0.700"),
+        (of_images(0.9, 0.85, 0.95), of_images(0.84, 0.7, 0.9), None),  # within what chance gives
+        (of_images(None, None, None), of_images(None, None, None), None),
+        (None, of_images(0.7, 0.6, 0.8), None),  # a head without texts
+    ],
+)
+def test_what_the_texts_do_alone_is_said_where_they_mislead_or_do_better(alone, guard, is_said):
+    found = texts({"texts_alone": alone, "test": guard})
+    assert len(found) == (is_said is not None)
+    if is_said:
+        assert re.search(is_said, found[0])
+
+
+def test_safe_images_that_are_left_over_are_said():
+    (note,) = unused_safe({"n_unsafe": 10, "n_safe": 10}, 30)
+    assert note.startswith("of 30 labelled safe images for training 10 are used; data.safe_per_unsafe=4 takes up to 30")
+    assert unused_safe({"n_unsafe": 10, "n_safe": 40}, 100) == []
+    assert unused_safe({"n_unsafe": 10, "n_safe": 10}, 10) == []
+    assert unused_safe({"n_unsafe": 10, "n_safe": 0}, 100) == []  # an arm without natural safe images
+
+
+def test_train_measures_the_texts_beside_the_guard(train):
+    report = train("experiment=unpaired")
+    alone = report.metrics["texts_alone"]
+    assert alone["auroc"] > 0.99  # the policy of the drawn scenes names what they show
+    assert alone["ci"]["auroc"][0] <= alone["auroc"]
+    assert 0 <= alone["ranking_accuracy"] <= 1
+    assert f"AUROC of the texts alone           {alone['auroc']:.3f}" in report.table
+    assert "of 120 labelled safe images for training 24 are used" in " ".join(report.metrics["notes"])
+    without = train("experiment=unpaired", "head=linear")
+    assert without.metrics["texts_alone"] is None
+    assert "texts alone" not in without.table

@@ -156,7 +156,7 @@ def test_a_foreign_loss_is_trained_and_swept_with_on_every_engine(run, tmp_path)
         reached[name] = pq.read_table(tmp_path / name / "cells.parquet").column("objective").to_pylist()
     assert reached["batched"] == pytest.approx(reached["lightning"], rel=1e-4)
     assert min(np.subtract(reached["batched"], reached["without"])) > 1e-3
-    short = ["head=linear", "data.n_unsafe=8", "trainer.max_epochs=10"]
+    short = ["experiment=pairs_aug", "head=linear", "data.n_unsafe=8", "trainer.max_epochs=10"]
     run("guardkit.train", *PARTS, *short, *HINGE, f"output_dir={tmp_path / 'train'}")
     run("guardkit.train", *PARTS, *short, "loss.pair_weight=0", f"output_dir={tmp_path / 'other'}")
     figures = [json.loads((tmp_path / name / "metrics.json").read_text())["pairs"] for name in ("train", "other")]
@@ -359,7 +359,7 @@ def test_an_encoder_that_would_not_be_found_again_is_refused(encoder, message):
 
 def test_training_begins_with_these_checks(train, tmp_path):
     with pytest.raises(InputError, match="the head must give float32 logits of shape"):
-        train("head._target_=test_extension.one_logit", "~head.leace_images", folder=tmp_path / "run")
+        train("head._target_=test_extension.one_logit", folder=tmp_path / "run")
     assert not (tmp_path / "run" / "guard").exists()
 
 
@@ -373,7 +373,7 @@ def test_a_subclass_of_the_linear_head_is_not_solved_as_if_it_were_one(compose, 
 
     small = ["source.n_train=60", "source.n_test=9", "sweep.arms=[unpaired]", "sweep.sizes=[8]", "sweep.seeds=1", "trainer.max_epochs=5"]
     target = "head._target_=test_extension.blind"
-    summary = run(compose("sweep", *small, "head=linear", target, "~head.leace_images"), {}, tmp_path / "out").summary
+    summary = run(compose("sweep", *small, target), {}, tmp_path / "out").summary
     (curve,) = summary["curves"].values()
     assert curve["8"]["mean"] == 0  # a head that always says the same decides no pair rightly
 

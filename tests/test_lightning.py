@@ -28,7 +28,9 @@ def new_data(compose, tmp_path):
 
     def make(**settings):
         overrides = [f"data.{name}={value}" for name, value in ({"n_unsafe": 12, "batch_size": 4} | settings).items()]
-        return build(compose("train", "source.n_train=40", "source.n_test=9", f"cache_dir={tmp_path / 'cache'}", *overrides)).data
+        return build(
+            compose("train", "experiment=pairs_aug", "source.n_train=40", "source.n_test=9", f"cache_dir={tmp_path / 'cache'}", *overrides)
+        ).data
 
     return make
 
@@ -160,7 +162,17 @@ def test_the_trainers_test_gives_the_figures_of_the_report(new_data, tmp_path, c
     from guardkit.runs.train import run
 
     report = run(
-        compose("train", "source.n_train=40", "source.n_test=9", "data.n_unsafe=12", "trainer.max_epochs=20"), {}, tmp_path / "run"
+        compose(
+            "train",
+            "experiment=pairs_aug",
+            "head=linear",
+            "source.n_train=40",
+            "source.n_test=9",
+            "data.n_unsafe=12",
+            "trainer.max_epochs=20",
+        ),
+        {},
+        tmp_path / "run",
     )
     head = LinearHead(DIM, K)
     head.load_state_dict(load_file(report.folder / "guard/model.safetensors"))

@@ -12,6 +12,7 @@ import torch
 from guardkit import GuardModule
 from guardkit.data.unlabelled import Unlabelled
 from guardkit.data.views import Views
+from guardkit.fitting.objective import Objective
 from guardkit.fitting.terms import CategoryTerm, DecisionTerm, PairTerm
 from guardkit.heads import AnchoredHead, LinearHead, MLPHead, PromptHead
 from guardkit.schema import InputError, Record, Rejected
@@ -194,6 +195,30 @@ def test_an_anchored_head_starts_as_zero_shot_classification_beside_a_linear_pro
         torch.testing.assert_close(anchored.features(vectors)[:, :8], LinearHead.build(Words(), scenes_policy).features(vectors))
     # only its weights are trained: the texts and their number of standard deviations stay what they are
     assert [name for name, _ in anchored.named_parameters()] == ["linear.weight", "linear.bias"]
+
+
+def test_a_head_has_its_own_pull_where_none_is_given(scenes_policy):
+    anchored = AnchoredHead.build(Words(), scenes_policy)
+    anchored.prepare(Unlabelled(Images()))
+    plain = LinearHead.build(Words(), scenes_policy)
+
+    def pull(head, *objective):
+        return GuardModule(head, torch.optim.AdamW, *objective).l2
+
+    assert (pull(anchored), pull(plain)) == (1, 0)
+    assert (pull(anchored, Objective(l2=0.0)), pull(plain, Objective(l2=3.0))) == (0, 3)
+
+
+def test_an_anchored_head_knows_what_its_texts_say_alone(scenes_policy):
+    images = Images()
+    head = AnchoredHead.build(Words(), scenes_policy, strength=1.0)
+    head.prepare(Unlabelled(images))
+    vectors = torch.from_numpy(images.vectors)
+    alone = head.of_texts_alone(vectors)
+    torch.testing.assert_close(alone, head(vectors))
+    torch.nn.init.normal_(head.linear.weight)
+    assert torch.equal(head.of_texts_alone(vectors), alone)
+    assert LinearHead.build(Words(), scenes_policy).of_texts_alone(vectors) is None
 
 
 @pytest.mark.parametrize("wrong", [{"strength": 0.0}, {"scale": -1.0}, {"n_images": 1}, {"leace_images": -1}])

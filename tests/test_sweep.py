@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, strict_json
 
+from guardkit.data.arms import Orders
 from guardkit.data.datamodule import TestSet
 from guardkit.efficiency.cells import COUNTS, Arm, Cell, CellError, Stock
 from guardkit.efficiency.curves import SWEPT, Curve, Yardstick, compare, samples_to_target
@@ -68,6 +69,9 @@ class World:
 
     def load(self):
         return self.pool
+
+    def orders(self, seed, kinds):
+        return Orders.of(self.pool, seed)
 
     def make_test_set(self):
         return self.test
@@ -452,7 +456,7 @@ def test_the_folder_holds_what_the_contract_promises(sweep):
     assert summary["sizes"] == [4, 8, 16]
     assert summary["engine"]["fits"] == 6 * 3 * 2 * 3
     assert summary["engine"]["name"] == "batched"
-    assert summary["heads"] == ["linear_whitened"]
+    assert summary["heads"] == ["auto"]
     for arm in LISTED:
         for size in ("4", "8", "16"):
             point = summary["curves"][arm][size]
@@ -535,7 +539,7 @@ def test_an_editor_that_gives_nothing_and_too_few_images(sweep, caplog):
         (["sweep.sizes=[]"], "sweep.sizes is empty"),
         (["sweep.sizes=[4,x]"], "sweep.sizes must be whole numbers of at least 2 .* got 'x'"),
         (["sweep.arms=[pairs]"], "sweep.arms names 'pairs'; there are unpaired, pairs_aug"),
-        (["sweep.heads=[conv]"], "sweep.heads names 'conv'; there are linear, linear_whitened, linear_texts, anchored, mlp, prompt"),
+        (["sweep.heads=[conv]"], "sweep.heads names 'conv'; there are auto, linear, linear_whitened, linear_texts, anchored, mlp, prompt"),
         (["sweep.seeds=0"], "sweep.seeds must be a number of seeds from 1 to 10000"),
         (["sweep.seeds=10000000000"], "sweep.seeds must be a number of seeds from 1 to 10000"),
         (["sweep.strengths=[0.1,-1]"], "sweep.strengths must be different numbers above 0"),

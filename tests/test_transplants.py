@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import picture
@@ -11,13 +13,16 @@ from guardkit.counterfactual.pipeline import CounterfactualPipeline
 from guardkit.counterfactual.verifier import NoVerifier
 from guardkit.data.arms import Orders, arm_named, choose
 from guardkit.data.datamodule import GuardDataModule
+from guardkit.data.look_alikes import by_texts
 from guardkit.data.sources.base import Loaded
+from guardkit.data.sources.scenes import ScenesSource
 from guardkit.data.training_images import training_images
 from guardkit.data.transplants import TransplantContent, transplant
 from guardkit.data.unlabelled import Unlabelled
 from guardkit.editors.base import Photograph
 from guardkit.editors.none import NoEditor
 from guardkit.editors.paste import PasteEditor
+from guardkit.embeddings import EmbeddingStore
 from guardkit.images import ArrayContent
 from guardkit.schema import InputError, Record
 
@@ -201,3 +206,33 @@ def test_look_alikes_are_the_marked_images_and_none_is_there_twice(scenes_policy
     assert not {record.id for record in natural} & {record.id for record in alike}
     assert data.choice.n_safe == 10
     assert len(data.used_images()) == 15
+
+
+def test_look_alikes_are_found_by_the_policy_s_texts(scenes_policy, scenes_encoder):
+    """The source knows which of its safe scenes show a look-alike; the texts are not told."""
+    source = ScenesSource(scenes_policy, n_train=120, n_test=9, look_alike_rate=0.3)
+    store = EmbeddingStore(scenes_encoder, None)
+    pipeline = CounterfactualPipeline(scenes_policy, TemplateInstructor(), NoEditor(), NoVerifier(), cache_dir=None)
+
+    def look_alikes(**settings):
+        kinds = ("natural", "look_alike")
+        data = GuardDataModule(source, scenes_policy, store, pipeline, n_unsafe=10, negatives=kinds, **settings)
+        return data.choice.of("look_alike"), data
+
+    found, data = look_alikes(look_alikes="texts")
+    assert len({record.id for record in found}) == 10
+    assert sum(record.category is not None for record in found) >= 9
+    assert len({record.category for record in found}) >= 5  # categories take turns
+    assert not {record.id for record in found} & {record.id for record in data.choice.of("natural")}
+    # one seed of a sweep finds them in the same order
+    assert data.orders(0, ("look_alike",)).look_alikes == data.orders(1, ("look_alike",)).look_alikes
+    marked, _ = look_alikes()
+    assert all(record.category for record in marked)
+
+
+def test_a_policy_whose_texts_name_no_look_alike_finds_none(scenes_policy, scenes_encoder):
+    bare = replace(scenes_policy, categories=tuple(replace(one, safe_texts=scenes_policy.safe_texts) for one in scenes_policy.categories))
+    with pytest.raises(InputError, match="policy 'scenes' has none; write safe_texts into its categories, or mark look-alikes"):
+        by_texts([], bare, EmbeddingStore(scenes_encoder, None))
+    with pytest.raises(InputError, match="data.look_alikes=texts needs an encoder that reads texts, and mean does not"):
+        by_texts([], scenes_policy, MeanColour())

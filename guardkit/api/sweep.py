@@ -15,6 +15,7 @@ from guardkit import __version__
 from guardkit.checks import MAX_SEED, check_choice, check_whole, is_list, is_number, is_whole
 from guardkit.counterfactual.edits import Edits
 from guardkit.data.arms import Arm, arm_named
+from guardkit.data.look_alikes import LookAlikes
 from guardkit.data.sources.base import Source
 from guardkit.editors.base import Editor
 from guardkit.efficiency.cells import Stock, chosen_sizes
@@ -62,7 +63,7 @@ def sweep(
     output_dir: str | Path,
     arms: Sequence[str | Arm] = ("unpaired", "pairs_aug", "pairs_plus", "shuffled_pairs", "null_edits", "classic_aug"),
     baseline: str = "unpaired",
-    heads: str | Mapping[str, str | type[Head] | HeadFactory] = "linear_whitened",
+    heads: str | Mapping[str, str | type[Head] | HeadFactory] = "auto",
     sizes: Sequence[int] = SIZES,
     seeds: int | Sequence[int] = 10,
     strengths: Sequence[float] = STRENGTHS,
@@ -77,7 +78,8 @@ def sweep(
     device: str = "auto",
     editor: Editor | Edits | None = None,
     safe_per_unsafe: int | Literal["all"] = 1,
-    variants_per_image: int = 4,
+    look_alikes: LookAlikes = "marked",
+    variants_per_image: int = 1,
     batch_size: int = 1_000_000,
     all_views: bool = True,
     test_share: float = 0.3,
@@ -100,7 +102,7 @@ def sweep(
         output_dir: of the results. Finished cells of an interrupted sweep with the same settings are found there.
         arms: names of `guardkit.data.arms.ARMS`, or `Arm`s.
         baseline: the arm that others are compared with.
-        heads: the name of one, or {name: what makes it, as for `train_guard`}.
+        heads: the name of one (see `train_guard`), or {name: what makes it, as for `train_guard`}.
         sizes: label budgets: labelled unsafe images, validation included.
         seeds: how many labelled subsets, or a list of their seeds.
         strengths: of the regularisation, chosen on validation images.
@@ -113,6 +115,7 @@ def sweep(
         engine: "batched", or "lightning": the same cells one by one through the code of `train_guard`.
         device: of the batched engine: "auto", "cpu", "cuda".
         safe_per_unsafe: natural safe images for each unsafe one, or "all"; of arms that use some.
+        look_alikes: "marked" by a category, or found by the policy's "texts"; of arms that use some.
         variants_per_image: counterfactuals, or other edits, of each image, where the arm does not say.
         batch_size, all_views, test_share, split_seed: as for `train_guard`; here a batch holds all images of a cell.
         loss: as for `train_guard`; here the category loss is left out unless `category_weight` is given, and the strengths are
@@ -159,6 +162,7 @@ def sweep(
     pipeline = Edits.of(editor).pipeline(policy, store, cache)
     data: dict[str, Any] = {
         "safe_per_unsafe": safe_per_unsafe,
+        "look_alikes": look_alikes,
         "batch_size": batch_size,
         "all_views": all_views,
         "test_share": test_share,
@@ -210,14 +214,14 @@ def sweep(
             prepared = time.perf_counter()
             failed, n_found = run_cells(cells, stock, runs, cells_on_disk)
             fitted = time.perf_counter()
-            for make_head in made.values():
-                new_head(make_head, parts, seed)  # notes what there is too little of, also where all cells were there
+            # what there is too little of, and why a head is another than asked for, also where all cells were there
+            noted = [note for make_head in made.values() for note in new_head(make_head, parts, seed).notes]
             about = {
                 "name": runs.name,
                 "fits_now": (len(cells) - len(failed) - n_found) * len(pulls),
                 "seconds_now": {"embeddings and edits": prepared - started, "fitting": fitted - prepared},
             }
-            summary = measure(folder, plan, cells_on_disk, failed, stock, pulls, engine=about, notes=parts.unlabelled.notes)
+            summary = measure(folder, plan, cells_on_disk, failed, stock, pulls, engine=about, notes=[*parts.unlabelled.notes, *noted])
             table = write_report(folder, summary)
             with quiet_lightning(), opened_logger(logger) as told:
                 if told:

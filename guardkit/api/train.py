@@ -17,6 +17,7 @@ from guardkit.checks import MAX_SEED, check_whole
 from guardkit.classifier import GuardClassifier
 from guardkit.counterfactual.edits import Edits
 from guardkit.data.arms import Arm, arm_named
+from guardkit.data.look_alikes import LookAlikes
 from guardkit.data.sources.base import Source
 from guardkit.data.training_images import training_images
 from guardkit.editors.base import Editor
@@ -24,7 +25,7 @@ from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.encoders.known import MAX_IMAGES, unknown_images
 from guardkit.evaluation.training import measure, out_of_fold_figures
-from guardkit.evaluation.verdicts import editor_trace, no_better
+from guardkit.evaluation.verdicts import editor_trace, no_better, texts, unused_safe
 from guardkit.fitting.cross_validation import N_FOLDS, cross_validate
 from guardkit.fitting.module import DEFAULT_THRESHOLD, EpochProgress, check_checkpoint, scalars
 from guardkit.fitting.objective import Objective
@@ -35,7 +36,7 @@ from guardkit.heads import Head
 from guardkit.policy import Policy
 from guardkit.reports.training import summary_table, write_pictures, write_predictions
 from guardkit.reports.training_mistakes import mistakes_page
-from guardkit.schema import InputError
+from guardkit.schema import SAFE, InputError
 
 WRITTEN = ("guard", "metrics.json", "predictions.parquet", "*.png", "mistakes.html", "checkpoints", "csv", "wandb")
 
@@ -62,11 +63,12 @@ def train_guard(
     policy: Policy,
     *,
     encoder: Encoder,
-    head: str | type[Head] | HeadFactory = "linear",
-    arm: str | Arm = "pairs_aug",
+    head: str | type[Head] | HeadFactory = "auto",
+    arm: str | Arm = "unpaired",
     editor: Editor | Edits | None = None,
     n_unsafe: int = 64,
     safe_per_unsafe: int | Literal["all"] = 1,
+    look_alikes: LookAlikes = "marked",
     variants_per_image: int = 1,
     batch_size: int = 64,
     all_views: bool = False,
@@ -93,12 +95,13 @@ def train_guard(
         source: of labelled images.
         policy: says what is unsafe.
         encoder: frozen; images to unit vectors.
-        head: "linear", "linear_whitened", "linear_texts", "anchored", "mlp" or "prompt", or a function of `encoder` and `policy`.
+        head: "auto" ("anchored" where the encoder reads the policy's texts, else "linear"), "linear", "linear_whitened", "linear_texts", "anchored", "mlp" or "prompt", or a function of `encoder` and `policy`.
         arm: a name of `guardkit.data.arms.ARMS`, or an `Arm`: what the unsafe images are told from.
         editor: makes counterfactuals; with an instructor, a verifier or several tries: `Edits`. None: none can be made, which suits
             arms that edit nothing.
         n_unsafe: labelled unsafe images, validation included: the label budget.
         safe_per_unsafe: natural safe images for each unsafe one, or "all"; of arms that use some.
+        look_alikes: "marked" by a category, or found by the policy's "texts"; of arms that use some.
         variants_per_image: counterfactuals, or other edits, of each image, where the arm does not say.
         batch_size: unsafe images in a batch.
         all_views: every view in every epoch, rather than one after the other.
@@ -140,6 +143,7 @@ def train_guard(
     settings_of_data: dict[str, Any] = {
         "n_unsafe": n_unsafe,
         "safe_per_unsafe": safe_per_unsafe,
+        "look_alikes": look_alikes,
         "variants_per_image": variants_per_image,
         "batch_size": batch_size,
         "all_views": all_views,
@@ -159,7 +163,7 @@ def train_guard(
             "verifier": pipeline.verifier.config,
             "head": [made.kind, made.config],
             "arm": [chosen.name, chosen.kinds, chosen.transform, chosen.variants_per_image or variants_per_image],
-            "data": [n_unsafe, safe_per_unsafe, batch_size, all_views, test_share, split_seed, seed],
+            "data": [n_unsafe, safe_per_unsafe, look_alikes, batch_size, all_views, test_share, split_seed, seed],
             "loss": recipe.objective.settings,
             "trainer": {name: str(value) for name, value in recipe.trainer.items()},
             "optimizer": named(optimizer),
@@ -176,7 +180,7 @@ def train_guard(
                 metrics["cross_validated"] = {"n_folds": N_FOLDS, **figures}
             except InputError as error:
                 out_of_fold, metrics["cross_validated"] = None, {"n_folds": None, "reason": str(error)}
-            metrics["notes"] = [*parts.data.notes, *parts.unlabelled.notes]
+            metrics["notes"] = [*parts.data.notes, *parts.unlabelled.notes, *made.notes]
             if metrics["test"]["safe_images_are_counterfactuals"]:
                 metrics["notes"].append(
                     f"source={source.name} has no natural safe images to test on: counterfactuals stand for them, and test AUROC and F1 "
@@ -184,7 +188,13 @@ def train_guard(
                 )
             labelled = [record for kind in ("unsafe", "natural", "look_alike") for record in parts.data.choice.of(kind)[:MAX_IMAGES]]
             metrics["notes"] += unknown_images(encoder, lambda: parts.data.views.embed(labelled))
-            metrics["notes"] += [*no_better(metrics), *editor_trace(metrics, chosen, pipeline.editor.name)]
+            n_pool = sum(record.label == SAFE for record in parts.data.load())
+            metrics["notes"] += [
+                *unused_safe(metrics, n_pool),
+                *no_better(metrics),
+                *texts(metrics),
+                *editor_trace(metrics, chosen, pipeline.editor.name),
+            ]
             guard = fitted.guard
             guard.training = {
                 "prevalence": recipe.objective.prevalence,

@@ -32,7 +32,7 @@ class Arm:
         name: for tables.
         negatives: what the unsafe images are told from: any of "counterfactual" (their own), "natural" (as many safe images, or
             as the run says), "shuffled" (the counterfactuals of as many other unsafe images), "look_alike" (as many safe images that
-            the source marks as look-alikes) and "transplant_safe" (safe objects in the places of transplants).
+            the source marks as look-alikes, or that are found by the policy's texts) and "transplant_safe" (safe objects in the places of transplants).
         transform: what every image passes through first: "none", "null_edit" (the editor, with an irrelevant change) or
             "classic" (crops, flips, colour changes).
         variants_per_image: counterfactuals, other edits, or classic views, of each image; None: as the run says.
@@ -115,21 +115,23 @@ class Choice:
 
 @dataclass(frozen=True)
 class Orders:
-    """All images of a training pool in the order in which one seed takes them."""
+    """All images of a training pool in the order in which one seed takes them.
+
+    Attributes:
+        unsafe, safe: by label.
+        look_alikes: those safe ones that look like something unsafe.
+    """
 
     unsafe: list[Record]
     safe: list[Record]
-
-    @property
-    def look_alikes(self) -> list[Record]:
-        """The safe images that the source says to look like something unsafe."""
-        return [record for record in self.safe if record.category is not None]
+    look_alikes: list[Record]
 
     @classmethod
-    def of(cls, pool: Sequence[Record], seed: int) -> Orders:
-        """The nested orders of both labels."""
+    def of(cls, pool: Sequence[Record], seed: int, look_alikes: list[Record] | None = None) -> Orders:
+        """The nested orders of both labels. Look-alikes are those given, or those that the source marks by a category."""
         unsafe = nested_order([record for record in pool if record.label == 1], seed)
-        return cls(unsafe, nested_order([record for record in pool if record.label == 0], seed))
+        safe = nested_order([record for record in pool if record.label == 0], seed)
+        return cls(unsafe, safe, [record for record in safe if record.category is not None] if look_alikes is None else look_alikes)
 
 
 def n_natural(n_unsafe: int, safe_per_unsafe: int | str, orders: Orders) -> int:

@@ -52,9 +52,9 @@ def chosen_in_budget(
     choice = choose(orders, n, kinds, safe_per_unsafe)
     n_alike = len(choice.of("look_alike"))
     if "look_alike" in kinds and n_alike < n:
-        short = f"asked for {n} look-alikes, {where} marks {n_alike} other safe images as such (by a category)"
+        short = f"asked for {n} look-alikes, {where} has {n_alike} other safe images that are marked (by a category) or found as such"
         if n_alike < _LEAST:
-            raise InputError(f"{short}; give safe images the category that they look like, or use experiment=unpaired")
+            raise InputError(f"{short}; mark some, let the policy's texts find them (data.look_alikes=texts), or use experiment=unpaired")
         notes.append(f"{short}: using all of them")
     n_others = len(choice.of("shuffled"))
     if "shuffled" in kinds and n_others < n:
@@ -79,7 +79,10 @@ def shortage(orders: Orders, n_unsafe: int, kinds: Sequence[str], safe_per_unsaf
     if "natural" in kinds and len(orders.safe) < max(_LEAST, n_natural(n_unsafe, safe_per_unsafe, orders)):
         return f"more safe images are needed than the {len(orders.safe)} that {where} has for training"
     if "look_alike" in kinds and len(choose(orders, n_unsafe, kinds, safe_per_unsafe).of("look_alike")) < n_unsafe:
-        return f"more look-alikes are needed than the {len(orders.look_alikes)} that {where} marks as such (by a category) for training"
+        return (
+            f"more look-alikes are needed than the {len(orders.look_alikes)} that {where} has for training, marked as such (by a category) or found "
+            "(data.look_alikes=texts)"
+        )
     return None
 
 

@@ -29,12 +29,13 @@ from guardkit.data.budget import check_edits, check_transplants, chosen_in_budge
 from guardkit.data.controls import Control, make_controls
 from guardkit.data.duplicates import perceptual_hash
 from guardkit.data.grouping import load_source, why_rejected
+from guardkit.data.look_alikes import LOOK_ALIKES, LookAlikes, by_texts
 from guardkit.data.sources.base import Loaded, Source
 from guardkit.data.splits import split_test
 from guardkit.data.views import EDITED, Later, Pool, ViewMaker
 from guardkit.embeddings import EmbeddingStore
 from guardkit.policy import Policy
-from guardkit.schema import UNSAFE, Content, InputError, Record
+from guardkit.schema import SAFE, UNSAFE, Content, InputError, Record
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class GuardDataModule(L.LightningDataModule):
         negatives: what the unsafe images are told from, see `guardkit.data.arms.Arm`.
         positives: what stands beside the unsafe images, see there.
         safe_per_unsafe: natural safe images for each unsafe one, or "all".
+        look_alikes: which safe images are: "marked" ones, with a category, or found by the policy's "texts", see
+            `guardkit.data.look_alikes`.
         transform: what every image passes through first: "none", "null_edit" (the editor, with an irrelevant change)
             or "classic" (crops, flips, colour changes).
         variants_per_image: counterfactuals, other edits, or classic views, of each image.
@@ -73,9 +76,10 @@ class GuardDataModule(L.LightningDataModule):
         pipeline: CounterfactualPipeline,
         *,
         n_unsafe: int = 64,
-        negatives: Sequence[str] = ("counterfactual",),
+        negatives: Sequence[str] = ("natural",),
         positives: Sequence[str] = (),
         safe_per_unsafe: int | Literal["all"] = 1,
+        look_alikes: LookAlikes = "marked",
         transform: Literal["none", "null_edit", "classic"] = "none",
         variants_per_image: int = 1,
         batch_size: int = 64,
@@ -99,12 +103,13 @@ class GuardDataModule(L.LightningDataModule):
             raise InputError(f"data.positives must be a list of some of {', '.join(POSITIVES)}, or empty, got {positives!r}")
         if safe_per_unsafe != "all":
             check_whole("data.safe_per_unsafe (a number, or all)", safe_per_unsafe, 1)
+        check_choice("data.look_alikes", look_alikes, LOOK_ALIKES)
         check_choice("data.transform", transform, TRANSFORMS)
         check_flag("data.all_views", all_views)
         check_number("data.test_share", test_share, "(0, 1)")
         self.source, self.policy, self.store, self.pipeline = source, policy, store, pipeline
         self.n_unsafe, self.negatives, self.transform = n_unsafe, tuple(negatives), transform
-        self.positives, self.safe_per_unsafe = tuple(positives), safe_per_unsafe
+        self.positives, self.safe_per_unsafe, self.look_alikes = tuple(positives), safe_per_unsafe, look_alikes
         self.batch_size, self.test_share, self.split_seed, self.seed = batch_size, test_share, split_seed, seed
         self.variants_per_image, self.all_views = variants_per_image, all_views
         self.edits = EditCounts()  # of this arm
@@ -126,15 +131,24 @@ class GuardDataModule(L.LightningDataModule):
         Raises:
             InputError: the source cannot serve it.
         """
-        orders = Orders.of(self.load(), self.seed)
         where = f"source={self.source.name}"
         kinds = ("unsafe", *self.positives, *self.negatives)
+        orders = self.orders(self.seed, kinds)
         choice, self.notes = chosen_in_budget(orders, self.n_unsafe, kinds, self.safe_per_unsafe, where, why_rejected(self.loaded))
         self.notes += check_transplants(self.pipeline, choice, where)
         self.notes += check_edits(self.pipeline, edited(choice, self.transform), where)
         for note in self.notes:
             log.warning("%s", note)
         return choice
+
+    def orders(self, seed: int, kinds: Sequence[str]) -> Orders:
+        """The order in which a seed takes images, look-alikes included where an arm has that kind."""
+        found = self._look_alikes if self.look_alikes == "texts" and "look_alike" in kinds else None
+        return Orders.of(self.load(), seed, found)
+
+    @cached_property
+    def _look_alikes(self) -> list[Record]:
+        return by_texts([record for record in self.load() if record.label == SAFE], self.policy, self.store)
 
     def load(self) -> list[Record]:
         """Loads the source, once, sets the test images aside and returns the pool to train on."""
@@ -373,6 +387,7 @@ class GuardDataModule(L.LightningDataModule):
                 "negatives",
                 "positives",
                 "safe_per_unsafe",
+                "look_alikes",
                 "transform",
                 "batch_size",
                 "all_views",

@@ -15,14 +15,17 @@ def training_images(data: GuardDataModule, unlabelled: Unlabelled) -> SeenImages
 
     Args:
         data: which it trained and validated on.
-        unlabelled: which it looked at without their labels.
+        unlabelled: which it looked at without their labels. Those that it trained on as well are listed as such only.
     """
     used = data.used_images()
     # found in the store, but for those that an arm saw in another form only
     vectors = _embedded(data, [record for _, record in used])
     labelled = [(split, record, vector) for (split, record), vector in zip(used, vectors, strict=True)]
     # of those nothing is left out but a count is given: embedding them all once more for that would be too much
-    others: list[tuple[str, Record, np.ndarray | None]] = [("unlabelled", record, record.embedding) for record in unlabelled.images]
+    own = {id(record) for _, record in used}
+    others: list[tuple[str, Record, np.ndarray | None]] = [
+        ("unlabelled", record, record.embedding) for record in unlabelled.images if id(record) not in own
+    ]
     # parts of them were seen, so that the vectors of the whole are not asked for
     lent: list[tuple[str, Record, np.ndarray | None]] = [("train", record, None) for record in data.lent_images()]
     return SeenImages.of([*labelled, *lent, *others], near=getattr(data.source, "near_duplicate_distance", NEAR))

@@ -21,4 +21,4 @@ class NoEditor:
 
     def refuses(self, request: EditRequest) -> str:  # noqa: ARG002 - whatever it is
         """Why an image will not be edited."""
-        return "editor=none edits nothing; choose editor=scenes or editor=inpaint"
+        return "editor=none edits nothing; choose another editor"

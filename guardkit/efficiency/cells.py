@@ -16,7 +16,7 @@ import numpy as np
 
 from guardkit.checks import is_whole
 from guardkit.counterfactual.pipeline import EditCounts
-from guardkit.data.arms import Arm, Batch, Choice, Orders, choose, make_batch
+from guardkit.data.arms import Arm, Batch, Choice, choose, make_batch
 from guardkit.data.budget import check_edits, check_transplants, edited, shortage
 from guardkit.data.datamodule import GuardDataModule
 from guardkit.data.views import EDITED, Pool, ViewMaker
@@ -99,7 +99,8 @@ class Stock:
         self.train_sources = {record.source for record in pool}
         self._where = f"source={data.source.name}"
         self._names = data.policy.category_names
-        self._orders = {seed: Orders.of(pool, seed) for seed in seeds}
+        kinds = [kind for arm in arms for kind in arm.kinds]
+        self._orders = {seed: data.orders(seed, kinds) for seed in seeds}
         self._sizes = tuple(sizes)
         self._refused = {arm.name: self._refusal(arm) for arm in arms}
         cells = [Cell(arm.name, "", size, seed) for arm in arms for size in sizes for seed in seeds]

@@ -16,7 +16,7 @@ from guardkit.data.datamodule import GuardDataModule, TestSet
 from guardkit.evaluation.effectiveness import N_RESAMPLES, PREVALENCE, SEED, Row
 from guardkit.evaluation.effectiveness import measure as measure_sheet
 from guardkit.evaluation.scoring import Contender, Sheet
-from guardkit.heads import AnchoredHead, LinearHead
+from guardkit.heads import Head
 from guardkit.metrics.figures import METRICS, OF_IMAGES, OF_PAIRS, always_unsafe_f1
 from guardkit.metrics.probe import PROBE_MIN_IMAGES, edited_vs_original_auroc
 from guardkit.schema import SAFE, Record
@@ -85,6 +85,23 @@ def test_figures(guard: GuardClassifier, data: GuardDataModule) -> tuple[dict[st
     return {"test": figures, "pairs": pairs, "always_unsafe": always}, Measured(test, scores, twins, guard.policy.category_names)
 
 
+def texts_alone(guard: GuardClassifier, measured: Measured) -> dict[str, Any] | None:
+    """AUROC and ranking accuracy of the policy's texts without a label on the same images; None where the head holds no texts."""
+    test = measured.test
+    # 0, k, then the same of the counterfactuals: one pass gives both
+    logits = guard.head.of_texts_alone(torch.from_numpy(np.concatenate([test.embeddings, test.counterfactuals]).astype(np.float32)))
+    if logits is None:
+        return None
+    scores = torch.sigmoid(logits[:, 0].double()).numpy()
+    n = len(test.records)
+    rows, _ = measure_sheet(_sheet(guard, test, scores[:n], scores[n:]), prevalence=PREVALENCE, n_resamples=N_RESAMPLES, seed=SEED)
+    both = [_figures(rows, OF_IMAGES), _figures(rows, OF_PAIRS)]
+    return {name: figures[name] for name, figures in zip(("auroc", "ranking_accuracy"), both, strict=True)} | {
+        key: {name: one for figures in both for name, one in figures[key].items() if name in ("auroc", "ranking_accuracy")}
+        for key in ("ci", "reasons")
+    }
+
+
 def out_of_fold_figures(guard: GuardClassifier, records: list[Record], scores: np.ndarray) -> dict[str, Any]:
     """The figures of images that were scored by guards which had not seen them, at the threshold of the one that is kept.
 
@@ -125,6 +142,7 @@ def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int
         },
         "inputs": {"given": data.loaded.given, "rejected": [{"id": r.id, "reason": r.reason} for r in data.loaded.rejected]},
         **tested,
+        "texts_alone": texts_alone(guard, measured),
         "edits": data.edits.as_dict(),
         "edited_vs_original_auroc": controls["null_edit"]["auroc"],
         "controls": controls,
@@ -139,7 +157,7 @@ def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int
             "guardkit": __version__,
         },
     }
-    if isinstance(guard.head, LinearHead | AnchoredHead) and guard.head.is_erased:
+    if guard.head.is_erased:
         metrics["edited_vs_original_auroc_after_leace"] = _after_erasure(guard.head, data.controls()["null_edit"])
     if controls["null_edit"]["auroc"] is None:
         metrics["edited_vs_original_auroc_reason"] = controls["null_edit"]["reason"]
@@ -189,7 +207,7 @@ def _sources(rows: Sequence[Row], part: str) -> list[str]:
     return sorted({row["source"] for row in rows if row["part"] == part and row["source"] is not None})
 
 
-def _after_erasure(head: LinearHead | AnchoredHead, control: Control) -> float | None:
+def _after_erasure(head: Head, control: Control) -> float | None:
     """What a probe still finds in what the head's weights see."""
     original, altered = (
         head.features(torch.from_numpy(vectors)).numpy() / vectors.shape[1] ** 0.5 for vectors in (control.original, control.altered)

@@ -46,6 +46,50 @@ def no_better(metrics: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def unused_safe(metrics: Mapping[str, Any], n_pool: int) -> list[str]:
+    """Whether labelled safe images are left over that would help.
+
+    Args:
+        metrics: "n_unsafe" and "n_safe" as metrics.json has them.
+        n_pool: safe images to train on that the source has.
+    Returns:
+        One sentence, or none: where none is used, or four for each unsafe one are.
+    """
+    used, wanted = metrics["n_safe"], 4 * metrics["n_unsafe"]
+    if not used or used >= min(wanted, n_pool):
+        return []
+    return [
+        f"of {n_pool} labelled safe images for training {used} are used; data.safe_per_unsafe=4 takes up to {min(wanted, n_pool)}, which on photographs was "
+        "worth as much as twice the labels of unsafe ones (docs/photographs.md)"
+    ]
+
+
+def texts(metrics: Mapping[str, Any]) -> list[str]:
+    """Whether the policy's texts, in which the guard is anchored, are of no use to it, or of more use without labels.
+
+    Args:
+        metrics: "test" and "texts_alone" as metrics.json has them.
+    Returns:
+        One sentence, or none.
+    """
+    alone, test = metrics["texts_alone"], metrics["test"]
+    if alone is None or alone["auroc"] is None:
+        return []
+    low, high = alone["ci"].get("auroc", [alone["auroc"]] * 2)
+    said = f"AUROC {alone['auroc']:.3f}, 95 % interval {low:.3f}–{high:.3f}"
+    if low <= 0.5:
+        return [
+            f"the policy's texts alone are no better than chance on these test images ({said}), and the guard is pulled towards them: this encoder "
+            "may not know their words; reword them (unsafe_texts and safe_texts of the policy), choose another encoder, or head=linear"
+        ]
+    if test["auroc"] is not None and test["ci"].get("auroc", [0.0, test["auroc"]])[1] < low:
+        return [
+            f"the policy's texts alone do better on these test images ({said}) than with the labels (AUROC {test['auroc']:.3f}); look for wrong "
+            "labels in mistakes.html, try loss.l2=10, more labels, or experiment=zero_shot"
+        ]
+    return []
+
+
 def editor_trace(metrics: Mapping[str, Any], arm: Arm, editor: str) -> list[str]:
     """Whether the guard may have learned the editor instead of the feature, and what to do.
 
@@ -70,5 +114,5 @@ def editor_trace(metrics: Mapping[str, Any], arm: Arm, editor: str) -> list[str]
     return [
         f"the guard may have learned the editor: a probe tells images that passed through editor={editor} with an irrelevant edit from untouched ones "
         f"(AUROC {probe['auroc']:.3f}, 95 % interval {low:.3f}–{high:.3f}, 0.5 is no trace), and only safe training images passed through it; "
-        f"try {others}, head.leace_images=256 with a linear head, or another editor"
+        f"try {others}, head=anchored head.leace_images=256 (or head=linear), or another editor"
     ]

@@ -61,6 +61,7 @@ class GuardModule(L.LightningModule):
         threshold: of the test figures, in [0, 1]: flag when score >= threshold.
 
     Attributes:
+        l2: pull of the weights towards their start: the objective's, or the head's own where that has none.
         test_figures: "test", "pairs" and "always_unsafe" as metrics.json has them, after a test.
     """
 
@@ -78,6 +79,7 @@ class GuardModule(L.LightningModule):
         self.head = head
         self._optimizer = optimizer
         self.objective = objective or Objective()
+        self.l2 = self.head.usual_l2 if self.objective.l2 is None else self.objective.l2
         self.threshold = threshold
         self.test_figures: dict[str, Any] = {}
         self._start = start_of(dict(head.named_parameters()))
@@ -86,7 +88,7 @@ class GuardModule(L.LightningModule):
     def check_finite(self, loss: float, epoch: int) -> None:
         """Raises Diverged unless the loss is a finite number; epochs are counted from 1."""
         if not math.isfinite(loss):
-            raise Diverged(divergence(epoch, self.trainer.optimizers[0].param_groups[0]["lr"], self.objective.l2))
+            raise Diverged(divergence(epoch, self.trainer.optimizers[0].param_groups[0]["lr"], self.l2))
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss of a batch: what validation compares."""
@@ -95,7 +97,7 @@ class GuardModule(L.LightningModule):
     def penalised_loss(self, batch: Batch) -> Tensor:
         """With the pull towards the start, which belongs to the training objective and not to what validation compares."""
         loss = self.loss(batch)
-        return penalised(loss, dict(self.head.named_parameters()), self._start, self.objective.l2) if self.objective.l2 else loss
+        return penalised(loss, dict(self.head.named_parameters()), self._start, self.l2) if self.l2 else loss
 
     # --- Lightning's hooks ----------------------------------------------------------------------------------------------
 
@@ -175,7 +177,7 @@ class GuardModule(L.LightningModule):
         return guard
 
     def _trained_for(self) -> dict[str, Any]:
-        return {"head": {"kind": self.head.kind, **self.head.config}, "loss": self.objective.settings}
+        return {"head": {"kind": self.head.kind, **self.head.config}, "loss": self.objective.settings | {"l2": self.l2}}
 
 
 class BestHead(L.Callback):

@@ -27,7 +27,7 @@ class Objective:
         pair_margin: between an unsafe image and its counterfactual, in logits, at least 0.
         category_weight: of the category loss, at least 0; 0 leaves it out.
         l2: at least 0; half of it times the squared distance of the weights from where they started is added: from zero for
-            a linear head (ridge), from the policy's texts for a prompt head.
+            a linear head (ridge), from the policy's texts for an anchored or a prompt head. None: as the head has it (`Head.usual_l2`).
         terms: further ones, by a name that settings and messages call them.
     Raises:
         InputError: a value out of range, or something that is no `Term`.
@@ -37,13 +37,13 @@ class Objective:
     pair_weight: float = 1.0
     pair_margin: float = 1.0
     category_weight: float = 0.5
-    l2: float = 0.0
+    l2: float | None = None
     terms: Mapping[str, Term] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_number("loss.prevalence", self.prevalence, "(0, 1)")
         for name in ("pair_weight", "pair_margin", "category_weight", "l2"):
-            check_number(f"loss.{name}", getattr(self, name), "[0, inf)")
+            check_number(f"loss.{name}", getattr(self, name), "[0, inf)", optional=name == "l2")
         for name, term in self.terms.items():
             if not isinstance(term, Term):
                 raise InputError(f"loss.terms.{name} must be a guardkit.Term, got {term!r}; docs/extension has one")

@@ -16,7 +16,7 @@ from guardkit.data.unlabelled import Unlabelled
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.guard_parts import check_encoder, check_head
-from guardkit.heads import AnchoredHead, Head, LinearHead, MLPHead, PromptHead
+from guardkit.heads import AnchoredHead, Head, LinearHead, MLPHead, PromptHead, automatic
 from guardkit.policy import Policy
 from guardkit.schema import InputError
 
@@ -24,6 +24,7 @@ HeadFactory = Callable[..., Head]
 """Called with `encoder` and `policy`, makes a new head for them."""
 
 HEADS: dict[str, HeadFactory] = {
+    "auto": automatic,
     "linear": LinearHead.build,
     "linear_whitened": LinearHead.whitened,
     "linear_texts": LinearHead.from_texts,

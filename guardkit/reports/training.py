@@ -77,6 +77,7 @@ def summary_table(metrics: dict[str, Any]) -> str:
         _row("test false-positive rate", test, "fpr", "safe images that are flagged"),
         _row("test F1", test, "f1", "of recall and precision; to compare with the next line"),
         ("F1 of flagging everything", _shown(metrics["always_unsafe"]["f1"]), "what any useful guard must beat"),
+        *_texts_alone(metrics["texts_alone"]),
         *_cross_validated(metrics["cross_validated"]),
         *(_row(f"{name}-versus-original AUROC", metrics["controls"][key], "auroc", _TRACE[key]) for name, key in traces.items()),
         *_after_leace(metrics),
@@ -90,6 +91,11 @@ def summary_table(metrics: dict[str, Any]) -> str:
 def _counted(title: str, n: int, meaning: str) -> list[tuple[str, str, str]]:
     """A row of what only some arms have; none without it."""
     return [(title, str(n), meaning)] if n else []
+
+
+def _texts_alone(figures: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """None where the head holds no texts."""
+    return [] if figures is None else [_row("AUROC of the texts alone", figures, "auroc", "by the policy's words, without a label")]
 
 
 def _after_leace(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:

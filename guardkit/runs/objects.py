@@ -35,7 +35,7 @@ def loss(cfg: DictConfig) -> dict[str, Any]:
 
 def data(cfg: DictConfig) -> dict[str, Any]:
     """Settings of the data module that the arms of a comparison share."""
-    names = ("safe_per_unsafe", "variants_per_image", "batch_size", "all_views", "test_share", "split_seed")
+    names = ("safe_per_unsafe", "look_alikes", "variants_per_image", "batch_size", "all_views", "test_share", "split_seed")
     return {name: cfg.data[name] for name in names}
 
 
