@@ -138,12 +138,23 @@ def test_a_wheel_runs_from_any_folder(tmp_path):
     assert str(target) in where.stdout
 
 
+# of what a notebook says, what only makes its figures sharper
+SHARPER = {
+    "01_first_guard": {"n_test=90": "n_test=27"},
+    "02_sample_efficiency": {"n_train=512": "n_train=256", "n_test=90": "n_test=27", "seeds=5": "seeds=2"},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebooks_run(path, tmp_path):
     import nbformat
     from nbclient import NotebookClient
 
-    notebook = nbformat.read(path, as_version=4)
+    text = path.read_text("utf-8")
+    for said, enough in SHARPER[path.stem].items():
+        assert text.count(said) == 1
+        text = text.replace(said, enough)
+    notebook = nbformat.reads(text, as_version=4)
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert any(cell.get("outputs") for cell in notebook.cells)

@@ -50,6 +50,17 @@ def write_hub_folder(folder, architecture, preprocess, half=False):
     return model
 
 
+def make_shallow(monkeypatch, architecture):
+    """Two layers of a tower are as many as twelve to what reads them, and a thousand words as many as 256,000."""
+    import open_clip
+
+    config = open_clip.get_model_config(architecture)
+    config["text_cfg"] |= {"layers": 2, "vocab_size": 1000}
+    if "layers" in config["vision_cfg"]:
+        config["vision_cfg"]["layers"] = 2
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, architecture, config)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "preprocess"), [("ViT-B-32", OPENAI), ("ViT-L-14-quickgelu", OPENAI), ("ViT-B-16-SigLIP2", SIGLIP)]
@@ -57,6 +68,7 @@ def write_hub_folder(folder, architecture, preprocess, half=False):
 def test_real_architectures_load_from_hub_layouts_and_agree_with_open_clip(tmp_path, monkeypatch, architecture, preprocess):
     import open_clip
 
+    make_shallow(monkeypatch, architecture)
     snapshot = tmp_path / "hub/models--someone--model/snapshots/abc"
     model = write_hub_folder(snapshot, architecture, preprocess, half=architecture.startswith("ViT-L"))
     refs = tmp_path / "hub/models--someone--model/refs"
@@ -387,6 +399,8 @@ def test_a_tag_needs_an_architecture():
 
 @pytest.mark.slow
 def test_a_tag_whose_activation_does_not_fit_is_not_passed_over(tmp_path, monkeypatch):
+    for architecture in ("ViT-B-32", "ViT-B-32-quickgelu"):
+        make_shallow(monkeypatch, architecture)
     snapshot = tmp_path / "hub/models--timm--vit_base_patch32_clip_224.openai/snapshots/abc"
     write_hub_folder(snapshot, "ViT-B-32", OPENAI, half=True)
     (snapshot.parents[1] / "refs").mkdir()
