@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -269,11 +269,11 @@ def blocks(settings: Settings) -> Iterator[Block]:
             yield Block(editor, safe, ("shuffled_pairs", "null_edits"), tuple(size for size in small if size <= MOST_CONTROLLED), every)
 
 
-def permuted(data: CellData, seed: int) -> CellData:
-    """The same images, their labels dealt out anew."""
-    torch.manual_seed(seed)
+def permuted(data: CellData) -> CellData:
+    """The same images under the arm "permuted_labels", their labels dealt out anew."""
+    torch.manual_seed(data.cell.seed)
     batches = [{**batch, "labels": batch["labels"][torch.randperm(len(batch["labels"]))]} for batch in (data.train, data.validation)]
-    return replace(data, train=batches[0], validation=batches[1])
+    return replace(data, cell=replace(data.cell, arm="permuted_labels"), train=batches[0], validation=batches[1])
 
 
 def try_policy(one: ClassPolicy, settings: Settings, encoder: OpenClipEncoder) -> pd.DataFrame:
@@ -304,21 +304,17 @@ def try_policy(one: ClassPolicy, settings: Settings, encoder: OpenClipEncoder) -
         arms = [arm_named(arm) for arm in block.arms]
         arms = [arm if arm.variants_per_image else replace(arm, variants_per_image=1) for arm in arms]
         stock = Stock(trial.data(block.editor, block.safe_per_unsafe, settings.look_alikes), arms, block.sizes, block.seeds)
-        ready: list[tuple[Cell, CellData]] = []
+        ready: list[CellData] = []
         for cell in [Cell(arm, "", size, seed) for arm in block.arms for size in block.sizes for seed in block.seeds]:
             with suppress(CellError):  # too few images, or no edit of the few was accepted: it is missing in the tables
-                ready.append((cell, stock.data_of(cell)))
+                ready.append(stock.data_of(cell))
         if block.safe_per_unsafe == settings.safe_per_unsafe[0]:
-            ready += [
-                (replace(cell, arm="permuted_labels"), permuted(data, cell.seed))
-                for cell, data in ready
-                if cell.arm == "unpaired" and cell.n_unsafe <= MOST_CONTROLLED
-            ]
+            ready += [permuted(one) for one in ready if one.cell.arm == "unpaired" and one.cell.n_unsafe <= MOST_CONTROLLED]
         for head, engine in engines.items():
-            own = [(replace(cell, head=head), data) for cell, data in ready]
-            for (cell, data), fitted in zip(own, engine.fit(own, trial.test), strict=True):
+            own = [replace(one, cell=replace(one.cell, head=head)) for one in ready]
+            for data, fitted in zip(own, engine.fit(own, trial.test), strict=True):
                 if isinstance(fitted, FittedCell):
-                    about_cell = {"arm": cell.arm, "head": head, "n_unsafe": cell.n_unsafe, "seed": cell.seed, **data.counts}
+                    about_cell = {**asdict(data.cell), **data.counts}
                     where = {"editor": block.editor, "safe_per_unsafe": block.safe_per_unsafe}
                     rows.append(about_cell | where | trial.measured(fitted.logits, fitted.counterfactual_logits))
     rows += [{"arm": "trace", "editor": editor, "auroc": trial.trace(editor)} for editor in settings.editors]

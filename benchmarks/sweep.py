@@ -174,7 +174,7 @@ def main(arguments: list[str]) -> None:
             sample = [cell for cell in cells if cell.seed == 0 and cell.n_unsafe in (sizes[0], sizes[len(sizes) // 2], sizes[-1])]
             sample = sample[:: max(1, len(sample) // int(settings["lightning"]))]
             started = time.perf_counter()
-            engine.fit([(cell, stock.data_of(cell)) for cell in sample], stock.test)
+            engine.fit([stock.data_of(cell) for cell in sample], stock.test)
             each = (time.perf_counter() - started) / len(sample)
             print(f"  Lightning, {len(sample)} cells       {each:8.2f} s a fit   {each / (mine / n_fits):.0f} times as long   (aim: 200)")
     parts.data.close()

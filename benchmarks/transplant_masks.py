@@ -130,8 +130,8 @@ def main(
                         schedule,
                     )
                     cells = [Cell(arm.name, head, size, seed) for size in budgets for seed in range(int(seeds))]
-                    ready = [(cell, stock.data_of(cell)) for cell in cells]
-                    for (cell, _), fitted in zip(ready, engine.fit(ready, trial.test), strict=True):
+                    ready = [stock.data_of(cell) for cell in cells]
+                    for cell, fitted in zip(cells, engine.fit(ready, trial.test), strict=True):
                         if isinstance(fitted, FittedCell):
                             figures = trial.measured(fitted.logits, fitted.counterfactual_logits)
                             where = {"policy": one.policy.name, "variant": variant, "head": head, "n": cell.n_unsafe}

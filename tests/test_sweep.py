@@ -175,13 +175,13 @@ def test_subsets_are_nested_and_shared_by_all_arms():
 def test_budget_and_edits_are_counted():
     stock = Stock(World(accept=lambda record: int(record.id.split("/")[2]) % 4 != 0), ARMS, (8,), (0,))
     plus, null = (stock.data_of(Cell(arm, "linear", 8, 0)) for arm in ("pairs_plus", "null_edits"))
-    assert (plus.n_safe, plus.n_requested) == (8, 8)
+    assert (plus.counts["n_safe"], plus.counts["n_requested"]) == (8, 8)
     unsafe = stock.subset_of(Cell("pairs_plus", "linear", 8, 0)).of("unsafe")
-    assert plus.n_accepted == sum(int(record.id.split("/")[2]) % 4 != 0 for record in unsafe)
-    assert null.n_requested == 16  # both labels pass through the editor
+    assert plus.counts["n_accepted"] == sum(int(record.id.split("/")[2]) % 4 != 0 for record in unsafe)
+    assert null.counts["n_requested"] == 16  # both labels pass through the editor
     n = sum(len(batch["labels"]) for batch in (plus.train, plus.validation))
-    assert n == 8 + 8 + plus.n_accepted
-    assert len(plus.train["unsafe_rows"]) + len(plus.validation["unsafe_rows"]) == plus.n_accepted
+    assert n == 8 + 8 + plus.counts["n_accepted"]
+    assert len(plus.train["unsafe_rows"]) + len(plus.validation["unsafe_rows"]) == plus.counts["n_accepted"]
 
 
 def test_an_arm_without_any_edit_is_reported_and_the_rest_carried_on(tmp_path):
@@ -338,9 +338,7 @@ def test_the_strength_is_chosen_on_validation_images():
     """Of equal losses the strongest regularisation wins; the losses are those of the validation batch."""
     assert chosen(np.array([0.5, 0.4, 0.4]), (0.1, 1.0, 10.0)) == 2
     stock = Stock(World(), ARMS[:1], (32,), (0,))
-    cell = Cell("unpaired", "linear", 32, 0)
-    data = stock.data_of(cell)
-    (one,) = engine().fit([(cell, data)], stock.test)
+    (one,) = engine().fit([stock.data_of(Cell("unpaired", "linear", 32, 0))], stock.test)
     logits, labels = one.validation_logits, one.validation_labels
     by_label = [np.log1p(np.exp(-logits[labels == 1])).mean(), np.log1p(np.exp(logits[labels == 0])).mean()]
     assert np.mean(by_label) == pytest.approx(one.validation_losses[one.chosen])
@@ -492,7 +490,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(sweep, monkeypatch):
     def interrupted(self, cells, test):
         if len(calls) == 3:
             raise KeyboardInterrupt
-        calls.append([cell for cell, _ in cells])
+        calls.append([one.cell for one in cells])
         return original(self, cells, test)
 
     monkeypatch.setattr(BatchedEngine, "fit", interrupted)
@@ -664,7 +662,7 @@ def test_the_batched_engine_on_a_gpu(tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     stock = Stock(World(), ARMS, (16,), (0, 1))
-    cells = [(cell, stock.data_of(cell)) for cell in (Cell(arm, "linear", 16, seed) for arm in NAMES for seed in (0, 1))]
+    cells = [stock.data_of(Cell(arm, "linear", 16, seed)) for arm in NAMES for seed in (0, 1)]
     for here, there in zip(engine().fit(cells, stock.test), engine(device="cuda").fit(cells, stock.test), strict=True):
         np.testing.assert_allclose(here.logits, there.logits, atol=1e-4)
 

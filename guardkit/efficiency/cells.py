@@ -51,26 +51,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class CellData:
-    """What a cell is fitted to, and what it costs.
+    """A cell with what it is fitted to, and what that costs.
 
     Attributes:
+        cell: its name.
         train, validation: batches; the training batch holds every view of every image.
-        n_safe: labelled safe images among them.
-        n_requested: edits that were asked for.
-        n_accepted: those that were kept.
+        counts: `COUNTS`: images to fit and to choose on, counterfactuals included; labelled safe images among them; edits that
+            were asked for, and those that were kept.
     """
 
+    cell: Cell
     train: Batch
     validation: Batch
-    n_safe: int
-    n_requested: int
-    n_accepted: int
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """`COUNTS`: images to fit and to choose on, counterfactuals included, and those above."""
-        n_train, n_validation = len(self.train["labels"]), len(self.validation["labels"])
-        return dict(zip(COUNTS, (n_train, n_validation, self.n_safe, self.n_requested, self.n_accepted), strict=True))
+    counts: dict[str, int]
 
 
 class CellError(Exception):
@@ -162,7 +155,8 @@ class Stock:
                 reasons = "; ".join(f"{count} x {reason}" for reason, count in self.edit_counts[arm.name].rejected.items())
                 why = f"all edits were rejected ({reasons} among those of the arm)" if requested and not accepted else "one class only"
                 raise CellError(f"no {name} image to train on: {why}")
-        return CellData(train, validation, choice.n_safe, requested, accepted)
+        counts = (len(train["labels"]), len(validation["labels"]), choice.n_safe, requested, accepted)
+        return CellData(cell, train, validation, dict(zip(COUNTS, counts, strict=True)))
 
     def subset_of(self, cell: Cell) -> Choice:
         """The images of a cell."""

@@ -17,7 +17,7 @@ import torch
 
 from guardkit.data.arms import Batch
 from guardkit.data.datamodule import TestSet
-from guardkit.efficiency.cells import Cell, CellData, CellError
+from guardkit.efficiency.cells import CellData, CellError
 from guardkit.efficiency.solver import Curve, Rows, fit_linear, joined
 from guardkit.efficiency.stacked import Schedule, StackedHeads
 from guardkit.fitting.objective import Objective
@@ -58,7 +58,7 @@ class Engine(Protocol):
 
     name: str
 
-    def fit(self, cells: Sequence[tuple[Cell, CellData]], test: TestSet) -> list[FittedCell | CellError]:
+    def fit(self, cells: Sequence[CellData], test: TestSet) -> list[FittedCell | CellError]:
         """One fitted cell each, or why there is none: with one of the strengths its training diverged."""
         ...
 
@@ -91,17 +91,16 @@ class BatchedEngine:
         self._make_head, self._schedule = make_head, schedule
         self._device, self._tolerance = device, tolerance
 
-    def fit(self, cells: Sequence[tuple[Cell, CellData]], test: TestSet) -> list[FittedCell | CellError]:
+    def fit(self, cells: Sequence[CellData], test: TestSet) -> list[FittedCell | CellError]:
         """One fitted cell each, or why there is none."""
         started = time.perf_counter()
-        data = [one for _, one in cells]
-        first = self._make_head(cells[0][0].head, cells[0][0].seed)
+        first = self._make_head(cells[0].cell.head, cells[0].cell.seed)
         fitted: Sequence[FittedCell | CellError]
         if is_solved(first, self._objective):
-            fitted = self._fit_linear(first, data, test)
+            fitted = self._fit_linear(first, cells, test)
         else:
-            heads = [first, *(self._make_head(cell.head, cell.seed) for cell, _ in cells[1:])]
-            fitted = self._fit_stacked(heads, data, test)
+            heads = [first, *(self._make_head(one.cell.head, one.cell.seed) for one in cells[1:])]
+            fitted = self._fit_stacked(heads, cells, test)
         seconds = (time.perf_counter() - started) / max(1, len(cells))
         return [one if isinstance(one, CellError) else replace(one, seconds=seconds) for one in fitted]
 

@@ -56,12 +56,12 @@ class LightningEngine:
         once = {"max_epochs": 1, "check_val_every_n_epoch": 1}
         self._linear = replace(recipe, optimizer=linear_optimizer, trainer={**recipe.trainer, **once})
 
-    def fit(self, cells: Sequence[tuple[Cell, CellData]], test: TestSet) -> list[FittedCell | CellError]:
+    def fit(self, cells: Sequence[CellData], test: TestSet) -> list[FittedCell | CellError]:
         """One fitted cell each, or why there is none."""
         fitted: list[FittedCell | CellError] = []
-        for cell, data in cells:
+        for one in cells:
             try:
-                fitted.append(self._fit_one(cell, data.counts, test))
+                fitted.append(self._fit_one(one.cell, one.counts, test))
             except Diverged as error:
                 fitted.append(CellError(str(error)))
         return fitted

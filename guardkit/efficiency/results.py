@@ -145,24 +145,24 @@ def run_cells(cells: Sequence[Cell], stock: Stock, engine: Engine, store: CellSt
             blocks.setdefault((cell.arm, cell.head, cell.n_unsafe), []).append(cell)
     for block in progress(list(blocks.values()), total=len(blocks), what="fitting heads"):
         for ready in _parts(block, stock, failed):
-            outcomes = dict(zip([cell for cell, _ in ready], engine.fit(ready, stock.test), strict=True))
+            outcomes = dict(zip([one.cell for one in ready], engine.fit(ready, stock.test), strict=True))
             failed |= {cell: str(one) for cell, one in outcomes.items() if isinstance(one, CellError)}
             store.put({cell: one for cell, one in outcomes.items() if not isinstance(one, CellError)})
     return failed, len(known)
 
 
-def _parts(block: Sequence[Cell], stock: Stock, failed: dict[Cell, str]) -> Iterator[list[tuple[Cell, CellData]]]:
+def _parts(block: Sequence[Cell], stock: Stock, failed: dict[Cell, str]) -> Iterator[list[CellData]]:
     """Cells with their images, as many at once as memory allows; what cannot be fitted goes to `failed`."""
-    ready: list[tuple[Cell, CellData]] = []
+    ready: list[CellData] = []
     n_bytes = 0
     n_scores = 4 * (len(stock.test.embeddings) + len(stock.test.counterfactuals))
     for cell in block:
         try:
-            ready.append((cell, stock.data_of(cell)))
+            ready.append(stock.data_of(cell))
         except CellError as error:
             failed[cell] = str(error)
             continue
-        n_bytes += ready[-1][1].train["embeddings"].nbytes + n_scores
+        n_bytes += ready[-1].train["embeddings"].nbytes + n_scores
         if n_bytes >= _PART_BYTES:
             yield ready
             ready, n_bytes = [], 0
