@@ -27,8 +27,9 @@ HEAVY = [
     "open_clip",
 ]
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(HEAVY)
+# the start method; its Process, Pipe and the like are there for tests that run a function instead of a command
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(HEAVY)
 
 
 def call(module: str, *arguments: object, cwd: str | Path = ROOT, path: Sequence[str] = (), **environment: str):
@@ -50,7 +51,7 @@ def _finished(module, code, arguments, cwd, path, environment):
     asked = [module, *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = _FORKS.Process(target=_in_a_process, args=(asked, code, said, cwd, path, os.environ | environment))
+        process = FORKS.Process(target=_in_a_process, args=(asked, code, said, cwd, path, os.environ | environment))
         process.start()
         try:
             process.join(timeout=300)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from commands import FORKS
 from conftest import ROOT, picture
 from PIL import Image
 from test_editors_pipeline import CountingEditor, darker, photograph, pipeline, unsafe_scene
@@ -97,7 +97,7 @@ def test_settings_and_processes_do_not_mix(scenes_policy, tmp_path):
         read_pair_dataset(tmp_path)
 
 
-def synthesize_slowly(folder):
+def synthesize_slowly(folder, said):
     """What the killed processes run: 24 images, some refused and tried again, a pause before every edit."""
     from guardkit import Policy
 
@@ -108,38 +108,42 @@ def synthesize_slowly(folder):
     here = pipeline(
         Policy.load(ROOT / "conf/policy/scenes.yaml"), CountingEditor(answer), folder.parent / "cache", batch_size=3, max_tries=3
     )
-    print("go", flush=True)
+    said.send("go")
     write_pair_dataset(photographs(24), here, folder, made_from={})
-    print(len(here.editor.asked), flush=True)
+    said.send(len(here.editor.asked))
 
 
 def test_killed_thirty_times_it_ends_as_if_undisturbed(tmp_path):
     """The same files, byte for byte; no try is lost."""
-    code = (
-        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import test_pairs; test_pairs.synthesize_slowly(pathlib.Path(sys.argv[2]))"
-    )
 
     def start(folder):
-        command = [sys.executable, "-c", code, str(ROOT / "tests"), str(folder)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        said, there = FORKS.Pipe(duplex=False)
+        process = FORKS.Process(target=synthesize_slowly, args=(folder, there))
+        process.start()
+        there.close()
+        return process, said
 
     whole = tmp_path / "whole" / "d"
-    assert start(whole).communicate(timeout=120)[0] == "go\n48\n"
+    process, said = start(whole)
+    assert (said.recv(), said.recv()) == ("go", 48)
+    process.join()
     chance, kills = random.Random(0), 0
     torn = tmp_path / "torn" / "d"
     for _ in range(30):
-        running = start(torn)
-        assert running.stdout.readline() == "go\n"
+        process, said = start(torn)
+        assert said.recv() == "go"
         time.sleep(chance.uniform(0, 0.15))
-        running.send_signal(signal.SIGKILL)
-        running.wait()
-        running.stdout.close()
-        kills += running.returncode == -signal.SIGKILL
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
         if not (torn / "manifest.json").exists():
             with pytest.raises(InputError, match="is not complete|is no pair dataset|not a folder|is not there"):
                 read_pair_dataset(torn)
     assert kills > 5
-    assert start(torn).communicate(timeout=120)[0].startswith("go\n")
+    process, said = start(torn)
+    assert said.recv() == "go"
+    process.join()
+    assert process.exitcode == 0
     assert digests(torn) == digests(whole)
 
 

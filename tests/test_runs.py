@@ -273,7 +273,7 @@ def test_the_commands_under_one_name():
 
 def test_a_terminal_that_lacks_characters_ends_nothing(tmp_path):
     plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
-    done = start("guardkit.train", "source=folder", "source.root=/größe", f"output_dir={tmp_path / 'ö'}", env=plain)
+    done = start("guardkit.embed", "source=folder", "source.root=/größe", f"output_dir={tmp_path / 'ö'}", env=plain)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "/gr" in done.stderr.splitlines()[-1]
