@@ -23,6 +23,19 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# the longest come first, so that one worker does not begin with one of them when the other has nothing left to do
+LONGEST = [
+    "test_cli.py", "test_sweep.py", "test_robustness.py", "test_readme.py", "test_extension.py", "test_encoders.py", "test_training.py",
+    "test_runs.py", "test_architecture.py", "test_pairs.py", "test_diffusers_editor.py", "test_app.py", "test_train_edit.py",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts the files; within each, tests stay as they are."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Keeps the tests' embeddings and edits out of the user's cache."""

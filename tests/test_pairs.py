@@ -222,7 +222,7 @@ def test_training_from_a_dataset(compose, scenes_policy, tmp_path):
 
     write_pair_dataset([unsafe_scene(i) for i in range(40)], pipeline(scenes_policy, ScenesEditor()), tmp_path / "d", made_from={})
     settings = ["source=pairs", f"source.root={tmp_path / 'd'}", "editor=none", "data.n_unsafe=24", "trainer.max_epochs=20"]
-    metrics = run(compose("train", *settings), {}, tmp_path / "run").metrics
+    metrics = run(compose("train", *settings, "experiment=pairs_aug"), {}, tmp_path / "run").metrics
     assert (metrics["n_unsafe"], metrics["n_counterfactuals"]) == (24, 24)
     assert metrics["pairs"]["n"] > 5
     with pytest.raises(InputError, match="leaves 0 safe image"):
