@@ -128,7 +128,7 @@ def arguments(scenes_policy, scenes_encoder, cache):
 
 def trained(arguments, folder, loss, head, **how):
     """Decision logits of the test images, by `train`."""
-    guardkit.train_guard(**arguments, output_dir=folder, head=head, n_unsafe=N_UNSAFE, loss={**loss, "l2": 0.1}, **how)
+    guardkit.train_guard(**arguments, arm="pairs_aug", output_dir=folder, head=head, n_unsafe=N_UNSAFE, loss={**loss, "l2": 0.1}, **how)
     scores = [row["score"] for row in pq.read_table(folder / "predictions.parquet").to_pylist() if not row["is_counterfactual"]]
     return np.log(scores) - np.log1p(-np.array(scores))
 
@@ -199,4 +199,4 @@ def test_both_commands_list_the_same_settings():
 
     train, sweep = (yaml.safe_load((ROOT / "conf" / f"{name}.yaml").read_text())["loss"] for name in ("train", "sweep"))
     assert train.keys() - sweep.keys() == {"l2"}  # a sweep has strengths
-    assert {**sweep, "l2": 0.0} == Objective(category_weight=0.0).settings
+    assert {**sweep, "l2": None} == Objective(category_weight=0.0).settings
