@@ -81,7 +81,10 @@ class Seamless(GrabCut):
         host = shrink(self.host.load())
         place = box(transplants._place(self.shape[1], np.random.default_rng([self.seed, 31])), host.shape)
         height, width = (part.stop - part.start for part in place)
-        return cloned(host, in_colours_of(host, cut_out(self.donor.load(), self.region, width, height)), place)
+        try:
+            return cloned(host, in_colours_of(host, cut_out(self.donor.load(), self.region, width, height)), place)
+        except cv2.error:  # a place of a pixel or two
+            return TransplantContent.load(self)
 
 
 _ELLIPSE = transplants._ellipse

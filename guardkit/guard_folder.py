@@ -234,6 +234,7 @@ def _model_card(config: Mapping[str, Any], policy: Policy) -> str:
         return "none" if value is None else f"{value:.{digits}f}"
 
     rows = [(name, test.get(name)) for name in ("auroc", "average_precision", "f1", "recall", "fpr", "n")]
+    rows.insert(2, ("threshold of the next three", test.get("threshold")))  # it may have been set anew since
     rows += [(name, pairs.get(name)) for name in ("pair_accuracy", "ranking_accuracy")] + [("test pairs", pairs.get("n"))]
     table = "\n".join(f"| {name} | {figure(value)} |" for name, value in rows)
     packages = dict.fromkeys(kinds.package(config[kinds.part]["kind"]) for kinds in (HEAD_KINDS, ENCODER_KINDS))

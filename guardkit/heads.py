@@ -237,13 +237,26 @@ class AnchoredHead(Head):
         n_categories: k.
         n_prompts: m, number of texts.
         mapped: embeddings pass through a fixed (d, d) map on their way to the probe.
+        strength: standard deviation of the logits at the start.
+        scale: that the texts were multiplied with.
     """
 
     usual_l2 = 1.0  # of those tried, the best on policies that nobody tuned to
 
-    def __init__(self, dim: int, n_categories: int, *, n_prompts: int, mapped: bool = False) -> None:
+    def __init__(
+        self, dim: int, n_categories: int, *, n_prompts: int, mapped: bool = False, strength: float = 1.0, scale: float = 10.0
+    ) -> None:
         super().__init__()
-        self.config = {"dim": dim, "n_categories": n_categories, "n_prompts": n_prompts, "mapped": mapped}
+        check_number("head.strength", strength, "(0, inf)")
+        check_number("head.scale", scale, "(0, inf)")
+        self.config = {
+            "dim": dim,
+            "n_categories": n_categories,
+            "n_prompts": n_prompts,
+            "mapped": mapped,
+            "strength": strength,
+            "scale": scale,
+        }
         self._n_images: int | None = None  # that tell how zero-shot logits vary, until they have
         self._leace_images = 0
         self.map: Tensor | None
@@ -257,6 +270,8 @@ class AnchoredHead(Head):
         self.linear = nn.Linear(dim + 1 + n_categories, 1 + n_categories)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+        with torch.no_grad():
+            self.linear.weight[:, dim:].fill_diagonal_(strength)
 
     @classmethod
     def build(
@@ -281,17 +296,14 @@ class AnchoredHead(Head):
         Raises:
             InputError: the encoder has no texts, or the same vector for a safe and an unsafe one.
         """
-        check_number("head.strength", strength, "(0, inf)")
-        check_number("head.scale", scale, "(0, inf)")
         check_whole("head.n_images", n_images, 2)
         check_whole("head.leace_images", leace_images, 0)
         encoded, members = _texts(encoder, policy, needed_by="head=anchored", instead="head=linear")
-        head = cls(encoder.dim, len(policy.categories), n_prompts=len(encoded), mapped=bool(leace_images))
+        sizes = encoder.dim, len(policy.categories)
+        head = cls(*sizes, n_prompts=len(encoded), mapped=bool(leace_images), strength=strength, scale=scale)
         head._n_images, head._leace_images = n_images, leace_images
         head.prompts.copy_(scale * torch.from_numpy(encoded))
         head.members.copy_(members)
-        with torch.no_grad():
-            head.linear.weight[:, encoder.dim :].fill_diagonal_(strength)
         return head
 
     def prepare(self, images: KnowsImages) -> None:
@@ -343,7 +355,7 @@ def automatic(encoder: Encoder, policy: Policy) -> AnchoredHead | LinearHead:
         # what is wrong with the encoder itself is raised again here
         head = LinearHead.build(encoder, policy)
         head.usual_l2 = AnchoredHead.usual_l2
-        head.notes = (f"the guard learns from labels alone (head=linear loss.l2={head.usual_l2:g}), not from the policy's texts: {error}",)
+        head.notes = (f"the guard learns from labels alone (head=linear), not from the policy's texts: {error}",)
         return head
 
 
@@ -465,6 +477,6 @@ def _check_sides(safe: Sequence[str], safe_vectors: np.ndarray, unsafe: Sequence
         first, second = unsafe[same[0, 1]], safe[same[0, 0]]
         raise InputError(
             f"the policy's unsafe text {shortened(first)!r} and its safe text {shortened(second)!r} are the same to the encoder "
-            f"({len(same)} such pair(s)): it knows too few of their words (scenes_clip, the default, knows those of drawn scenes only: choose "
-            "another with encoder=), or they differ only beyond its context length: shorten or reword them"
+            f"({len(same)} such pair(s)): it knows too few of their words, as the small encoders that come along do, or they differ only beyond its "
+            "context length; leave out, shorten or reword such texts, or choose another encoder"
         )

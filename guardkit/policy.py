@@ -206,6 +206,11 @@ def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
     return n
 
 
+def text_without(name: str) -> str:
+    """The safe text of a category that brings none, under a policy that brings none either."""
+    return f"a photo without {name.replace('_', ' ')}"
+
+
 def _category(data: Any, problems: list[str], field: str, ordinary: tuple[str, ...]) -> Category:
     """One category; `ordinary` texts of the policy stand in where it has no allowed look-alikes of its own."""
     given = _mapping(data, problems, field, Category, needed=("name", "definition", "unsafe_texts"))
@@ -224,7 +229,7 @@ def _category(data: Any, problems: list[str], field: str, ordinary: tuple[str, .
         not_covered=texts("not_covered"),
         edit=_text(given["edit"], problems, f"{field}.edit") if "edit" in given else f"Remove whatever shows {plain}.",
         unsafe_texts=texts("unsafe_texts", least=1),
-        safe_texts=texts("safe_texts", least=1, default=ordinary or (f"a photo without {plain}",)),
+        safe_texts=texts("safe_texts", least=1, default=ordinary or (text_without(name),)),
         classes=texts("classes"),
         look_alikes=texts("look_alikes"),
     )

@@ -262,6 +262,9 @@ def test_a_command_s_module_is_called_like_the_function():
         ({"seed": -1}, "seed must be a whole number from 0 to 9223372036854775807, got -1"),
         ({"threshold": "best"}, "threshold must be a number"),
         ({"loss": {"l2": -1}}, "loss.l2 must be a number of at least 0, or null, got -1"),
+        ({"head": 3}, "head must be a name, a class, or a function of encoder and policy, got 3"),
+        ({"arm": 3}, "arm must be the name of one or a guardkit.Arm, got 3"),
+        ({"loss": 3}, "loss must be a dictionary of settings, got 3"),
         ({"trainer": {"max_epochs": "many"}}, "trainer.max_epochs must be a whole number"),
     ],
 )

@@ -64,7 +64,7 @@ def test_the_default_head_does_without_texts_and_says_why(blind, scenes_encoder,
     without = automatic(blind, scenes_policy)
     assert type(without) is LinearHead
     (note,) = without.notes
-    assert "learns from labels alone (head=linear loss.l2=1), not from the policy's texts" in note
+    assert "learns from labels alone (head=linear), not from the policy's texts" in note
     assert "images-only does not" in note
     assert GuardModule(without, torch.optim.AdamW).l2 == 1
     # two texts that the encoder cannot tell apart are no start either

@@ -17,7 +17,7 @@ from guardkit.data.views import ViewMaker
 from guardkit.editors.base import EditResult
 from guardkit.editors.scenes import ScenesEditor
 from guardkit.embeddings import EmbeddingStore
-from guardkit.evaluation.verdicts import editor_trace, texts, unused_safe
+from guardkit.evaluation.verdicts import editor_trace, texts, unused
 from guardkit.metrics.probe import edited_vs_original_auroc
 
 
@@ -118,12 +118,15 @@ def test_what_the_texts_do_alone_is_said_where_they_mislead_or_do_better(alone, 
         assert re.search(is_said, found[0])
 
 
-def test_safe_images_that_are_left_over_are_said():
-    (note,) = unused_safe({"n_unsafe": 10, "n_safe": 10}, 30)
+def test_labelled_images_that_are_left_over_are_said():
+    (note,) = unused({"n_unsafe": 10, "n_safe": 10}, 10, 30)
     assert note.startswith("of 30 labelled safe images for training 10 are used; data.safe_per_unsafe=4 takes up to 30")
-    assert unused_safe({"n_unsafe": 10, "n_safe": 40}, 100) == []
-    assert unused_safe({"n_unsafe": 10, "n_safe": 10}, 10) == []
-    assert unused_safe({"n_unsafe": 10, "n_safe": 0}, 100) == []  # an arm without natural safe images
+    assert unused({"n_unsafe": 10, "n_safe": 40}, 10, 100) == []
+    assert unused({"n_unsafe": 10, "n_safe": 10}, 10, 10) == []
+    assert unused({"n_unsafe": 10, "n_safe": 0}, 10, 100) == []  # an arm without natural safe images
+    assert unused({"n_unsafe": 10, "n_safe": 0}, 25, 0) == [
+        "of 25 labelled unsafe images for training 10 are used; data.n_unsafe=25 takes all"
+    ]
 
 
 def test_train_measures_the_texts_beside_the_guard(train):

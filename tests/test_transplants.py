@@ -23,7 +23,7 @@ from guardkit.editors.base import Photograph
 from guardkit.editors.none import NoEditor
 from guardkit.editors.paste import PasteEditor
 from guardkit.embeddings import EmbeddingStore
-from guardkit.images import ArrayContent
+from guardkit.images import ArrayContent, FileContent
 from guardkit.schema import InputError, Record
 
 BOX = (0.3, 0.3, 0.7, 0.7)
@@ -236,3 +236,27 @@ def test_a_policy_whose_texts_name_no_look_alike_finds_none(scenes_policy, scene
         by_texts([], bare, EmbeddingStore(scenes_encoder, None))
     with pytest.raises(InputError, match="data.look_alikes=texts needs an encoder that reads texts, and mean does not"):
         by_texts([], scenes_policy, MeanColour())
+
+
+def test_look_alikes_come_first_where_safe_images_are_few(scenes_policy):
+    """72 safe images, a third of them look-alikes: as natural ones they would all be taken."""
+    data = data_of(scenes_policy, n_unsafe=8, negatives=("natural", "look_alike"), safe_per_unsafe=8)
+    natural, alike = data.choice.of("natural"), data.choice.of("look_alike")
+    assert len(alike) == 8
+    assert not {record.group for record in natural} & {record.group for record in alike}
+    assert any(f"has {len(natural)} that are no look-alikes for training: using all of them" in note for note in data.notes)
+    everything = data_of(scenes_policy, n_unsafe=8, negatives=("natural", "look_alike"), safe_per_unsafe="all")
+    assert len(everything.choice.of("look_alike")) == 8
+    assert not any("look-alikes for training" in note for note in everything.notes)
+
+
+def test_safe_images_that_cannot_be_read_are_no_look_alikes_and_said(scenes_policy, scenes_encoder, tmp_path, caplog):
+    good = ScenesSource(scenes_policy, n_train=20, n_test=9, look_alike_rate=1.0).load().train
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for file in files:
+        file.write_bytes(b"no image")
+    broken = [Record(f"broken {i}", 0, None, "mine", f"b{i}", FileContent(file)) for i, file in enumerate(files)]
+    found = by_texts([*[one for one in good if one.label == 0], *broken], scenes_policy, EmbeddingStore(scenes_encoder, None))
+    assert found
+    assert not any(one.id.startswith("broken") for one in found)
+    assert "data.look_alikes=texts leaves out 3 safe image(s) that cannot be read, the first is broken 0" in caplog.text

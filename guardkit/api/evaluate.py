@@ -220,7 +220,7 @@ def common_policy(contenders: Sequence[Contender]) -> Policy | None:
     """
     own = {one.policy.digest: (one.name, one.policy) for one in contenders if one.policy is not None}
     if len(own) > 1:
-        which = ", ".join(f"{name} under {rules.name}" for name, rules in own.values())
+        which = ", ".join(f"{name} under {rules.name}, digest {digest[:8]}" for digest, (name, rules) in own.items())
         raise InputError(
             f"the guards were trained under different policies ({which}); choose one with policy=NAME or policy_file=GUARD/policy.yaml"
         )

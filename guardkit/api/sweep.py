@@ -36,7 +36,7 @@ from guardkit.folders import refuse_others
 from guardkit.heads import Head
 from guardkit.policy import Policy
 from guardkit.reports.sweep import write_report
-from guardkit.schema import InputError
+from guardkit.schema import InputError, shortened
 
 log = logging.getLogger(__name__)
 
@@ -250,6 +250,8 @@ def _arms(arms: Sequence[str | Arm], variants_per_image: int) -> list[Arm]:
 
 def _heads(heads: str | Mapping[str, str | type[Head] | HeadFactory]) -> dict[str, HeadFactory]:
     given = {heads: heads} if isinstance(heads, str) else heads
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise InputError(f"heads must be the name of one, or a dictionary from names to heads, got {shortened(repr(heads))}")
     if not given:
         raise InputError("sweep.heads is empty; name some, or set it to null for the one of head=")
     return {name: head_factory(head) for name, head in given.items()}

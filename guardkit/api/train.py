@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.encoders.known import MAX_IMAGES, unknown_images
 from guardkit.evaluation.training import measure, out_of_fold_figures
-from guardkit.evaluation.verdicts import editor_trace, no_better, texts, unused_safe
+from guardkit.evaluation.verdicts import editor_trace, no_better, texts, unused
 from guardkit.fitting.cross_validation import N_FOLDS, cross_validate
 from guardkit.fitting.module import DEFAULT_THRESHOLD, EpochProgress, check_checkpoint, scalars
 from guardkit.fitting.objective import Objective
@@ -36,7 +37,7 @@ from guardkit.heads import Head
 from guardkit.policy import Policy
 from guardkit.reports.training import summary_table, write_pictures, write_predictions
 from guardkit.reports.training_mistakes import mistakes_page
-from guardkit.schema import SAFE, InputError
+from guardkit.schema import SAFE, UNSAFE, InputError
 
 WRITTEN = ("guard", "metrics.json", "predictions.parquet", "*.png", "mistakes.html", "checkpoints", "csv", "wandb")
 
@@ -188,9 +189,9 @@ def train_guard(
                 )
             labelled = [record for kind in ("unsafe", "natural", "look_alike") for record in parts.data.choice.of(kind)[:MAX_IMAGES]]
             metrics["notes"] += unknown_images(encoder, lambda: parts.data.views.embed(labelled))
-            n_pool = sum(record.label == SAFE for record in parts.data.load())
+            n_of = Counter(record.label for record in parts.data.load())
             metrics["notes"] += [
-                *unused_safe(metrics, n_pool),
+                *unused(metrics, n_of[UNSAFE], n_of[SAFE]),
                 *no_better(metrics),
                 *texts(metrics),
                 *editor_trace(metrics, chosen, pipeline.editor.name),

@@ -10,6 +10,7 @@ from guardkit.baselines.base import HeadGuard, covered
 from guardkit.encoders.base import Encoder, require_texts
 from guardkit.heads import Head, PromptHead
 from guardkit.policy import Policy
+from guardkit.schema import InputError
 
 
 class _Decision(nn.Module):
@@ -37,5 +38,8 @@ def zero_shot(policy: Policy, encoder: Encoder, *, covers: Sequence[str] | None,
         threshold: flag when score >= threshold.
     """
     require_texts(encoder, needed_by="baseline zero_shot", instead="another baseline")
-    head = _Decision(PromptHead.build(encoder, policy, scale=scale))
+    try:
+        head = _Decision(PromptHead.build(encoder, policy, scale=scale))
+    except InputError as error:
+        raise InputError(f"baseline zero_shot: {error}; or leave zero_shot out of baselines") from error
     return HeadGuard("zero_shot", head, encoder, dim=encoder.dim, covers=covered("zero_shot", covers, policy), threshold=threshold)

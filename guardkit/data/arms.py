@@ -15,7 +15,7 @@ import torch
 
 from guardkit.data.splits import nested_order, split_validation
 from guardkit.data.views import EDITED, Pool
-from guardkit.schema import InputError, Record
+from guardkit.schema import InputError, Record, shortened
 
 Batch = dict[str, torch.Tensor]
 
@@ -80,6 +80,8 @@ def arm_named(arm: str | Arm) -> Arm:
     known = {one.name: one for one in ARMS}
     if isinstance(arm, str) and arm not in known:
         raise InputError(f"there is no arm {arm!r}; there are {', '.join(known)}, or give an Arm of your own")
+    if not isinstance(arm, str | Arm):
+        raise InputError(f"arm must be the name of one or a guardkit.Arm, got {shortened(repr(arm))}")
     return known[arm] if isinstance(arm, str) else arm
 
 
@@ -154,6 +156,11 @@ def choose(orders: Orders, n_unsafe: int, kinds: Sequence[str], safe_per_unsafe:
     if "look_alike" in kinds:
         taken = {record.group for record in orders.safe[:n_safe]} if "natural" in kinds else set()
         ordered["look_alike"] = [record for record in orders.look_alikes if record.group not in taken]
+        if len(ordered["look_alike"]) < min(n_unsafe, len(orders.look_alikes)):
+            # where safe images are few, the natural ones, of which there may be more, leave the look-alikes to their kind
+            ordered["look_alike"] = orders.look_alikes
+            kept = {record.group for record in orders.look_alikes[:n_unsafe]}
+            ordered["natural"] = [record for record in orders.safe if record.group not in kept]
     parts = {kind: split_validation(ordered[kind], n_safe if kind == "natural" else n_unsafe) for kind in kinds}
     return Choice({kind: train for kind, (train, _) in parts.items()}, {kind: validation for kind, (_, validation) in parts.items()})
 

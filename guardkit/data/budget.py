@@ -47,14 +47,18 @@ def chosen_in_budget(
     if n < n_unsafe:
         notes.append(f"asked for {n_unsafe} unsafe images, {where} has {n} for training: using {n} (set data.n_unsafe)")
     n_safe = n_natural(n, safe_per_unsafe, orders)
-    if "natural" in kinds and len(safe) < n_safe:
-        notes.append(f"asked for {n_safe} safe images, {where} has {len(safe)} for training: using all of them")
     choice = choose(orders, n, kinds, safe_per_unsafe)
+    n_chosen = len(choice.of("natural"))
+    if "natural" in kinds and n_chosen < n_safe and safe_per_unsafe != "all":
+        beside = " that are no look-alikes" if n_chosen < len(safe) else ""
+        notes.append(f"asked for {n_safe} safe images, {where} has {n_chosen}{beside} for training: using all of them")
     n_alike = len(choice.of("look_alike"))
     if "look_alike" in kinds and n_alike < n:
         short = f"asked for {n} look-alikes, {where} has {n_alike} other safe images that are marked (by a category) or found as such"
         if n_alike < _LEAST:
-            raise InputError(f"{short}; mark some, let the policy's texts find them (data.look_alikes=texts), or use experiment=unpaired")
+            raise InputError(
+                f"{short}; mark some or let the policy's texts find them (data.look_alikes=texts), add safe images, or use experiment=unpaired"
+            )
         notes.append(f"{short}: using all of them")
     n_others = len(choice.of("shuffled"))
     if "shuffled" in kinds and n_others < n:
@@ -78,6 +82,12 @@ def shortage(orders: Orders, n_unsafe: int, kinds: Sequence[str], safe_per_unsaf
         return f"as many other unsafe images are needed beside the labelled ones, and {where} has {n} for training"
     if "natural" in kinds and len(orders.safe) < max(_LEAST, n_natural(n_unsafe, safe_per_unsafe, orders)):
         return f"more safe images are needed than the {len(orders.safe)} that {where} has for training"
+    if (
+        "natural" in kinds
+        and safe_per_unsafe != "all"
+        and len(choose(orders, n_unsafe, kinds, safe_per_unsafe).of("natural")) < n_unsafe * int(safe_per_unsafe)
+    ):
+        return f"more safe images are needed beside the look-alikes than {where} has for training"
     if "look_alike" in kinds and len(choose(orders, n_unsafe, kinds, safe_per_unsafe).of("look_alike")) < n_unsafe:
         return (
             f"more look-alikes are needed than the {len(orders.look_alikes)} that {where} has for training, marked as such (by a category) or found "

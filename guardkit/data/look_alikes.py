@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -9,8 +10,10 @@ import numpy as np
 
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import require_texts
-from guardkit.policy import Policy
+from guardkit.policy import Policy, text_without
 from guardkit.schema import InputError, Record
+
+log = logging.getLogger(__name__)
 
 LookAlikes = Literal["marked", "texts"]
 LOOK_ALIKES = ("marked", "texts")
@@ -32,15 +35,26 @@ def by_texts(safe: Sequence[Record], policy: Policy, store: EmbeddingStore) -> l
         InputError: the encoder has no texts, or the policy has no look-alikes.
     """
     reader = require_texts(store.encoder, needed_by="data.look_alikes=texts", instead="data.look_alikes=marked")
-    # a category that brings none has those of the policy
-    named = [own for category in policy.categories if (own := [text for text in category.safe_texts if text not in policy.safe_texts])]
+    # a category that brings none has those of the policy, or one made of its name
+    named = [
+        own
+        for category in policy.categories
+        if (own := [text for text in category.safe_texts if text not in {*policy.safe_texts, text_without(category.name)}])
+    ]
     if not named:
         raise InputError(
             f"data.look_alikes=texts finds safe images by the texts of what only looks unsafe, and policy {policy.name!r} has none; write safe_texts "
             "into its categories, or mark look-alikes with a category and set data.look_alikes=marked"
         )
     brought = [record for record in safe if record.embedding is not None]
-    read, made, _ = store.embed_readable([record for record in safe if record.embedding is None])
+    read, made, unreadable = store.embed_readable([record for record in safe if record.embedding is None])
+    if unreadable:
+        log.warning(
+            "data.look_alikes=texts leaves out %d safe image(s) that cannot be read, the first is %s: %s",
+            len(unreadable),
+            unreadable[0].id,
+            unreadable[0].reason,
+        )
     records = [*brought, *read]
     vectors = np.concatenate([np.reshape([record.embedding for record in brought], (len(brought), made.shape[1])), made])
 

@@ -46,22 +46,25 @@ def no_better(metrics: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def unused_safe(metrics: Mapping[str, Any], n_pool: int) -> list[str]:
-    """Whether labelled safe images are left over that would help.
+def unused(metrics: Mapping[str, Any], n_unsafe: int, n_safe: int) -> list[str]:
+    """Whether labelled images are left over that would help.
 
     Args:
         metrics: "n_unsafe" and "n_safe" as metrics.json has them.
-        n_pool: safe images to train on that the source has.
+        n_unsafe, n_safe: images to train on that the source has.
     Returns:
-        One sentence, or none: where none is used, or four for each unsafe one are.
+        A sentence for each label; none where all are used, of safe ones also where an arm uses none, or four for each unsafe one.
     """
-    used, wanted = metrics["n_safe"], 4 * metrics["n_unsafe"]
-    if not used or used >= min(wanted, n_pool):
-        return []
-    return [
-        f"of {n_pool} labelled safe images for training {used} are used; data.safe_per_unsafe=4 takes up to {min(wanted, n_pool)}, which on photographs was "
-        "worth as much as twice the labels of unsafe ones (docs/photographs.md)"
-    ]
+    labelled, used, wanted = metrics["n_unsafe"], metrics["n_safe"], 4 * metrics["n_unsafe"]
+    notes = []
+    if labelled < n_unsafe:
+        notes.append(f"of {n_unsafe} labelled unsafe images for training {labelled} are used; data.n_unsafe={n_unsafe} takes all")
+    if used and used < min(wanted, n_safe):
+        notes.append(
+            f"of {n_safe} labelled safe images for training {used} are used; data.safe_per_unsafe=4 takes up to {min(wanted, n_safe)}, which on photographs "
+            "was worth as much as twice the labels of unsafe ones (docs/photographs.md)"
+        )
+    return notes
 
 
 def texts(metrics: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from guardkit.checks import check_number
 from guardkit.fitting.terms import CategoryTerm, DecisionTerm, PairTerm, Term
-from guardkit.schema import InputError
+from guardkit.schema import InputError, shortened
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Objective:
         Raises:
             InputError: a name that there is not, or a value out of range.
         """
+        if not isinstance(settings, Mapping):
+            raise InputError(f"loss must be a dictionary of settings, got {shortened(repr(settings))}")
         names = [one.name for one in fields(cls)]
         unknown = sorted(set(settings) - set(names))
         if unknown:

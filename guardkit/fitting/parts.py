@@ -18,7 +18,7 @@ from guardkit.encoders.base import Encoder
 from guardkit.guard_parts import check_encoder, check_head
 from guardkit.heads import AnchoredHead, Head, LinearHead, MLPHead, PromptHead, automatic
 from guardkit.policy import Policy
-from guardkit.schema import InputError
+from guardkit.schema import InputError, shortened
 
 HeadFactory = Callable[..., Head]
 """Called with `encoder` and `policy`, makes a new head for them."""
@@ -80,6 +80,8 @@ def head_factory(head: str | type[Head] | HeadFactory) -> HeadFactory:
                 f"there is no head {head!r}; there are {', '.join(HEADS)}, or give a function of encoder and policy that makes one"
             )
         return HEADS[head]
+    if not callable(head):
+        raise InputError(f"head must be a name, a class, or a function of encoder and policy, got {shortened(repr(head))}")
     kind = getattr(head, "func", head)  # within a partial, as a configuration makes them
     if isinstance(kind, type) and not issubclass(kind, Head):
         raise InputError(

@@ -63,12 +63,16 @@ def summary_table(metrics: dict[str, Any]) -> str:
     rows = [
         ("labelled unsafe images", str(metrics["n_unsafe"]), ""),
         ("natural safe images", str(metrics["n_safe"]), ""),
-        *_counted("of these look-alikes", metrics["n_look_alikes"], "safe images that the source says to look like unsafe ones"),
+        *_counted("of these look-alikes", metrics["n_look_alikes"], "safe images that look like unsafe ones"),
         ("counterfactuals", str(metrics["n_counterfactuals"]), ""),
         *_counted(
             "transplants", metrics["n_transplants"], "unsafe objects in safe photographs; as many safe ones stand in the same places"
         ),
-        ("edits rejected", f"{edits['requested'] - edits['accepted']} of {edits['requested']}", ""),
+        (
+            "edits rejected",
+            f"{edits['requested'] - edits['accepted']} of {edits['requested']}",
+            "; ".join(f"{n} x {why}" for why, n in edits["rejected"].items()),
+        ),
         ("threshold", _shown(threshold), "an image is flagged when its score reaches it"),
         _row(f"pair accuracy (n={pairs['n']})", pairs, "pair_accuracy", "unsafe image flagged and its counterfactual not"),
         _row("ranking accuracy", pairs, "ranking_accuracy", "unsafe image scores above its counterfactual"),
