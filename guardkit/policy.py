@@ -86,6 +86,11 @@ class Policy:
         """A hash of the content; comments, order of fields and layout do not matter."""
         return fingerprint(self.to_dict())
 
+    def own_name(self, name: str) -> str:
+        """What the policy calls a category that others write in another case, or with blanks or hyphens; other names as they are."""
+        own = "_".join(re.split(r"[\s_-]+", name.strip().casefold()))
+        return own if own in self.category_names else name
+
     def check_category(self, name: str, where: str) -> None:
         """Raises InputError unless the policy has the category; `where` says what asked for it."""
         if name not in self.category_names:

@@ -232,3 +232,20 @@ def test_an_unknown_folder_is_named_with_the_remedy(policy, tmp_path):
         picture(1).save(tmp_path / name / "a.png")
     with pytest.raises(InputError, match=r"'automobile'.*weapons, substances.*source.categories=\{automobile: CATEGORY\}"):
         load(policy, tmp_path)
+
+
+def test_categories_are_read_in_any_case_and_spelling(root):
+    """As label words are: in tables and as folders."""
+    category = {"definition": "d", "unsafe_texts": ["u"]}
+    spelled = Policy.from_dict({"name": "p", "categories": [{"name": name, **category} for name in ("weapons", "self_harm")]})
+    table = "file_name,label,category\ng0.png,unsafe,Weapons\ng1.png,unsafe, Self-Harm \ng2.png,unsafe,SELF HARM\ng3.png,safe,Kitchen\n"
+    found = {record.id: record.category for record in load(spelled, root, table).train}
+    assert found == {"g0.png": "weapons", "g1.png": "self_harm", "g2.png": "self_harm", "g3.png": None}
+    with pytest.raises(InputError, match="category 'weapon' is not in policy 'p'"):
+        load(spelled, root, "file_name,label,category\ng0.png,unsafe,weapon\n")
+    (root / "metadata.csv").unlink()
+    for i, folder in enumerate(("Weapons", "Self Harm", "Safe")):
+        (root / folder).mkdir()
+        (root / f"g{i}.png").rename(root / folder / f"g{i}.png")
+    found = {record.id: (record.label, record.category) for record in load(spelled, root).train}
+    assert found == {"Weapons/g0.png": (1, "weapons"), "Self Harm/g1.png": (1, "self_harm"), "Safe/g2.png": (0, None)}

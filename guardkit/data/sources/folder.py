@@ -229,8 +229,9 @@ class FolderSource:
             return self._rule.class_of(folder, f"{self.root} has the folder")
         if self._rule.columns["label"] is None:
             return UNLABELLED, None
-        if folder in self.policy.category_names:
-            return 1, folder
+        own = self.policy.own_name(folder)
+        if own in self.policy.category_names:
+            return 1, own
         if self._rule.labels.lists(folder):
             return self._rule.labels.read(folder, f"{self.root} folder {folder}"), None
         label = None if folder.isdigit() else word_label(folder)  # a number may be that of a class

@@ -287,7 +287,7 @@ class RowRule:
         value = text(cells.get("category"))
         if self.categories is not None and value in self.categories:
             return self.categories[value]
-        return value or None
+        return self.policy.own_name(value) or None
 
     def class_of(self, name: str, where: str) -> tuple[int, str | None]:
         """Label and category of a class that is known by its name alone.
@@ -299,7 +299,7 @@ class RowRule:
         if name in self.categories:
             category = self.categories[name]
             return (UNLABELLED if category is None else UNSAFE), category
-        if (word_label(name) == UNSAFE and not name.isdigit()) or name in self.policy.category_names:
+        if (word_label(name) == UNSAFE and not name.isdigit()) or self.policy.own_name(name) in self.policy.category_names:
             raise InputError(
                 f"{where} {name!r}, which source.categories does not list; what it leaves out counts as safe, "
                 f"which the name denies: list it as {{{name}: CATEGORY}} or rename it"
