@@ -312,7 +312,7 @@ def test_fewer_images_than_asked_for_is_said_and_used(train, caplog):
         (["data.safe_per_unsafe=many"], "data.safe_per_unsafe .* must be"),
         (
             ["experiment=look_alikes", "source.look_alike_rate=0"],
-            "has 0 other safe images that are marked .by a category. or found as such; mark some, let the policy's texts find them",
+            "has 0 other safe images that are marked .by a category. or found as such; mark some or let the policy's texts find them",
         ),
         (["experiment=pairs_transplanted"], "source=scenes has 0 safe training images with a box, and transplants need at least 2"),
         (["source.scene_shift=2"], r"source.scene_shift must be a number in \[0, 1\], got 2"),
