@@ -85,7 +85,10 @@ def test_the_policy_of_the_guards_is_used(compose, guard, other_policy):
 def test_guards_of_several_policies_need_a_word(compose, guard, other_policy, scenes_policy, tmp_path):
     first, second = guard("first"), guard("second", other_policy)
     asked = f"guard=[{first},{second}]"
-    with pytest.raises(InputError, match=r"different policies \(first under scenes, digest [0-9a-f]{8}, second under others, digest [0-9a-f]{8}\); choose one with policy=NAME or"):
+    with pytest.raises(
+        InputError,
+        match=r"different policies \(first under scenes, digest [0-9a-f]{8}, second under others, digest [0-9a-f]{8}\); choose one with policy=NAME or",
+    ):
         build_contenders(compose("evaluate", asked))
     rules, contenders = build_contenders(compose("evaluate", asked, "policy=scenes"))
     (note,) = notes_on(rules, contenders)

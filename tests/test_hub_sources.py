@@ -185,7 +185,6 @@ def test_a_card_does_not_send_us_elsewhere(tmp_path, scenes_policy, card):
         ({"label_column": "rating"}, "has no column 'rating'; it has image, safety_label, .*set source.label_column"),
         ({"label_column": "category"}, "has label 'Hate'; allowed are safe, unsafe, 0 and 1"),
         ({"label_column": "category", "labels": {"Hate": "unsafe"}}, "label 'Illegal activity', which source.labels does not list"),
-        ({"category_column": "category"}, r"category 'Hate' is not in policy 'unsafebench'"),
         ({"categories": {"Hate": "hat"}}, r"source.categories\['Hate'\]: category 'hat' is not in policy"),
         ({"labels": {"Safe": "fine"}}, r"source.labels\['Safe'\] has label 'fine'"),
         ({"train_split": "x", "test_split": "y"}, "has the splits test, none of which"),
