@@ -241,7 +241,7 @@ class AnchoredHead(Head):
         scale: that the texts were multiplied with.
     """
 
-    usual_l2 = 1.0  # of those tried, the best on policies that nobody tuned to
+    usual_l2 = 1.0  # fixed on the policies to tune on, see docs/heads.md
 
     def __init__(
         self, dim: int, n_categories: int, *, n_prompts: int, mapped: bool = False, strength: float = 1.0, scale: float = 10.0

@@ -82,17 +82,15 @@ def shortage(orders: Orders, n_unsafe: int, kinds: Sequence[str], safe_per_unsaf
         return f"as many other unsafe images are needed beside the labelled ones, and {where} has {n} for training"
     if "natural" in kinds and len(orders.safe) < max(_LEAST, n_natural(n_unsafe, safe_per_unsafe, orders)):
         return f"more safe images are needed than the {len(orders.safe)} that {where} has for training"
-    if (
-        "natural" in kinds
-        and safe_per_unsafe != "all"
-        and len(choose(orders, n_unsafe, kinds, safe_per_unsafe).of("natural")) < n_unsafe * int(safe_per_unsafe)
-    ):
-        return f"more safe images are needed beside the look-alikes than {where} has for training"
-    if "look_alike" in kinds and len(choose(orders, n_unsafe, kinds, safe_per_unsafe).of("look_alike")) < n_unsafe:
-        return (
-            f"more look-alikes are needed than the {len(orders.look_alikes)} that {where} has for training, marked as such (by a category) or found "
-            "(data.look_alikes=texts)"
-        )
+    if "look_alike" in kinds:  # the others have what they ask for, and every cell of a sweep comes by here
+        choice = choose(orders, n_unsafe, kinds, safe_per_unsafe)
+        if "natural" in kinds and safe_per_unsafe != "all" and len(choice.of("natural")) < n_natural(n_unsafe, safe_per_unsafe, orders):
+            return f"more safe images are needed beside the look-alikes than {where} has for training"
+        if len(choice.of("look_alike")) < n_unsafe:
+            return (
+                f"more look-alikes are needed than the {len(orders.look_alikes)} that {where} has for training, marked as such (by a category) or "
+                "found (data.look_alikes=texts)"
+            )
     return None
 
 

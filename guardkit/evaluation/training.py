@@ -88,7 +88,6 @@ def test_figures(guard: GuardClassifier, data: GuardDataModule) -> tuple[dict[st
 def texts_alone(guard: GuardClassifier, measured: Measured) -> dict[str, Any] | None:
     """AUROC and ranking accuracy of the policy's texts without a label on the same images; None where the head holds no texts."""
     test = measured.test
-    # 0, k, then the same of the counterfactuals: one pass gives both
     logits = guard.head.of_texts_alone(torch.from_numpy(np.concatenate([test.embeddings, test.counterfactuals]).astype(np.float32)))
     if logits is None:
         return None
