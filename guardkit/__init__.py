@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from guardkit.api.calibrate import CalibrationReport, calibrate
     from guardkit.api.embed import embed
     from guardkit.api.evaluate import EvaluationReport, evaluate
     from guardkit.api.fetch import fetch_encoder
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from guardkit.heads import AnchoredHead, Head, LinearHead, MLPHead, PromptHead
     from guardkit.policy import Category, Policy
     from guardkit.schema import Decision, EmbeddingGuard, Guard, ImageError, ImageGuard, InputError, Judgment, Record, Rejected
+    from guardkit.thresholds import Band, Thresholds
 
 __version__ = "0.1.0"
 
@@ -50,6 +52,8 @@ _HOMES = {
     # decisions
     "GuardClassifier": "guardkit.classifier",
     "Decision": "guardkit.schema",
+    "Thresholds": "guardkit.thresholds",
+    "Band": "guardkit.thresholds",
     "Policy": "guardkit.policy",
     "Category": "guardkit.policy",
     # the work of the commands
@@ -60,6 +64,8 @@ _HOMES = {
     "synthesize": "guardkit.api.synthesize",
     "evaluate": "guardkit.api.evaluate",
     "EvaluationReport": "guardkit.api.evaluate",
+    "calibrate": "guardkit.api.calibrate",
+    "CalibrationReport": "guardkit.api.calibrate",
     "sweep": "guardkit.api.sweep",
     "SweepReport": "guardkit.api.sweep",
     "Arm": "guardkit.data.arms",

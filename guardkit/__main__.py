@@ -16,6 +16,7 @@ COMMANDS = {
     "embed": "embeds images once",
     "fetch": "fetches an encoder once, into a folder that needs no network",
     "evaluate": "measures guards and published classifiers side by side",
+    "calibrate": "sets a guard's thresholds with a promise",
     "app": "a local web page on which people judge pairs",
 }
 USER_ERROR = 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,9 @@ from guardkit.inputs import each_image, readable
 from guardkit.metrics.operating_points import operating_threshold
 from guardkit.policy import Policy
 from guardkit.schema import Decision, ImageError, InputError
+from guardkit.score_maps import Calibration
 from guardkit.seen import SeenImages
+from guardkit.thresholds import Band, Thresholds, check_scope, undecided
 
 
 class GuardClassifier:
@@ -33,14 +34,16 @@ class GuardClassifier:
         head: trained, (n, d) -> (n, 1 + k) logits.
         encoder: whose embeddings the head takes.
         policy: with k categories.
-        threshold: flag when score >= threshold.
+        threshold: flag when score >= threshold; or the thresholds of the decision and of each category.
         operating_points: named thresholds and what they gave on validation images; see `set_operating_point`.
         training: facts of the training, plain JSON (prevalence, label budget).
         metrics: measured on a test set, plain JSON.
         training_images: those it was trained and validated on, so that it is tested on others; None: nobody knows.
+        calibration: makes its scores probabilities; None: they are the head's own.
+        history: earlier thresholds and calibrations, and why they were changed; oldest first, plain JSON.
 
     Raises:
-        InputError: the threshold is no number in [0, 1].
+        InputError: a threshold is no number in [0, 1], or of a category that the policy does not have.
 
     Attributes:
         name: for tables: the experiment it was trained in, else the kind of its head.
@@ -54,33 +57,51 @@ class GuardClassifier:
         encoder: Encoder,
         policy: Policy,
         *,
-        threshold: float = 0.5,
+        threshold: float | Thresholds = 0.5,
         operating_points: Mapping[str, dict] | None = None,
         training: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
         training_images: SeenImages | None = None,
+        calibration: Calibration | None = None,
+        history: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.head = head.eval()
         self.encoder = encoder
         self.policy = policy
-        self.threshold = threshold
+        self.thresholds = threshold if isinstance(threshold, Thresholds) else Thresholds.usual(policy.category_names, threshold)
         self.operating_points = dict(operating_points or {})
         self.training = dict(training or {})
         self.metrics = dict(metrics or {})
         self.training_images = training_images
+        self.calibration = calibration
+        self.history = list(history)
         self.name = str(self.training.get("experiment", head.kind))
 
     def __repr__(self) -> str:
         return f"GuardClassifier(policy={self.policy.name!r}, head={self.head.kind!r}, encoder={self.encoder.name!r}, threshold={self.threshold:g})"
 
     @property
+    def thresholds(self) -> Thresholds:
+        """The bands of the decision and of each category."""
+        return self._thresholds
+
+    @thresholds.setter
+    def thresholds(self, value: Thresholds) -> None:
+        missing = [name for name in self.policy.category_names if name not in value.categories]
+        unknown = [name for name in value.categories if name not in self.policy.category_names]
+        if missing or unknown:
+            which = f"{missing[0]} is missing" if missing else f"{unknown[0]} is none of them"
+            raise InputError(f"thresholds must be given for the categories {', '.join(self.policy.category_names)}: {which}")
+        self._thresholds = value
+
+    @property
     def threshold(self) -> float:
-        """Flag when score >= threshold, in [0, 1]."""
-        return self._threshold
+        """Flag when score >= threshold, in [0, 1]: the one from which on images are reviewed. Set, it blocks from there on."""
+        return self.thresholds.decision.review
 
     @threshold.setter
     def threshold(self, value: float) -> None:
-        self._threshold = _checked_threshold(value)
+        self.thresholds = Thresholds(Band.at(value), self.thresholds.categories)
 
     @property
     def covers(self) -> frozenset[str] | None:
@@ -102,42 +123,56 @@ class GuardClassifier:
         self.threshold = operating_threshold(name, self.operating_points)
         return self.threshold
 
-    def predict(self, images: Any, *, threshold: float | None = None, max_pixels: int = 100_000_000) -> list[Decision]:
+    def predict(
+        self, images: Any, *, threshold: float | None = None, scope: Sequence[str] | None = None, max_pixels: int = 100_000_000
+    ) -> list[Decision]:
         """Decides over one image or many; never stops at a bad one.
 
         Args:
             images: paths, encoded bytes, file objects, PIL images, arrays or tensors of one image each ((h, w), (h, w, c) or
                 (c, h, w); uint8, or floating-point in [0, 1]), one or any iterable of them; or an array or tensor with four
                 dimensions.
-            threshold: instead of the guard's own, in [0, 1].
+            threshold: instead of the guard's own, in [0, 1]; nothing is reviewed then.
+            scope: categories of the policy: only what violates one of them is flagged, by the category's own score and thresholds.
+                None: whatever the policy forbids, by the score of unsafe.
             max_pixels: larger images are not decoded.
         Returns:
             One decision per image, in order. A decision on an image that cannot be decided has the action "error", no
             label, a NaN score and the reason in `error`.
         Raises:
-            ValueError: threshold or max_pixels is out of range, or `images` is neither an image nor a collection.
+            ValueError: threshold or max_pixels is out of range, the scope has a category that the policy does not have, or `images` is
+                neither an image nor a collection.
         """
-        limit = self.threshold if threshold is None else _checked_threshold(threshold)
+        inside = check_scope(scope, self.policy.category_names)
+        thresholds = self.thresholds
+        if threshold is not None:
+            band = Band.at(threshold)
+            thresholds = Thresholds(band, thresholds.categories if inside is None else dict.fromkeys(self.policy.category_names, band))
         check_whole("max_pixels", max_pixels, 1)
         decisions: list[Decision] = []
         batch: list[Any] = []
         for image in each_image(images):
             batch.append(image)
             if len(batch) == self.encoder.batch_size:
-                decisions += self._decide(batch, limit, max_pixels)
+                decisions += self._decide(batch, thresholds, inside, max_pixels)
                 batch = []
-        return decisions + self._decide(batch, limit, max_pixels)
+        return decisions + self._decide(batch, thresholds, inside, max_pixels)
 
     def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(n, d) embeddings, on any device -> (n,) float32 logits of unsafe on the CPU, differentiable."""
-        return self.head(embeddings.to("cpu", torch.float32))[:, 0]
+        logits = self.head(embeddings.to("cpu", torch.float32))[:, 0]
+        return logits if self.calibration is None else self.calibration.decision(logits)
 
     @property
     def fingerprint(self) -> str:
-        """A hash over everything its probabilities depend on: head, encoder and policy; 64 hex digits."""
+        """A hash over everything its probabilities depend on: head, encoder, policy and calibration; 64 hex digits."""
         weights = {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in self.head.state_dict().items()}
         head = {"kind": self.head.kind, "settings": self.head.config, "weights": weights}
-        return fingerprint({"head": head, "encoder": self.encoder.fingerprint, "policy": self.policy.digest})
+        parts: dict[str, Any] = {"head": head, "encoder": self.encoder.fingerprint, "policy": self.policy.digest}
+        if self.calibration is not None:
+            maps = self.calibration.to_dict()
+            parts["calibration"] = [maps["decision"], maps["categories"]]
+        return fingerprint(parts)
 
     def score_embeddings(self, embeddings: np.ndarray) -> np.ndarray:
         """(n, d) float embeddings of the guard's encoder -> (n,) probability of unsafe in [0, 1]; see `probabilities`.
@@ -155,17 +190,27 @@ class GuardClassifier:
         Raises:
             InputError: another width, or rows that are not finite or zero.
         """
+        logits = self.head_logits(embeddings)
+        if self.calibration is not None:
+            logits = self.calibration.apply(logits, self.policy.category_names)
+        # an infinite logit is an overflow, and its sign says nothing
+        return torch.sigmoid(logits.where(logits.isfinite(), torch.nan)).numpy()
+
+    def head_logits(self, embeddings: np.ndarray) -> torch.Tensor:
+        """(n, d) embeddings -> (n, 1 + k) float64 logits of the head itself, before any calibration.
+
+        Raises:
+            InputError: another width, or rows that are not finite or zero.
+        """
         embeddings = np.asarray(embeddings, dtype=np.float32)
         if embeddings.ndim != 2 or embeddings.shape[1] != self.encoder.dim:
             raise InputError(f"embeddings must be (n, {self.encoder.dim}) for encoder {self.encoder.name}, got shape {embeddings.shape}")
         if not np.isfinite(embeddings).all() or not embeddings.any(axis=1).all():
             raise InputError("embeddings hold NaN or infinite values, or rows of zeros; embed those images again or leave them out")
         with torch.inference_mode():
-            logits = self.head(torch.from_numpy(embeddings)).double()
-            # an infinite logit is an overflow, and its sign says nothing
-            return torch.sigmoid(logits.where(logits.isfinite(), torch.nan)).numpy()
+            return self.head(torch.from_numpy(embeddings)).double()
 
-    def _decide(self, batch: list[Any], threshold: float, max_pixels: int) -> list[Decision]:
+    def _decide(self, batch: list[Any], thresholds: Thresholds, scope: tuple[str, ...] | None, max_pixels: int) -> list[Decision]:
         pixels: list[torch.Tensor] = []
         errors: dict[int, str] = {}
         for i, image in enumerate(batch):
@@ -173,23 +218,37 @@ class GuardClassifier:
                 pixels.append(self.encoder.preprocess(read_image(readable(image, max_pixels), max_pixels=max_pixels)))
             except ImageError as error:
                 errors[i] = str(error)
-        rows = iter(self._rows(self.encoder.encode_preprocessed(pixels)) if pixels else ())
+        decided = iter(self._of_embeddings(self.encoder.encode_preprocessed(pixels), thresholds, scope) if pixels else ())
+        return [undecided(thresholds, errors[i]) if i in errors else next(decided) for i in range(len(batch))]
+
+    def decide(self, embeddings: np.ndarray, *, scope: Sequence[str] | None = None) -> list[Decision]:
+        """Decides over images by their embeddings, as `predict` does by their pixels.
+
+        Args:
+            embeddings: (n, d) of the guard's encoder; a row that is not finite or zero gives an error.
+            scope: as for `predict`.
+        Returns:
+            (n,) decisions.
+        Raises:
+            InputError: another width, or a category that the policy does not have.
+        """
+        return self._of_embeddings(np.asarray(embeddings, np.float32), self.thresholds, check_scope(scope, self.policy.category_names))
+
+    def _of_embeddings(self, embeddings: np.ndarray, thresholds: Thresholds, scope: tuple[str, ...] | None) -> list[Decision]:
         decisions = []
-        for i in range(len(batch)):
-            values = None if i in errors else next(rows)
-            if values is None or not np.isfinite(values).all():
-                reason = errors.get(i, "not a finite score: the guard's weights or the image's embedding are beyond all bounds")
-                decisions.append(Decision(None, float("nan"), threshold, {}, reason))
+        for values in self._rows(embeddings):
+            if not np.isfinite(values).all():
+                reason = "not a finite score: the guard's weights or the image's embedding are beyond all bounds"
+                decisions.append(undecided(thresholds, reason))
                 continue
             score, *categories = (float(value) for value in values)
-            named = dict(zip(self.policy.category_names, categories, strict=True))
-            decisions.append(Decision(int(score >= threshold), score, threshold, named))
+            decisions.append(thresholds.decide(score, dict(zip(self.policy.category_names, categories, strict=True)), scope))
         return decisions
 
     def _rows(self, embeddings: np.ndarray) -> np.ndarray:
         """`probabilities`, with NaN for an embedding that is not finite or zero."""
         rows = np.full((len(embeddings), 1 + len(self.policy.categories)), np.nan)
-        sound = np.isfinite(embeddings).all(axis=1) & embeddings.any(axis=1)
+        sound = np.isfinite(embeddings).all(axis=1) & embeddings.any(axis=1) if embeddings.ndim == 2 else np.full(len(embeddings), True)
         rows[sound] = self.probabilities(embeddings[sound])
         return rows
 
@@ -207,7 +266,9 @@ class GuardClassifier:
         """
         kind, built_of = ENCODER_KINDS.describe(self.encoder)
         config = {
-            "threshold": self.threshold,
+            "thresholds": self.thresholds.to_dict(),
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
+            "history": self.history,
             "operating_points": self.operating_points,
             "training": self.training,
             "encoder": {
@@ -258,16 +319,11 @@ class GuardClassifier:
             stored.head,
             found,
             stored.policy,
-            threshold=config["threshold"],
+            threshold=Thresholds.from_dict(config["thresholds"]),
             operating_points=config["operating_points"],
             training=config["training"],
             metrics=config["metrics"],
             training_images=stored.training_images,
+            calibration=None if config["calibration"] is None else Calibration.from_dict(config["calibration"]),
+            history=config["history"],
         )
-
-
-def _checked_threshold(value: Any) -> float:
-    is_real = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_real or not 0 <= value <= 1:
-        raise InputError(f"threshold must lie in [0, 1], got {value!r}")
-    return float(value)

@@ -10,6 +10,8 @@ from typing import Any
 from guardkit.encoders.lookup import ENCODER_KINDS
 from guardkit.heads import HEAD_KINDS
 from guardkit.kinds import MAX_WIDTH, is_width
+from guardkit.schema import shortened
+from guardkit.score_maps import Calibration
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -29,7 +31,6 @@ def check_config(config: Mapping[str, Any]) -> None:
     _expect(config, "weights_sha256", is_hash, "64 hex digits")
     if config.get("training_images_sha256") is not None:
         _expect(config, "training_images_sha256", is_hash, "64 hex digits or null")
-    _expect(config, "threshold", _is_share, "a number in [0, 1]")
     names = _expect(config, "categories", _is_texts, "a list of at least one name")
     _expect(encoder, "name", _is_text, "a text", "encoder.")
     _expect(encoder, "fingerprint", is_hash, "64 hex digits", "encoder.")
@@ -44,6 +45,19 @@ def check_config(config: Mapping[str, Any]) -> None:
     for name, wanted in (("dim", dim), ("n_categories", len(names))):
         if settings.get(name, wanted) != wanted:
             raise ValueError(f"head.settings.{name} must be {wanted}, as encoder and categories say, got {settings[name]!r}")
+    thresholds = _object(config, "thresholds", "")
+    bands = _object(thresholds, "categories", "thresholds.")
+    if sorted(bands) != sorted(names):
+        raise ValueError(
+            f"thresholds.categories must be those of the guard, {shortened(', '.join(names))}, got {shortened(', '.join(bands))}"
+        )
+    for where, band in (("decision", thresholds.get("decision")), *((f"categories.{name}", band) for name, band in bands.items())):
+        _check_band(band, f"thresholds.{where}")
+    if config.get("calibration") is not None:
+        for name in Calibration.from_dict(config["calibration"]).categories:
+            if name not in names:
+                raise ValueError(f"calibration has the category {name!r}, which the guard does not have")
+    _expect(config, "history", lambda one: isinstance(one, list) and all(isinstance(step, dict) for step in one), "a list of objects")
     for name, point in _object(config, "operating_points", "").items():
         where = f"operating_points.{name}."
         point = _object(config["operating_points"], name, "operating_points.")
@@ -66,6 +80,15 @@ def check_config(config: Mapping[str, Any]) -> None:
             _object(metrics, key, "metrics.")
     if metrics.get("notes") is not None:
         _expect(metrics, "notes", lambda one: isinstance(one, list) and all(map(_is_text, one)), "a list of texts", "metrics.")
+
+
+def _check_band(band: Any, where: str) -> None:
+    if not isinstance(band, dict) or set(band) != {"review", "block"}:
+        raise ValueError(f"{where} must have review and block, got {json.dumps(band)[:60]}")
+    for key in band:
+        _expect(band, key, _is_share, "a number in [0, 1]", f"{where}.")
+    if band["review"] > band["block"]:
+        raise ValueError(f"{where}.review must not be above {where}.block, got {band['review']} and {band['block']}")
 
 
 def _expect(values: Mapping[str, Any], key: str, rule: Callable[[Any], bool], text: str, where: str = "") -> Any:

@@ -27,8 +27,9 @@ from guardkit.policy import Policy
 from guardkit.schema import InputError
 from guardkit.seen import FILE as SEEN
 from guardkit.seen import SeenImages
+from guardkit.thresholds import Thresholds
 
-FORMAT = 1
+FORMATS = (1, 2)  # read; the last is written
 CONFIG, WEIGHTS, POLICY, CARD = "config.json", "model.safetensors", "policy.yaml", "README.md"
 FILES = frozenset({CONFIG, WEIGHTS, POLICY, CARD, SEEN})
 _HEADER_BYTES = 1 << 20  # more than names and shapes of a head's weights take
@@ -109,9 +110,9 @@ def _locate(folder: str | Path) -> Path:
 
 def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(path, "a guard's configuration", _MEND)
-    if config.get("format") != FORMAT:
+    if config.get("format") not in FORMATS:
         raise InputError(
-            f"{path} has guard format {config.get('format')!r}, this guardkit reads {FORMAT}; use guardkit {config.get('guardkit_version')}"
+            f"{path} has guard format {config.get('format')!r}, this guardkit reads {' and '.join(map(str, FORMATS))}; use guardkit {config.get('guardkit_version')}"
         )
     digest = config.pop("digest", None)
     try:
@@ -119,12 +120,23 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise InputError(f"{path} was changed after it was written (its digest does not match); copy the folder anew")
         if isinstance(config.get("encoder"), dict):
             config["encoder"].setdefault("kind", "open_clip")  # the only one there was when guards did not say it
+        if config["format"] == 1:
+            _add_thresholds(config)
         check_config(config)
     except InputError:
         raise
     except (ValueError, RecursionError, OverflowError) as error:  # also numbers too large for JSON
         raise InputError(f"{path} is not a guard's configuration ({reason_of(error)}); {_MEND}") from error
     return config
+
+
+def _add_thresholds(config: dict[str, Any]) -> None:
+    """To a guard of format 1, which had one for the decision, and nothing calibrated."""
+    if "threshold" not in config:
+        raise ValueError("threshold is missing")
+    names = config["categories"] if isinstance(config.get("categories"), list) else ()
+    config["thresholds"] = Thresholds.usual([str(name) for name in names], config.pop("threshold")).to_dict()
+    config["calibration"], config["history"] = None, []
 
 
 def _read_head(folder: Path, config: Mapping[str, Any], kind: type[Head]) -> Head:
@@ -184,7 +196,7 @@ def write_guard(folder: str | Path, head: Head, policy: Policy, config: Mapping[
             new[SEEN] = files.enter_context(written(folder / SEEN))
             training_images.save(new[SEEN])
         whole: dict[str, Any] = {
-            "format": FORMAT,
+            "format": FORMATS[-1],
             "guardkit_version": __version__,
             "head": {"kind": kind, "settings": settings},
             "categories": list(policy.category_names),
@@ -223,6 +235,18 @@ def _check_free(folder: Path) -> None:
         )
 
 
+def _promised(config: Mapping[str, Any]) -> str:
+    """Of its thresholds, where they were calibrated; and what its older figures mean then."""
+    if config["calibration"] is None:
+        return "They were not calibrated, and promise nothing: `python -m guardkit.calibrate guard=THIS_FOLDER source=... max_fpr=0.01`.\n"
+    about = config["calibration"]["about"]
+    promises = "".join(f"- {' '.join(str(promise).split())}\n" for promise in about.get("promises", []))
+    return (
+        f"Scores are probabilities where {about.get('prevalence')} of the images are unsafe. Promised, each by itself, for images like the {about.get('n_safe')} safe and "
+        f"{about.get('n_unsafe')} unsafe ones that the thresholds were chosen on:\n\n{promises}\nThe figures below were measured before, on the scores and at the threshold of then.\n"
+    )
+
+
 def _model_card(config: Mapping[str, Any], policy: Policy) -> str:
     """A Hugging Face model card: what the guard decides, on what it was trained, what was measured."""
     test, pairs = config["metrics"].get("test") or {}, config["metrics"].get("pairs") or {}
@@ -245,6 +269,10 @@ def _model_card(config: Mapping[str, Any], policy: Policy) -> str:
         f"{shown(point['fpr_ci_high'])}, {point['n_safe']} safe images) | {point.get('reason', '')} |"
         for name, point in config["operating_points"].items()
     )
+    decision = config["thresholds"]["decision"]
+    named = {"unsafe (the decision)": decision, **config["thresholds"]["categories"]}
+    bands = "\n".join(f"| {name} | {band['review']:.4g} | {band['block']:.4g} |" for name, band in named.items())
+    promised = _promised(config)
     notes = "".join(f"{' '.join(note.split())}\n\n" for note in config["metrics"].get("notes") or ())
     categories = "\n".join(f"- **{category.name}**: {category.definition}" for category in policy.categories)
     return f"""---
@@ -254,7 +282,7 @@ tags: [image-safety, image-classification]
 
 # Image guard for the policy `{policy.name}`
 
-A `{config["head"]["kind"]}` head on frozen embeddings of {config["encoder"]["name"]} ({config["encoder"]["dim"]}-d). Label 1 is unsafe; flagged means score >= {config["threshold"]:.4f}.
+A `{config["head"]["kind"]}` head on frozen embeddings of {config["encoder"]["name"]} ({config["encoder"]["dim"]}-d). Label 1 is unsafe; flagged means score >= {decision["review"]:.4g}.
 
 ```python
 from guardkit import GuardClassifier
@@ -269,6 +297,15 @@ decisions = GuardClassifier.from_pretrained("THIS_FOLDER"{trusted}).predict(["im
 Policy digest `{config["policy"]["digest"][:16]}`, encoder fingerprint `{config["encoder"]["fingerprint"][:16]}`, guardkit {config["guardkit_version"]}.
 Training: {json.dumps(config["training"])}.
 
+## Thresholds
+
+Below `review` an image is allowed, from `review` on a person should look at it, from `block` on it is blocked. Where both are the same nothing is reviewed.
+
+| score of | review | block |
+|---|---|---|
+{bands}
+
+{promised}
 ## Measured on its test set
 
 | metric | value |

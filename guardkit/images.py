@@ -8,17 +8,18 @@ import os
 import stat
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from guardkit.limits import MAX_PIXELS, check_bytes, check_size
-from guardkit.pixels import as_shown
+from guardkit.limits import MAX_FRAMES, MAX_PIXELS, check_bytes, check_size
+from guardkit.pixels import as_shown, each_frame
 from guardkit.schema import ImageError
 
 SUFFIXES = frozenset(
@@ -28,6 +29,7 @@ SUFFIXES = frozenset(
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _READER = 2  # counts up when the same bytes are read as other pixels
 
+T = TypeVar("T")
 ImageLike = str | Path | bytes | Image.Image | np.ndarray
 
 
@@ -50,12 +52,38 @@ def read_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> np.ndarray
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
+    return _of_opened(source, max_pixels, lambda image: as_shown(image, max_pixels))
+
+
+def read_frames(
+    source: ImageLike, take: Callable[[np.ndarray], T], *, max_pixels: int = MAX_PIXELS, max_frames: int = MAX_FRAMES
+) -> list[T]:
+    """Reads every frame of an animation, or page of a TIFF, as a viewer would show it; of a still image the one there is.
+
+    Args:
+        source: as for `read_image`.
+        take: is given each frame, (h, w, 3) uint8 RGB; what it gives is kept.
+        max_pixels: a frame with more is rejected before it is decoded, and so is an animation with ten times as many.
+        max_frames: an animation with more is rejected.
+    Returns:
+        What `take` gave, in order; the first frame is that of `read_image`.
+    Raises:
+        ImageError: the reason why there is no image to be had. One damaged frame is enough.
+    """
+    if isinstance(source, np.ndarray):
+        return [take(_from_array(source, max_pixels))]
+    return _of_opened(source, max_pixels, lambda image: each_frame(image, max_pixels, max_frames, take))
+
+
+def _of_opened(source: ImageLike, max_pixels: int, work: Callable[[Image.Image], T]) -> T:
+    """What `work` makes of an opened image; whatever goes wrong is an ImageError."""
     try:
         with _quietly():
             if isinstance(source, Image.Image):
-                return as_shown(source, max_pixels)
+                return work(source)
+            assert not isinstance(source, np.ndarray)
             with _opened(source) as file, Image.open(file, formats=_FORMATS) as image:
-                return as_shown(image, max_pixels)
+                return work(image)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -118,11 +146,12 @@ def _opened(source: str | Path | bytes) -> BinaryIO:
         check_bytes(len(source))
         return io.BytesIO(source)
     if isinstance(source, (str, os.PathLike)):
-        return _open_file(Path(source))
+        return open_file(Path(source))
     raise ImageError(f"an image must be a path, bytes, a PIL image or an array, got {type(source).__name__}")
 
 
-def _open_file(path: Path) -> io.BufferedReader:
+def open_file(path: Path) -> io.BufferedReader:
+    """A regular file that is not too large, opened. Raises ImageError for anything else."""
     try:
         status = path.stat()
         # only a regular file is opened: a pipe would block, a device might never end
@@ -162,7 +191,7 @@ class FileContent:
         """Of the file's bytes and the version of the reader; not of `max_pixels`, which decides whether there are
         pixels, not which. Raises ImageError when the file cannot be read."""
         try:
-            with _open_file(self.path) as file:
+            with open_file(self.path) as file:
                 return f"file-{_READER}:{hashlib.file_digest(file, 'sha256').hexdigest()}"
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror or error}") from error

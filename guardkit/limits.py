@@ -20,6 +20,7 @@ MAX_PIXELS = 100_000_000
 MAX_SIDE = 32_768  # pixels
 MAX_ASPECT = 300  # longer side over shorter side: resized to a model's shorter side, the longer one must still fit into memory
 MAX_SCANNED = 25 * MAX_PIXELS  # pixels of a JPEG times its scans: seconds of work
+MAX_FRAMES = 200  # of an animation that is decided over frame by frame
 MAX_BYTES = 1 << 30  # of an encoded image
 WORKING_SIDE = 4096  # pixels, of the longer side: larger images are edited, changed and compared at this size
 DECODING_BYTES = 1 << 30  # of pixels that are being decoded at once, in all threads together

@@ -9,6 +9,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -17,6 +18,8 @@ from PIL import ExifTags, Image
 from guardkit.colour import Conversion, as_rgb, conversion_to_srgb
 from guardkit.limits import check_scans, check_size, decoding
 from guardkit.schema import ImageError
+
+T = TypeVar("T")
 
 _STRIP_PX = 1 << 20  # pixels that are converted at once
 # from the upright pixels to the stored ones, by EXIF orientation: views, so that what is written to them stands upright
@@ -29,6 +32,7 @@ _STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda upright: np.rot90(upright, 2).transpose(1, 0, 2),
     8: lambda upright: np.rot90(upright, -1),
 }
+_ANIMATED = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 
@@ -42,6 +46,35 @@ def as_shown(image: Image.Image, max_pixels: int) -> np.ndarray:
     with decoding(*image.size), _first_frame(image):
         image.load()
         return _upright(image)
+
+
+def each_frame(image: Image.Image, max_pixels: int, most: int, take: Callable[[np.ndarray], T]) -> list[T]:
+    """What `take` makes of every frame of an animation, or page, of an image that Pillow has opened; of a still image, of the one there is.
+
+    The first is that of `as_shown`. A default image that an animated PNG keeps for those who know no animations comes last.
+
+    Args:
+        image: opened.
+        max_pixels: of a frame; all frames together may have ten times as many.
+        most: frames.
+        take: is given (h, w, 3) uint8 RGB, which it need not keep.
+    Raises:
+        ImageError: more frames, or more pixels; damaged files raise all that decoders raise.
+    """
+    n = int(getattr(image, "n_frames", 1)) if image.format in _ANIMATED else 1
+    if n > most:
+        raise ImageError(f"an animation of {n} frames is more than {most}")
+    if n > 1 and n * image.width * image.height > 10 * max_pixels:
+        raise ImageError(f"an animation of {n} frames of {image.width}x{image.height} is more than {10 * max_pixels} pixels")
+    found = [take(as_shown(image, max_pixels))]
+    is_hidden = bool(getattr(image, "default_image", False))
+    for i in [*range(2 if is_hidden else 1, n), *([0] if is_hidden else [])]:
+        image.seek(i)
+        check_size(*image.size, max_pixels)
+        with decoding(*image.size):
+            image.load()
+            found.append(take(_upright(image)))
+    return found
 
 
 @contextmanager

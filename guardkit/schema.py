@@ -97,10 +97,12 @@ class Decision:
 
     Attributes:
         label: 1 = flagged as unsafe (score >= threshold), 0 = not; None when the image could not be decided.
-        score: probability of unsafe in [0, 1]; NaN when the image could not be decided.
-        categories: probability per category of the policy, in [0, 1].
-        threshold: the threshold that was applied.
+        score: probability of unsafe in [0, 1]; within a scope, of the category in it that decided; NaN when the image could not be decided.
+        threshold: from which on an image is flagged: reviewed, or blocked.
+        categories: probability per category of the policy, in [0, 1], whatever the scope.
         error: why there is no score; None when there is one.
+        threshold_block: from which on it is blocked; None: the same as `threshold`, so that nothing is reviewed.
+        violated: the categories that caused it, highest score first; empty where the image is not flagged.
     """
 
     label: int | None
@@ -108,17 +110,22 @@ class Decision:
     threshold: float
     categories: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+    threshold_block: float | None = None
+    violated: tuple[str, ...] = ()
 
     @property
-    def action(self) -> Literal["allow", "block", "error"]:
-        """What to do with the image: "allow", "block", or "error" when there is no decision, which never means allow."""
+    def action(self) -> Literal["allow", "review", "block", "error"]:
+        """What to do with the image: "allow", "review" (let a person look), "block", or "error" when there is no decision, which never
+        means allow."""
         if self.error is not None or self.label not in (SAFE, UNSAFE) or not math.isfinite(self.score):
             return "error"
-        return "block" if self.label == UNSAFE else "allow"
+        if self.label == SAFE:
+            return "allow"
+        return "review" if self.threshold_block is not None and self.score < self.threshold_block else "block"
 
     @property
     def flagged(self) -> bool:
-        """Whether the image was found unsafe.
+        """Whether the image was found unsafe: to be blocked, or to be reviewed first.
 
         Raises:
             ValueError: the image could not be decided.
@@ -127,7 +134,7 @@ class Decision:
             raise ValueError(
                 f"this image was not decided ({self.error or 'no finite score'}), so it is neither flagged nor safe; ask for action first"
             )
-        return self.action == "block"
+        return self.action != "allow"
 
     @property
     def top_category(self) -> str | None:
@@ -140,14 +147,18 @@ class Decision:
             "action": self.action,
             "label": self.label,
             "score": _finite(self.score),
-            "threshold": _finite(self.threshold),
+            "threshold_review": _finite(self.threshold),
+            "threshold_block": _finite(self.threshold if self.threshold_block is None else self.threshold_block),
             "categories": {name: _finite(value) for name, value in self.categories.items()},
+            "violated": list(self.violated),
             "top_category": self.top_category,
             "error": self.error,
         }
 
     def __bool__(self) -> bool:
-        raise TypeError('a decision is not true or false; ask for decision.action ("allow", "block" or "error") or decision.flagged')
+        raise TypeError(
+            'a decision is not true or false; ask for decision.action ("allow", "review", "block" or "error") or decision.flagged'
+        )
 
 
 def _finite(value: float) -> float | None:

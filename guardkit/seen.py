@@ -4,8 +4,9 @@ An image is known again by its content (the hash of its bytes, or of a drawn sce
 perceptual hash that resizing and compression hardly change), by the group that its source listed it in, or, where only
 an embedding is there, by a few random projections of that. Knows no guard and reads no image.
 
-Images whose labels were not used (for whitening) are listed too, under a split of their own: a guard may be tested on
-them, because it was never told what they are, but it can be counted how many there were.
+Images on which thresholds were chosen are listed as well: they say nothing of how a guard does at those thresholds. Images
+whose labels were not used (for whitening) are listed under a split of their own: a guard may be tested on them, because it was
+never told what they are, but it can be counted how many there were.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from guardkit.reading import read_table
 from guardkit.schema import ImageError, InputError, Record
 
 FILE = "training_images.parquet"
-SPLITS = ("train", "validation", "unlabelled")
+LABELLED = ("train", "validation", "calibration")
+SPLITS = (*LABELLED, "unlabelled")
 NEAR = 4  # bits of a perceptual hash in which near-duplicates differ at most, unless a source says otherwise
 _HASH_BYTES = 16
 _PROJECTIONS, _STEPS = 32, 4096  # of a sketch; steps a unit, in 16 bits
@@ -96,6 +98,14 @@ class SeenImages:
         """How many images were seen in a split."""
         return self.table.column("split").to_pylist().count(split)
 
+    def without(self, split: str) -> SeenImages:
+        """The same without the images of one split."""
+        return SeenImages(self.table.filter(pc.not_equal(self.table.column("split"), split)), self.near)
+
+    def joined(self, more: SeenImages) -> SeenImages:
+        """The images of both."""
+        return SeenImages(pa.concat_tables([self.table, more.table]).combine_chunks(), max(self.near, more.near))
+
     @property
     def has_vectors_only(self) -> bool:
         """Whether some images are known by their embedding alone, so that others have to be embedded to be compared."""
@@ -116,7 +126,7 @@ class SeenImages:
         """
         found: list[Known | None] = [None] * len(records)
         for labelled in (True, False):
-            splits = SPLITS[:2] if labelled else SPLITS[2:]
+            splits = LABELLED if labelled else SPLITS[len(LABELLED) :]
             part = self.table.filter(pa.array([split in splits for split in self.table.column("split").to_pylist()], pa.bool_()))
             open_rows = [i for i, known in enumerate(found) if known is None]
             if not len(part) or not open_rows:

@@ -188,7 +188,17 @@ def test_a_decision_says_what_to_do(guard):
 def test_a_decision_is_valid_json(guard):
     for decision in guard.predict([IMAGE, b"rubbish"]):
         found = json.loads(json.dumps(decision.to_dict(), allow_nan=False))
-        assert set(found) == {"action", "label", "score", "threshold", "categories", "top_category", "error"}
+        assert set(found) == {
+            "action",
+            "label",
+            "score",
+            "threshold_review",
+            "threshold_block",
+            "categories",
+            "violated",
+            "top_category",
+            "error",
+        }
         assert (found["score"] is None) == (decision.action == "error") == (found["error"] is not None)
 
 

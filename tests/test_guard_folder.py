@@ -18,7 +18,7 @@ import torch
 from conftest import picture
 from safetensors.torch import load_file, save_file
 
-from guardkit import GuardClassifier
+from guardkit import Band, GuardClassifier
 from guardkit.artifacts import fingerprint, shipped, written
 from guardkit.encoders.open_clip import OpenClipEncoder
 from guardkit.heads import AnchoredHead, LinearHead, MLPHead, PromptHead
@@ -243,14 +243,42 @@ def drop(*path):
 
 
 TAMPERED = {
-    "threshold below": (put("threshold", -1), r"threshold must be a number in \[0, 1\], got -1"),
-    "threshold text": (put("threshold", "x"), r"threshold must be a number in \[0, 1\], got \"x\""),
-    "threshold true": (put("threshold", True), "threshold must be"),
-    "threshold null": (put("threshold", None), "threshold must be"),
-    "threshold huge": (put("threshold", 10**400), "a number that is too large"),
-    "threshold NaN": (put("threshold", float("nan")), "is no JSON number"),
-    "threshold infinite": (put("threshold", float("inf")), "is no JSON number"),
-    "no threshold": (drop("threshold"), "threshold is missing"),
+    "threshold below": (put("thresholds", "decision", "review", -1), r"thresholds.decision.review must be a number in \[0, 1\], got -1"),
+    "threshold text": (put("thresholds", "decision", "block", "x"), r"thresholds.decision.block must be a number in \[0, 1\], got \"x\""),
+    "threshold true": (put("thresholds", "decision", "block", True), "thresholds.decision.block must be"),
+    "threshold null": (put("thresholds", "decision", "review", None), "thresholds.decision.review must be"),
+    "threshold huge": (put("thresholds", "decision", "review", 10**400), "a number that is too large"),
+    "threshold NaN": (put("thresholds", "decision", "review", float("nan")), "is no JSON number"),
+    "threshold infinite": (put("thresholds", "decision", "block", float("inf")), "is no JSON number"),
+    "thresholds crossed": (put("thresholds", "decision", "review", 0.9), "thresholds.decision.review must not be above"),
+    "no threshold": (drop("thresholds"), "thresholds is missing"),
+    "no band of the decision": (drop("thresholds", "decision"), "thresholds.decision must have review and block"),
+    "a category without a band": (put("thresholds", "categories", {}), "thresholds.categories must be those of the guard"),
+    "a band with more": (put("thresholds", "decision", "warn", 0.1), "thresholds.decision must have review and block"),
+    "a calibration that is a number": (put("calibration", 3), "a calibration must have a map for the decision"),
+    "a calibration that turns scores round": (
+        put("calibration", {"decision": {"kind": "platt", "knots": [0], "values": [0], "slopes": [-1, -1]}, "categories": {}, "about": {}}),
+        "knots and values must increase, and slopes be above 0",
+    ),
+    "promises that are no texts": (
+        put(
+            "calibration",
+            {"decision": {"kind": "platt", "knots": [0], "values": [0], "slopes": [1, 1]}, "categories": {}, "about": {"promises": [1]}},
+        ),
+        "promises of a calibration must be a list of texts",
+    ),
+    "a calibrated category that is not there": (
+        put(
+            "calibration",
+            {
+                "decision": {"kind": "platt", "knots": [0], "values": [0], "slopes": [1, 1]},
+                "categories": {"spam": {"kind": "platt", "knots": [0], "values": [0], "slopes": [1, 1]}},
+                "about": {},
+            },
+        ),
+        "calibration has the category 'spam'",
+    ),
+    "history a text": (put("history", "x"), "history must be a list of objects"),
     "no head": (drop("head"), "head is missing"),
     "no digest of the policy": (drop("policy", "digest"), "policy.digest is missing"),
     "head of another kind": (put("head", "kind", "forest"), "head.kind must be one of linear"),
@@ -260,7 +288,7 @@ TAMPERED = {
     "unknown setting": (put("head", "settings", "hooks", 1), "head.settings must be among dim, n_categories, whitened"),
     "setting of another type": (put("head", "settings", "whitened", "yes"), "head.settings.whitened must be true or false"),
     "whitened weights": (put("head", "settings", "whitened", True), "map is not there, expected float32"),
-    "categories": (put("categories", 0, "nudity"), "categories must be those of policy.yaml"),
+    "categories": (put("categories", 0, "nudity"), "categories must be those of"),
     "more categories": (put("categories", ["a"] * 99999), "head.settings.n_categories must be 99999"),
     "categories a text": (put("categories", "abc"), "categories must be a list"),
     "a point out of range": (put("operating_points", "balanced", "threshold", 7), "operating_points.balanced.threshold must be"),
@@ -272,7 +300,7 @@ TAMPERED = {
     "test metrics a text": (put("metrics", "test", "good"), "metrics.test must be an object"),
     "training": (put("training", "experiment", ["x"]), "training.experiment must be a text"),
     "fingerprint": (put("encoder", "fingerprint", "abc"), "encoder.fingerprint must be 64 hex digits"),
-    "format": (put("format", 99), "has guard format 99, this guardkit reads 1"),
+    "format": (put("format", 99), "has guard format 99, this guardkit reads 1 and 2"),
 }
 
 
@@ -522,3 +550,19 @@ def test_a_score_that_is_no_number_is_never_safe(scenes_encoder, scenes_policy, 
     for decision in guard.predict(IMAGES):
         assert (decision.action, decision.label) == ("error", None)
         assert "not a finite score" in decision.error
+
+
+def test_a_guard_of_the_first_format_keeps_its_threshold(folder, scenes_encoder):
+    """It had one threshold, for the decision, and knew no calibration."""
+
+    def older(config):
+        config["format"], config["threshold"] = 1, 0.7
+        del config["thresholds"], config["calibration"], config["history"]
+
+    sign(folder, older)
+    loaded = GuardClassifier.from_pretrained(folder, encoder=scenes_encoder)
+    assert (loaded.thresholds.decision, loaded.calibration, loaded.history) == (Band.at(0.7), None, [])
+    assert set(loaded.thresholds.categories.values()) == {Band.at(0.5)}
+    sign(folder, lambda config: config.update(threshold=-1))
+    with pytest.raises(InputError, match=r"threshold must lie in \[0, 1\], got -1"):
+        GuardClassifier.from_pretrained(folder, encoder=scenes_encoder)

@@ -139,14 +139,15 @@ def reached_at(sizes: Sequence[float], fitted: np.ndarray, target: float | np.nd
     return np.where(there.any(axis=-1), where[..., 0], np.inf)
 
 
-def clopper_pearson(hits: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share, hits of n independent units; one that a share of 0 or 1 does not collapse (Clopper and Pearson, 1934).
+def clopper_pearson(hits: float, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Interval of a share, hits of n independent units; one that a share of 0 or 1 does not collapse (Clopper and Pearson, 1934).
 
     Args:
         hits: in [0, n]; need not be whole, where a share of images stands for that many groups.
         n: at least 1.
+        level: how often it holds the true share, at least.
     """
-    tail = (1 - LEVEL) / 2
+    tail = (1 - level) / 2
     low = float(beta.ppf(tail, hits, n - hits + 1)) if hits > 0 else 0.0
     high = float(beta.ppf(1 - tail, hits + 1, n - hits)) if hits < n else 1.0
     return low, high
