@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -88,12 +89,32 @@ def check_choice(name: str, value: object, allowed: Collection[str | bool | None
 
 
 def changes(before: object, now: object, name: str = "") -> Iterator[str]:
-    """What differs between settings, in words: "loss.l2 was 0.1, now 1.0"."""
+    """What differs between settings, in words: "loss.l2 was 0.1, now 1.0". What one of both lacks, another guardkit noted or did not."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(set(before) | set(now)):
-            yield from changes(before.get(key), now.get(key), f"{name}{key}.")
+            yield from changes(before.get(key, _LACKING), now.get(key, _LACKING), f"{name}{key}.")
     elif before != now:
         yield f"{name.rstrip('.')} was {before}, now {now}"
+
+
+class _Lacking:
+    def __str__(self) -> str:
+        return "not noted (another version of guardkit)"
+
+
+_LACKING = _Lacking()
+
+
+def completed(settings: Mapping[str, Any], now: Mapping[str, Any], made_by: Callable[..., Any]) -> dict[str, Any]:
+    """Settings that an earlier version noted, with those that it did not have yet.
+
+    Args:
+        settings: arguments of then.
+        now: arguments of today.
+        made_by: takes them. What it got since is by default what was done before.
+    """
+    defaults = {name: one.default for name, one in inspect.signature(made_by).parameters.items() if one.default is not one.empty}
+    return {name: defaults[name] for name in now if name in defaults} | dict(settings)
 
 
 def check_same(what: str, before: object, now: object) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from guardkit.encoders.base import Encoder
-from guardkit.schema import Content, ImageError, InputError, Record, Rejected
+from guardkit.schema import Content, ImageError, InputError, Record, Rejected, unreadable
 from guardkit.stores import KeyValueStore
 
 _NORM = "norm:"  # before a content's key: the length of its vector
@@ -68,13 +68,13 @@ class EmbeddingStore:
         """(n, d) float32 unit vectors, in order.
 
         Raises:
-            ImageError: an image cannot be read; what was encoded before it is kept.
+            ImageError: an image cannot be read, and is named; what was encoded before it is kept.
             InputError: the encoder returned values that are not finite.
         """
         vectors, failed = self._embed(contents)
         if failed:
             row, error = min(failed.items())
-            raise ImageError(f"image {row + 1} of {len(contents)} ({_short(contents[row])}): {error}") from error
+            raise unreadable(contents[row], error) from error
         return vectors
 
     def embed_readable(self, records: Sequence[Record]) -> tuple[list[Record], np.ndarray, list[Rejected]]:
@@ -242,8 +242,3 @@ def _outcome(future: Future[Any]) -> Any:
         return future.result()
     except ImageError as error:
         return error
-
-
-def _short(content: Content) -> str:
-    text = " ".join(repr(content).split())
-    return text if len(text) <= 80 else text[:77] + "..."

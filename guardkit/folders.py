@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -34,14 +35,29 @@ class _Held:
     about: Mapping[str, Any] = field(default_factory=dict)
     on_claim: Callable[[], None] | None = None
     is_claimed: bool = False
+    is_marked: bool = False  # something was written
 
 
 _held: dict[Path, _Held] = {}  # folders that this process holds
+_expected: dict[str, list[Path]] = {}  # what was not there before somebody else made it for a run of this process
+
+
+def expect(folder: Path) -> None:
+    """Notes what of a folder and those above it is not there yet, where something else than `locked` is going to make it."""
+    _expected[os.path.abspath(folder)] = _missing(folder)
+
+
+def _missing(folder: Path) -> list[Path]:
+    """What is not there of a folder and those above it, the innermost first."""
+    path = Path(os.path.abspath(folder))
+    return [place for place in (path, *path.parents) if not place.exists()]
 
 
 @contextmanager
 def locked(folder: Path, *, about: Mapping[str, Any] | None = None, on_claim: Callable[[], None] | None = None) -> Iterator[None]:
     """Holds a folder for this process, before it is known whether anything will be written there; `claim` follows inside.
+
+    Where it does not, what was made for it (the folder, those above it, the lock) is taken away again.
 
     Args:
         folder: is made.
@@ -52,11 +68,13 @@ def locked(folder: Path, *, about: Mapping[str, Any] | None = None, on_claim: Ca
     """
     from filelock import FileLock, Timeout  # here, because --help locks nothing and shall answer at once
 
+    made = _expected.pop(os.path.abspath(folder), []) or _missing(folder)
     folder.mkdir(parents=True, exist_ok=True)
     place = folder.resolve()
     busy = InputError(f"{folder} is being written by another process; wait for it, or choose another output_dir")
     if place in _held:
         raise busy
+    is_new = not (place / LOCK).exists()
     lock = FileLock(place / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -66,7 +84,12 @@ def locked(folder: Path, *, about: Mapping[str, Any] | None = None, on_claim: Ca
     try:
         yield
     finally:
-        del _held[place]
+        if not _held.pop(place).is_marked:
+            if is_new:
+                (place / LOCK).unlink(missing_ok=True)  # while it is held: nobody else has it
+            for one in made:
+                with suppress(OSError):  # it holds something
+                    one.rmdir()
         lock.release()
 
 
@@ -109,6 +132,7 @@ def claim(
         before = _checked(folder, command, wanted, goes_on=replaces is None, recognise=recognise, beside=beside, differs=differs)
         if check is not None:
             check()
+        held.is_marked = True
         mark = {"command": command, "settings": wanted, "guardkit": __version__, **held.about}
         earlier = (before or {}).get("files", [])
         write_json(folder / MARK, mark | {"state": UNFINISHED, "files": earlier})
@@ -136,10 +160,16 @@ def refuse_others(folder: Path, command: str, *, replaces: bool) -> None:
         command: that is going to write there.
         replaces: it needs a mark to know an earlier run by.
     Raises:
-        InputError: the folder belongs to another command, or holds files that guardkit did not write.
+        InputError: the folder belongs to another command, holds files that guardkit did not write, or cannot be made.
     """
-    if Path(folder).is_dir():
-        _earlier(Path(folder), command, None if replaces else dict)
+    folder = Path(folder)
+    there = next((place for place in (folder, *folder.absolute().parents) if place.exists()), folder)
+    if not there.is_dir():
+        raise InputError(f"{folder} cannot be made: {there} is a file; choose another output_dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{folder} cannot be written: you may not write to {there}; choose another output_dir")
+    if folder.is_dir():
+        _earlier(folder, command, None if replaces else dict)
 
 
 def read_mark(folder: Path) -> dict[str, Any] | None:

@@ -102,7 +102,7 @@ def _locate(folder: str | Path) -> Path:
         return hub_folder(
             name,
             sorted(FILES - {CARD}),
-            refusal=f"{name!r} is neither a folder here nor a guard on the Hub that can be reached",
+            refusal=f"{name!r} is no folder here, and no guard of that name can be had from the Hub",
             remedy="without a network give its folder",
         )
     raise InputError(f"guard folder {name!r} does not exist; give the folder `guard/` that training wrote, or a Hub id like org/name")

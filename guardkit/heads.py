@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from guardkit.checks import check_number, check_whole
-from guardkit.encoders.base import Encoder, require_texts
+from guardkit.encoders.base import Encoder, cut_off, require_texts
 from guardkit.kinds import MAX_WIDTH, Kinds
 from guardkit.policy import Policy
 from guardkit.schema import InputError, shortened
@@ -61,13 +61,15 @@ class Head(nn.Module):
         config: the constructor's keyword arguments, in plain JSON types. Those called `dim` and `n_categories` are d and k.
         usual_l2: `loss.l2` of a training that is given none.
         is_erased: `features` has the trace of the editor taken out; of a head that was prepared here.
-        notes: what a user should know of how it was chosen, in sentences.
+        notes: what a user should know of it, in sentences.
+        chosen: what it is, where it was chosen by what encoder and policy have; "" of a head that was named.
     """
 
     config: dict[str, Any]
     usual_l2: float = 0.0
     is_erased: bool = False
     notes: tuple[str, ...] = ()
+    chosen: str = ""
 
     @property
     def kind(self) -> str:
@@ -182,7 +184,7 @@ class LinearHead(Head):
         head = cls.build(encoder, policy)
         safe = [*policy.safe_texts, *(text for category in policy.categories for text in category.safe_texts)]
         unsafe = [text for category in policy.categories for text in category.unsafe_texts]
-        encoded = reader.encode_texts([*safe, *unsafe])
+        encoded, head.notes = reader.encode_texts([*safe, *unsafe]), cut_off(encoder, [*safe, *unsafe])
         _check_sides(safe, encoded[: len(safe)], unsafe, encoded[len(safe) :])
         vectors = head.features(torch.from_numpy(encoded.astype(np.float64))).numpy()
         there, elsewhere = vectors[len(safe) :], vectors[: len(safe)]
@@ -298,10 +300,10 @@ class AnchoredHead(Head):
         """
         check_whole("head.n_images", n_images, 2)
         check_whole("head.leace_images", leace_images, 0)
-        encoded, members = _texts(encoder, policy, needed_by="head=anchored", instead="head=linear")
+        encoded, members, notes = _texts(encoder, policy, needed_by="head=anchored", instead="head=linear")
         sizes = encoder.dim, len(policy.categories)
         head = cls(*sizes, n_prompts=len(encoded), mapped=bool(leace_images), strength=strength, scale=scale)
-        head._n_images, head._leace_images = n_images, leace_images
+        head._n_images, head._leace_images, head.notes = n_images, leace_images, notes
         head.prompts.copy_(scale * torch.from_numpy(encoded))
         head.members.copy_(members)
         return head
@@ -349,14 +351,16 @@ def automatic(encoder: Encoder, policy: Policy) -> AnchoredHead | LinearHead:
         An `AnchoredHead` where the encoder reads texts, and reads no unsafe one as it reads a safe one. Elsewhere a `LinearHead` that is
         pulled towards zero as strongly, and that notes why.
     """
+    head: AnchoredHead | LinearHead
     try:
-        return AnchoredHead.build(encoder, policy)
+        head = AnchoredHead.build(encoder, policy)
+        head.chosen = "anchored"
     except InputError as error:
         # what is wrong with the encoder itself is raised again here
         head = LinearHead.build(encoder, policy)
-        head.usual_l2 = AnchoredHead.usual_l2
+        head.usual_l2, head.chosen = AnchoredHead.usual_l2, "linear"
         head.notes = (f"the guard learns from labels alone (head=linear), not from the policy's texts: {error}",)
-        return head
+    return head
 
 
 class MLPHead(Head):
@@ -414,8 +418,9 @@ class PromptHead(Head):
     @classmethod
     def build(cls, encoder: Encoder, policy: Policy, *, scale: float = 30.0) -> PromptHead:
         """A head whose vectors are the policy's texts, encoded. Raises InputError for an encoder without texts."""
-        encoded, members = _texts(encoder, policy, needed_by="head=prompt", instead="head=linear")
+        encoded, members, notes = _texts(encoder, policy, needed_by="head=prompt", instead="head=linear")
         head = cls(encoder.dim, len(policy.categories), n_prompts=len(encoded), scale=scale)
+        head.notes = notes
         head.members.copy_(members)
         with torch.no_grad():
             head.prompts.copy_(torch.from_numpy(encoded))
@@ -444,8 +449,8 @@ def _erasing(images: KnowsImages, n_images: int) -> np.ndarray:
     return np.eye(len(trace)) - np.outer(whitening @ trace, np.linalg.solve(whitening, trace)) / length
 
 
-def _texts(encoder: Encoder, policy: Policy, *, needed_by: str, instead: str) -> tuple[np.ndarray, Tensor]:
-    """(m, d) encoded texts of a policy, and (2 + k, m) bool: all unsafe texts, all safe ones, each category's unsafe ones.
+def _texts(encoder: Encoder, policy: Policy, *, needed_by: str, instead: str) -> tuple[np.ndarray, Tensor, tuple[str, ...]]:
+    """(m, d) encoded texts of a policy, and (2 + k, m) bool: all unsafe texts, all safe ones, each category's unsafe ones; and notes.
 
     Raises InputError for an encoder without texts, or one that reads an unsafe text as it reads a safe one.
     """
@@ -460,7 +465,8 @@ def _texts(encoder: Encoder, policy: Policy, *, needed_by: str, instead: str) ->
     safe, unsafe = ([texts[i] for i in side] for side in sides)
     _check_sides(safe, encoded[sides[0]], unsafe, encoded[sides[1]])
     row = torch.tensor(rows)
-    return encoded, torch.stack([row >= 2, *(row == i for i in range(1, 2 + len(policy.categories)))])
+    members = torch.stack([row >= 2, *(row == i for i in range(1, 2 + len(policy.categories)))])
+    return encoded, members, cut_off(encoder, texts)
 
 
 def _log_odds(logits: Tensor, members: Tensor) -> Tensor:

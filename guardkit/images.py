@@ -186,6 +186,9 @@ class FileContent:
     path: Path
     max_pixels: int = MAX_PIXELS
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     @cached_property
     def key(self) -> str:
         """Of the file's bytes and the version of the reader; not of `max_pixels`, which decides whether there are
@@ -206,6 +209,9 @@ class ArrayContent:
     """Pixels that are in memory already."""
 
     array: np.ndarray
+
+    def __str__(self) -> str:
+        return f"an array of shape {self.array.shape}"
 
     @cached_property
     def key(self) -> str:

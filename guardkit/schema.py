@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 UNSAFE, SAFE = 1, 0
 UNLABELLED = -1
+_MAX_NAME = 300  # of a content, in messages
 
 Region = tuple[float, float, float, float]
 """x_min, y_min, x_max, y_max as fractions of width and height."""
@@ -34,7 +35,7 @@ def shortened(text: str, n: int = 60) -> str:
 
 
 class Content(Protocol):
-    """Pixels that are not read yet."""
+    """Pixels that are not read yet. As a text it names itself to people, as a file does by its path."""
 
     @property
     def key(self) -> str:
@@ -44,6 +45,15 @@ class Content(Protocol):
     def load(self) -> np.ndarray:
         """(h, w, 3) uint8 RGB. Raises ImageError with the reason when there is no image to be had."""
         ...
+
+
+def unreadable(content: Content, error: ImageError) -> ImageError:
+    """What is said of an image that cannot be read when it is too late to leave it out."""
+    name = str(content)
+    return ImageError(
+        f"{name if len(name) <= _MAX_NAME else shortened(name, _MAX_NAME)} cannot be read ({error}); mend it or take it out of the source, "
+        "or let the source look for such images and leave them out (source.check_images=true)"
+    )
 
 
 @dataclass(frozen=True)

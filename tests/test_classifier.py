@@ -126,5 +126,5 @@ def test_another_encoder_is_refused_and_both_are_named(folder, scenes_encoder, t
 
 def test_the_hub_is_asked_for_ids_only(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match="neither a folder here nor a guard on the Hub"):
+    with pytest.raises(InputError, match="is no folder here, and no guard of that name can be had from the Hub"):
         GuardClassifier.from_pretrained("nobody/no-such-guard")

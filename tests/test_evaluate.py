@@ -614,3 +614,28 @@ def test_no_image_of_the_benchmark_can_be_read(compose, tmp_path):
     ]
     with pytest.raises(InputError, match="none of the 2 images of source=folder can be read, the first is"):
         run(compose("evaluate", *overrides), tmp_path / "out")
+
+
+def test_what_figures_lack_is_a_note(scenes_policy, scenes_encoder, tmp_path):
+    """Texts that the encoder cuts, and a label that no image has."""
+    from guardkit import FolderSource, Policy, evaluate
+    from guardkit.baselines.zero_shot import zero_shot
+
+    data = scenes_policy.to_dict()
+    long = " and ".join(["a patient description of an ordinary room with a table"] * 6)
+    data["categories"][0]["unsafe_texts"].append(f"a rifle in {long}")
+    policy = Policy.from_dict(data)
+    (tmp_path / "images/violence").mkdir(parents=True)
+    for i in range(3):
+        picture(i).save(tmp_path / f"images/violence/{i}.png")
+    guard = zero_shot(policy, scenes_encoder, covers=None)
+    report = evaluate(
+        guard, FolderSource(policy, str(tmp_path / "images")), policy, output_dir=tmp_path / "out", split="all", n_resamples=100
+    )
+    cut, lack = report.summary["notes"]
+    assert re.match("zero_shot: encoder .* reads the first .* what is beyond is cut off: 'a rifle in .*; shorten them.$", cut)
+    assert (
+        lack
+        == "what is tested on has no safe image (3 unsafe), and without both labels there is no AUROC; choose another source= or split=all."
+    )
+    assert all(note in report.table for note in (cut, lack))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -232,6 +233,45 @@ def test_an_unknown_folder_is_named_with_the_remedy(policy, tmp_path):
         picture(1).save(tmp_path / name / "a.png")
     with pytest.raises(InputError, match=r"'automobile'.*weapons, substances.*source.categories=\{automobile: CATEGORY\}"):
         load(policy, tmp_path)
+    (tmp_path / "truck").mkdir()
+    with pytest.raises(
+        InputError, match=r"has the folders 'automobile', 'truck'; .*source.categories=\{automobile: CATEGORY, truck: CATEGORY\}"
+    ):
+        load(policy, tmp_path)
+    shutil.rmtree(tmp_path / "safe")
+    with pytest.raises(
+        InputError,
+        match=r"has no table \(metadata.csv, .*\) and no class folder, but the folders 'automobile', 'truck'; without a table, folders must",
+    ) as caught:
+        load(policy, tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path} has no table (")
+
+
+def test_folders_that_source_categories_misses_are_named_together(policy, tmp_path):
+    for name in ("0", "unsafe", "weapons"):
+        (tmp_path / name).mkdir()
+        picture(1).save(tmp_path / name / "a.png")
+    with pytest.raises(
+        InputError,
+        match="has the folders 'unsafe', 'weapons', which source.categories does not list; .*which the names deny: "
+        "list them as {unsafe: CATEGORY, weapons: CATEGORY} or rename them",
+    ):
+        load(policy, tmp_path, categories={0: "weapons"})
+    with pytest.raises(
+        InputError, match="source.categories names the folders 'cars', 'boats', which .* does not have; it has 0, unsafe, weapons"
+    ):
+        load(policy, tmp_path, categories={"cars": "weapons", "boats": "weapons"})
+
+
+def test_class_folders_that_are_left_out_say_so(policy, tmp_path):
+    for i, name in enumerate(("cars", "guns", "dogs")):
+        (tmp_path / name).mkdir()
+        picture(i).save(tmp_path / name / "a.png")
+    loaded = load(policy, tmp_path, categories={"guns": "weapons", "cars": None})
+    assert {record.id: record.label for record in loaded.train} == {"guns/a.png": 1, "dogs/a.png": 0}
+    assert reasons(loaded) == {"cars/a.png": "category 'cars' is left out (null in source.categories)"}
+    loaded = load(policy, tmp_path, labels={"guns": "unsafe", "dogs": "safe", "cars": None})
+    assert reasons(loaded) == {"cars/a.png": "label 'cars' is left out (null in source.labels)"}
 
 
 def test_categories_are_read_in_any_case_and_spelling(root):

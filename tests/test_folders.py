@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from contextlib import suppress
 
 import pytest
 import torch
+from commands import call
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from guardkit.folders import LOCK, MARK, claim, is_unfinished, locked, read_mark
+from guardkit.folders import LOCK, MARK, claim, is_unfinished, locked, read_mark, refuse_others
 from guardkit.schema import InputError
 
 
@@ -105,6 +107,53 @@ def test_one_process_and_one_thread_at_a_time(tmp_path):
         with claim(tmp_path.parent / "elsewhere", "train", 1, replaces=[]):
             pass
     assert read_mark(tmp_path)["overrides"] == ["seed=1"]
+
+
+def test_what_was_made_for_a_run_that_writes_nothing_is_taken_away(tmp_path):
+    before = tmp_path / "here"
+    before.mkdir()
+    for folder in (before, tmp_path / "new/deep/run"):
+        with locked(folder):
+            assert (folder / LOCK).exists()
+    assert list(tmp_path.rglob("*")) == [before]
+    (before / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="did not write"):
+        write(before)
+    assert list(before.iterdir()) == [before / "thesis.tex"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_first(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"run cannot be made: .*/file is a file; choose another output_dir"):
+        refuse_others(tmp_path / "file/run", "train", replaces=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "message"),
+    [
+        ("fetch", ["encoder=siglip2_b16"], "encoder ViT-B-16-SigLIP2 \\(webli\\) could not be loaded from the Hub"),
+        (
+            "fetch",
+            ["encoder=transformers", "encoder.weights=hf-hub:typo/name"],
+            "encoder.weights hf-hub:typo/name could not be fetched from the Hub",
+        ),
+        ("train", ["encoder=siglip2_b16", "editor=none"], "encoder ViT-B-16-SigLIP2 \\(webli\\) could not be loaded from the Hub"),
+        ("train", ["data.n_unsafe=few"], "data.n_unsafe must be a whole number"),
+        ("evaluate", ["guard=typo/name"], "'typo/name' is no folder here, and no guard of that name can be had from the Hub"),
+    ],
+)
+def test_a_command_that_fails_at_its_start_leaves_no_folder(tmp_path, command, settings, message):
+    cache = tmp_path / "cache"
+    done = call(f"guardkit.{command}", *settings, f"output_dir={tmp_path / 'new/run'}", HF_HOME=str(cache), HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert re.match(f"error: {message}", line)
+    if "Hub" in message:
+        assert "(the Hub is switched off by HF_HUB_OFFLINE, and no whole copy was fetched before); " in line
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run").mkdir()
+    call(f"guardkit.{command}", *settings, f"output_dir={tmp_path / 'run'}", HF_HOME=str(cache), HF_HUB_OFFLINE="1")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "run"]  # which was there before
 
 
 @pytest.mark.parametrize("command", ["train", "embed", "synthesize", "sweep", "evaluate", "app"])

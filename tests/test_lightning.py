@@ -246,6 +246,35 @@ def test_train_resumes_from_the_checkpoint_of_a_shorter_run(compose, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_checkpoint_from_before_a_setting_has_what_was_done_then(compose, tmp_path):
+    from guardkit.runs.train import run
+
+    def start(folder, *overrides):
+        cfg = compose(
+            "train", "source.n_train=40", "source.n_test=9", "data.n_unsafe=12", "head=anchored", "trainer.max_epochs=10", *overrides
+        )
+        return run(cfg, {}, tmp_path / folder)
+
+    whole = start("first")
+    best = tmp_path / "first/checkpoints/best.ckpt"
+    checkpoint = torch.load(best, weights_only=True)
+    for name in ("strength", "scale"):
+        del checkpoint["guardkit"]["trained_for"]["head"][name]
+    del checkpoint["GuardDataModule"]["data"]["look_alikes"]
+    torch.save(checkpoint, best)
+    resumed = start("resumed", f"ckpt_path={best}")
+    assert_same(*(load_file(one.folder / "guard/model.safetensors") for one in (whole, resumed)))
+    with pytest.raises(InputError, match=r"made with other settings: head.scale was 10.0, now 20.0; give those again"):
+        start("other", "head.scale=20.0", f"ckpt_path={best}")
+    # of what has no default nobody can know what it was
+    del checkpoint["guardkit"]["trained_for"]["head"]["n_prompts"]
+    torch.save(checkpoint, best)
+    with pytest.raises(
+        InputError, match=r"head.n_prompts was not noted \(another version of guardkit\), now \d+; give those again, or start anew"
+    ):
+        start("other", f"ckpt_path={best}")
+
+
 def test_callbacks_are_chosen_by_configuration(compose, tmp_path):
     from guardkit.runs.train import run
 

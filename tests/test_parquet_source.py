@@ -72,7 +72,7 @@ def test_classes_without_labels(tmp_path):
     assert [(record.label, record.category) for record in loaded.train] == [
         (1, "weapons"), (0, None), (1, "substances"), (1, "weapons"), (0, None),
     ]  # fmt: skip
-    assert [(one.id, one.reason) for one in loaded.rejected] == [("a.parquet/2", "no label")]
+    assert [(one.id, one.reason) for one in loaded.rejected] == [("a.parquet/2", "category 'dog' is left out (null in source.categories)")]
 
 
 def test_numbers_with_names_are_read_as_the_names(tmp_path):

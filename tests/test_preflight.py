@@ -98,6 +98,18 @@ def test_texts_that_are_cut_are_named_once(scenes_policy, caplog):
     assert f"reads the first {length} tokens of a text (its context length); of 1 text(s) what is beyond is cut off: 'a rifle in" in message
 
 
+@pytest.mark.parametrize(("head", "n"), [("auto", 1), ("prompt", 1), ("linear_texts", 1), ("linear", 0)])
+def test_texts_that_are_cut_are_a_note(train, scenes_policy, tmp_path, head, n):
+    first = scenes_policy.to_dict()["categories"][0]
+    data = scenes_policy.to_dict()
+    data["categories"][0] = first | {"unsafe_texts": [*first["unsafe_texts"], f"a rifle in {LONG} and {LONG}"]}
+    Policy.from_dict(data).save(tmp_path / "long.yaml")
+    report = train(f"policy_file={tmp_path / 'long.yaml'}", f"head={head}", "trainer.max_epochs=1", folder=tmp_path / "run")
+    notes = [note for note in report.metrics["notes"] if "is cut off: 'a rifle in" in note]
+    assert len(notes) == n
+    assert all(f"  note: {note}" in report.table for note in notes)
+
+
 @pytest.mark.parametrize(
     ("special", "mode", "side"),
     [("[PAD]", None, "right"), ("[EOS]", None, "right"), ("[PAD]", "clips", "right"), ("[PAD]", None, "left")],

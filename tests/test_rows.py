@@ -124,7 +124,22 @@ def test_labels_and_categories_are_translated_in_every_source(make, kind):
     source = make(kind, *cells, labels={"Bad": "unsafe", "unclear": None}, default_label="safe", categories={"Guns": "weapons"})
     loaded = source.load()
     assert [(record.label, record.category) for record in loaded.train] == [(1, "weapons"), (0, None), (0, None)]
-    assert len(loaded.rejected) == 1
+    assert list(reasons(loaded).values()) == ["label 'unclear' is left out (null in source.labels)"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unsafe_images_of_a_category_that_the_policy_does_not_speak_of_are_left_out(make, kind):
+    cells = ["unsafe", "unsafe", "safe", "unsafe", None], ["weapons", "gambling", "gambling", None, "gambling"]
+    loaded = load_source(make(kind, *cells, categories={"gambling": None}))
+    assert [(record.label, record.category) for record in loaded.train] == [(1, "weapons"), (0, None), (1, None)]
+    assert list(reasons(loaded).values()) == ["category 'gambling' is left out (null in source.categories)", "no label"]
+    assert loaded.given == 5
+    without_labels = make(
+        kind, [None, None, None], ["weapons", "gambling", "dogs"], categories={"weapons": "weapons", "gambling": None}, label_column=None
+    )
+    loaded = load_source(without_labels)
+    assert [(record.label, record.category) for record in loaded.train] == [(1, "weapons"), (0, None)]
+    assert list(reasons(loaded).values()) == ["category 'gambling' is left out (null in source.categories)"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,7 +187,7 @@ def test_a_table_under_another_name_is_suggested(policy, root):
     with pytest.raises(InputError, match="if labels.csv lists the images, set source.metadata=labels.csv"):
         FolderSource(policy, str(root)).load()
     (root / "pictures").mkdir()
-    with pytest.raises(InputError, match="has the folder 'pictures'.*set source.metadata=labels.csv"):
+    with pytest.raises(InputError, match="has no table .* and no class folder, but the folder 'pictures'.*set source.metadata=labels.csv"):
         FolderSource(policy, str(root)).load()
 
 
@@ -374,9 +389,29 @@ def test_training_counts_what_it_could_not_use(compose, tmp_path, root):
     assert {one["id"]: one["reason"] for one in inputs["rejected"]} == {"g4.png": "no label", "g7.png": "not an image of a known type"}
 
 
+@pytest.mark.parametrize("command", ["train", "sweep", "synthesize"])
+def test_a_folder_without_table_and_class_folders_says_that_first(compose, tmp_path, root, command):
+    from importlib import import_module
+
+    run = import_module(f"guardkit.runs.{command}").run
+    settings = ["source=folder", f"source.root={root}", "policy=handled_objects", "editor=none"]
+    given = ({},) if command != "synthesize" else ()
+    with pytest.raises(InputError) as caught:
+        run(compose(command, *settings), *given, tmp_path / "run")
+    assert str(caught.value).startswith(
+        f"{root} has no table (metadata.csv, metadata.parquet, metadata.jsonl) and no class folders, so that "
+    )
+    assert "which of its 6 images are unsafe; write metadata.csv" in str(caught.value)
+    assert "folders called safe, unsafe or like a category of policy 'handled_objects' (weapons, " in str(caught.value)
+
+
 def test_a_source_without_labels_says_why_it_cannot_be_trained_on(compose, tmp_path, root):
     from guardkit.runs.train import run
 
+    (root / "metadata.csv").write_text("file_name\n" + "".join(f"g{i}.png\n" for i in range(6)))
     settings = ["source=folder", f"source.root={root}", "policy=handled_objects", "editor=none"]
-    with pytest.raises(InputError, match=r"leaves 0 unsafe image.*6 of 6 inputs were rejected, the first is g0.png: no label"):
+    with pytest.raises(
+        InputError,
+        match=r"^source=folder has no labelled image that can be used \(6 of 6 inputs were rejected, the first is g0.png: no label\)",
+    ):
         run(compose("train", *settings), {}, tmp_path / "run")

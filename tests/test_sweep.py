@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, strict_json
+from conftest import ROOT, picture, strict_json
 
 from guardkit.data.arms import Orders
 from guardkit.data.datamodule import TestSet
@@ -593,6 +593,44 @@ def test_named_thresholds_and_several_heads(sweep):
     }  # fmt: skip
     # half of the largest size is the smallest one, at which there is nothing to save
     assert {row["target_size"] for row in report.summary["samples_to_target"]} == {8}
+
+
+@pytest.mark.parametrize("policy", ["scenes", "handled_objects"])
+def test_the_default_head_is_called_what_it_became(compose, tmp_path, policy):
+    """The encoder that comes along knows the words of drawn scenes, and not those of other policies."""
+    from guardkit.runs.sweep import run as run_sweep
+
+    source = ["source.n_train=40", "source.n_test=18"]
+    if policy != "scenes":
+        for i in range(60):
+            folder = tmp_path / "photos" / ("safe", "weapons")[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            picture(i).save(folder / f"{i}.png")
+        source = ["source=folder", f"source.root={tmp_path / 'photos'}"]
+    settings = [
+        "policy=" + policy,
+        "editor=none",
+        "sweep.arms=[unpaired]",
+        "sweep.sizes=[4,8]",
+        "sweep.seeds=1",
+        "sweep.metric=auroc",
+        *source,
+    ]
+    report = run_sweep(compose("sweep", *settings, "sweep.n_resamples=100", "sweep.strengths=[0.1,1.0]"), {}, tmp_path / "sweep")
+    became = "anchored" if policy == "scenes" else "linear"
+    assert (report.summary["heads"], report.summary["heads_became"]) == (["auto"], {"auto": became})
+    assert report.table.splitlines()[0].endswith(f", mean of 1 seeds, head auto (here {became})")
+    assert f"Head `auto` (here {became}). Engine" in (report.folder / "report.md").read_text()
+    assert f"(here {became})" in (report.folder / "report.html").read_text()
+    assert sum("learns from labels alone" in note for note in report.summary["notes"]) == (became == "linear")
+
+
+def test_a_setting_that_no_arm_has_a_use_for_is_told(sweep):
+    few = ["sweep.sizes=[4]", "sweep.target_sizes=[4]", "data.look_alikes=texts", "data.safe_per_unsafe=2", "data.variants_per_image=2"]
+    report = sweep("sweep.arms=[unpaired,pairs_aug]", *few)
+    assert [note for note in report.summary["notes"] if "has no effect" in note] == [
+        "data.look_alikes=texts has no effect: none of the arms uses any look-alikes; the arm look_alikes does",
+    ]
 
 
 def test_there_is_a_target_between_sizes_of_any_step(sweep):

@@ -353,6 +353,85 @@ def photographs(tmp_path):
     return tmp_path
 
 
+def test_without_an_editor_the_table_has_no_rows_of_edits(compose, photographs, tmp_path):
+    from guardkit.runs.train import run
+
+    settings = ["source=folder", f"source.root={photographs}", "policy=handled_objects", "data.n_unsafe=10", "trainer.max_epochs=5"]
+    report = run(compose("train", "experiment=unpaired", "editor=none", *settings), {}, tmp_path / "none")
+    assert not [value for value, _ in rows_of(report.table).values() if value == "-"]
+    assert "editor=none edits nothing" not in report.table
+    # the figures say why they are missing
+    assert report.metrics["pairs"]["pair_accuracy"] is None
+    assert "editor=none edits nothing" in report.metrics["pairs"]["reason"]
+    assert "editor=none edits nothing" in report.metrics["edited_vs_original_auroc_reason"]
+    asked = rows_of(run(compose("train", "experiment=unpaired", "editor=inpaint", *settings), {}, tmp_path / "inpaint").table)
+    assert {"ranking accuracy", "edited-versus-original AUROC", "autoencoder-versus-original AUROC"} <= asked.keys()
+
+
+@pytest.mark.parametrize(
+    ("groups", "lack"),
+    [({"unsafe"}, r"no unsafe image \(4 safe\)"), ({"safe"}, r"no safe image \(4 unsafe\)"), ({"unsafe", "safe"}, "no image")],
+    ids=["unsafe", "safe", "both"],
+)
+def test_a_test_set_that_lacks_a_label_is_told_once(compose, photographs, tmp_path, groups, lack):
+    """Images of one group are not divided, so that none of them is tested on."""
+    from guardkit.runs.train import run
+
+    rows = [f"{i}.png,{label},{label if label in groups else i}" for i in range(30) for label in [("safe", "unsafe")[i % 2]]]
+    (photographs / "metadata.csv").write_text("\n".join(["file_name,label,group", *rows]))
+    settings = ["source=folder", f"source.root={photographs}", "policy=handled_objects", "editor=none", "trainer.max_epochs=5"]
+    report = run(compose("train", "experiment=unpaired", *settings), {}, tmp_path / "out")
+    assert report.metrics["test"]["auroc"] is None
+    (note,) = [note for note in report.metrics["notes"] if "this guard" in note]
+    assert re.match(
+        f"nothing shows how good this guard is: its test set has {lack}, and without both labels there is no AUROC; label more", note
+    )
+    assert "or raise data.test_share, or test it on other images: python -m guardkit.evaluate guard=GUARD" in note
+    assert f"  note: {note}" in report.table
+
+
+@pytest.mark.parametrize("settings", [["experiment=unpaired"], ["experiment=pairs_plus", "editor=inpaint"]], ids=["embedded", "edited"])
+def test_an_image_that_nobody_looked_at_before_is_named_by_its_file(compose, photographs, tmp_path, settings):
+    from guardkit.runs.train import run
+
+    for number in (7, 9, 11, 13, 15):
+        (photographs / f"{number}.png").write_bytes(b"no image")
+    common = ["source=folder", f"source.root={photographs}", "policy=handled_objects", "editor=none", "source.check_images=false"]
+    with pytest.raises(InputError) as caught:
+        run(compose("train", *common, *settings), {}, tmp_path / "out")
+    assert re.match(rf"{photographs}/\d+.png cannot be read \(not an image of a known type\); mend it or take it out", str(caught.value))
+    for number in (7, 9, 11, 13, 15):
+        (photographs / f"{number}.png").unlink()
+    with pytest.raises(InputError, match=r"\d+.png cannot be read \(file does not exist\)"):
+        run(compose("train", *common, *settings), {}, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        (
+            ["experiment=unpaired", "data.look_alikes=texts"],
+            "data.look_alikes=texts has no effect: the arm unpaired uses no look-alikes; the arm look_alikes does",
+        ),
+        (
+            ["experiment=pairs_aug", "data.safe_per_unsafe=4"],
+            "data.safe_per_unsafe=4 has no effect: the arm pairs_aug uses no natural safe images",
+        ),
+        (
+            ["experiment=unpaired", "data.variants_per_image=4"],
+            "data.variants_per_image=4 has no effect: the arm unpaired uses no edits or other views",
+        ),
+    ],
+    ids=["look_alikes", "safe_per_unsafe", "variants_per_image"],
+)
+def test_a_setting_that_an_arm_has_no_use_for_is_told(train, settings, note, caplog):
+    report = train(*settings, "trainer.max_epochs=1")
+    (said,) = [one for one in report.metrics["notes"] if "has no effect" in one]
+    assert said.startswith(note)
+    assert said in caplog.messages
+    assert f"  note: {said}" in report.table
+
+
 def test_few_labels_are_cross_validated(compose, photographs, tmp_path):
     """A black square is easily seen: out of fold, nearly every image is told rightly; nothing of the run itself changes."""
     from guardkit.runs.train import run

@@ -23,11 +23,12 @@ from guardkit.evaluation.effectiveness import covered_rows, measure
 from guardkit.evaluation.held_out import leave_out_seen, sentences
 from guardkit.evaluation.outcome import Evaluation
 from guardkit.evaluation.scoring import Contender, LazyImages, Sheet, embedding_stores, score
+from guardkit.evaluation.verdicts import untested
 from guardkit.folders import claim, refuse_others
 from guardkit.policy import Policy
 from guardkit.reports.evaluation import short_table, write_report
 from guardkit.robustness.measuring import RobustnessSettings, measure_robustness, write_robustness
-from guardkit.schema import Guard, InputError, takes_embeddings
+from guardkit.schema import SAFE, UNSAFE, Guard, InputError, takes_embeddings
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +94,7 @@ def evaluate(
     started = time.perf_counter()
     check_settings(split=split, seed=seed, split_seed=split_seed, n_resamples=n_resamples, prevalence=prevalence, trained_on=trained_on)
     folder, cache = Path(output_dir).expanduser(), None if cache_dir is None else Path(cache_dir).expanduser()
-    if folder.is_dir():
-        refuse_others(folder, "evaluate", replaces=True)
+    refuse_others(folder, "evaluate", replaces=True)
     attacks = robustness or RobustnessSettings(protocols=())
     found = unique(_contenders(guards, trained_on, trust))
     rules = policy or common_policy(found)
@@ -120,6 +120,10 @@ def evaluate(
             notes += [f"{note}." for note in unknown]
             for note in unknown:
                 log.warning("%s", note)
+    counted = sheet.labels[sheet.counted]
+    if lack := untested(int((counted == UNSAFE).sum()), int((counted == SAFE).sum())):
+        notes.append(f"what is tested on has {lack}, and without both labels there is no AUROC; choose another source= or split=all.")
+        log.warning("%s", notes[-1])
     at_scored = time.perf_counter()
     rows, tests = measure(sheet, prevalence=float(prevalence), n_resamples=n_resamples, seed=seed)
     measured = time.perf_counter()
@@ -144,7 +148,6 @@ def evaluate(
             "robustness": attacked - measured,
         },
     )
-    folder.mkdir(parents=True, exist_ok=True)
     with claim(folder, "evaluate", evaluation.settings, replaces=WRITTEN):
         write_robustness(folder / "robustness.parquet", robust)
         return EvaluationReport(folder, write_report(folder, evaluation), short_table(evaluation))
@@ -270,6 +273,7 @@ def notes_on(rules: Policy, contenders: Sequence[Contender]) -> list[str]:
             notes.append(
                 f"{one.name} keeps no list of its training images, as guards of an earlier guardkit: whether it is tested on some of them is not known."
             )
+        notes += [f"{one.name}: {note}." for note in getattr(one.guard, "notes", ())]
     return notes
 
 

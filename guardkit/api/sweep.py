@@ -14,7 +14,7 @@ import torch
 from guardkit import __version__
 from guardkit.checks import MAX_SEED, check_choice, check_whole, is_list, is_number, is_whole
 from guardkit.counterfactual.edits import Edits
-from guardkit.data.arms import Arm, arm_named
+from guardkit.data.arms import Arm, arm_named, without_effect
 from guardkit.data.look_alikes import LookAlikes
 from guardkit.data.sources.base import Source
 from guardkit.editors.base import Editor
@@ -127,7 +127,7 @@ def sweep(
         InputError: a wrong value, or a folder that holds another experiment.
     """
     started = time.perf_counter()
-    wanted = _arms(arms, variants_per_image)
+    wanted, idle = _arms(arms, variants_per_image, look_alikes, safe_per_unsafe)
     made = _heads(heads)
     plan = _plan(
         wanted,
@@ -215,13 +215,16 @@ def sweep(
             failed, n_found = run_cells(cells, stock, runs, cells_on_disk)
             fitted = time.perf_counter()
             # what there is too little of, and why a head is another than asked for, also where all cells were there
-            noted = [note for make_head in made.values() for note in new_head(make_head, parts, seed).notes]
+            tried = {name: new_head(make_head, parts, seed) for name, make_head in made.items()}
+            noted = [note for head in tried.values() for note in head.notes]
+            became = {name: head.chosen for name, head in tried.items() if head.chosen}
             about = {
                 "name": runs.name,
                 "fits_now": (len(cells) - len(failed) - n_found) * len(pulls),
                 "seconds_now": {"embeddings and edits": prepared - started, "fitting": fitted - prepared},
             }
-            summary = measure(folder, plan, cells_on_disk, failed, stock, pulls, engine=about, notes=[*parts.unlabelled.notes, *noted])
+            notes = list(dict.fromkeys([*idle, *parts.unlabelled.notes, *noted]))
+            summary = measure(folder, plan, cells_on_disk, failed, stock, pulls, engine=about, became=became, notes=notes)
             table = write_report(folder, summary)
             with quiet_lightning(), opened_logger(logger) as told:
                 if told:
@@ -237,7 +240,10 @@ def sweep(
 # --- what is asked for ---------------------------------------------------------------------------------------------------
 
 
-def _arms(arms: Sequence[str | Arm], variants_per_image: int) -> list[Arm]:
+def _arms(
+    arms: Sequence[str | Arm], variants_per_image: int, look_alikes: LookAlikes, safe_per_unsafe: int | str
+) -> tuple[list[Arm], list[str]]:
+    """The arms, each with its number of views, and the settings that none of them has a use for."""
     check_whole("data.variants_per_image", variants_per_image, 1)
     if not is_list(arms):
         raise InputError(f"sweep.arms must be a list, as in sweep.arms=[{arms}], got {arms!r}")
@@ -245,7 +251,10 @@ def _arms(arms: Sequence[str | Arm], variants_per_image: int) -> list[Arm]:
     names = [arm.name for arm in found]
     if not names or len(set(names)) < len(names):
         raise InputError(f"sweep.arms must name at least one arm, each once, got {names}")
-    return [arm if arm.variants_per_image else replace(arm, variants_per_image=variants_per_image) for arm in found]
+    idle = without_effect(found, look_alikes=look_alikes, safe_per_unsafe=safe_per_unsafe, variants_per_image=variants_per_image)
+    for note in idle:
+        log.warning("%s", note)
+    return [arm if arm.variants_per_image else replace(arm, variants_per_image=variants_per_image) for arm in found], idle
 
 
 def _heads(heads: str | Mapping[str, str | type[Head] | HeadFactory]) -> dict[str, HeadFactory]:

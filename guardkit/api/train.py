@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from guardkit.artifacts import write_json, written
 from guardkit.checks import MAX_SEED, check_whole
 from guardkit.classifier import GuardClassifier
 from guardkit.counterfactual.edits import Edits
-from guardkit.data.arms import Arm, arm_named
+from guardkit.data.arms import Arm, arm_named, without_effect
 from guardkit.data.look_alikes import LookAlikes
 from guardkit.data.sources.base import Source
 from guardkit.data.training_images import training_images
@@ -26,7 +27,7 @@ from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.encoders.known import MAX_IMAGES, unknown_images
 from guardkit.evaluation.training import measure, out_of_fold_figures
-from guardkit.evaluation.verdicts import editor_trace, no_better, texts, unused
+from guardkit.evaluation.verdicts import editor_trace, lacks_a_label, no_better, texts, unused
 from guardkit.fitting.cross_validation import N_FOLDS, cross_validate
 from guardkit.fitting.module import DEFAULT_THRESHOLD, EpochProgress, check_checkpoint, scalars
 from guardkit.fitting.objective import Objective
@@ -38,6 +39,8 @@ from guardkit.policy import Policy
 from guardkit.reports.training import summary_table, write_pictures, write_predictions
 from guardkit.reports.training_mistakes import mistakes_page
 from guardkit.schema import SAFE, UNSAFE, InputError
+
+log = logging.getLogger(__name__)
 
 WRITTEN = ("guard", "metrics.json", "predictions.parquet", "*.png", "mistakes.html", "checkpoints", "csv", "wandb")
 
@@ -132,12 +135,14 @@ def train_guard(
     chosen, make_head = arm_named(arm), head_factory(head)
     folder, cache = _path(output_dir), _path(cache_dir)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
         refuse_others(folder, "train", replaces=True)
     if ckpt_path is not None:
         check_checkpoint(ckpt_path)
         if folder is not None and folder.resolve() in Path(ckpt_path).resolve().parents:
             raise InputError(f"ckpt_path={ckpt_path} lies in output_dir, where this run replaces what is there; choose another output_dir")
+    idle = without_effect([chosen], look_alikes=look_alikes, safe_per_unsafe=safe_per_unsafe, variants_per_image=variants_per_image)
+    for note in idle:
+        log.warning("%s", note)
     torch.manual_seed(seed)
     store = EmbeddingStore(encoder, cache)
     pipeline = Edits.of(editor).pipeline(policy, store, cache)
@@ -171,9 +176,9 @@ def train_guard(
             "threshold": threshold,
         }
         owned = nullcontext() if folder is None else claim(folder, "train", settings, replaces=WRITTEN)
-        with owned, opened_logger(logger) as log:
+        with owned, opened_logger(logger) as told:
             every = [EpochProgress(), *_callbacks(callbacks, folder)]
-            fitted = recipe.fit(made, parts, logger=log, callbacks=every, threshold=threshold, ckpt_path=ckpt_path)
+            fitted = recipe.fit(made, parts, logger=told, callbacks=every, threshold=threshold, ckpt_path=ckpt_path)
             metrics, measured = measure(fitted, parts.data, experiment=chosen.name, seed=seed)
             try:
                 out_of_fold = cross_validate(make_head, parts, recipe, chosen, fitted, seed, **settings_of_data)
@@ -181,7 +186,7 @@ def train_guard(
                 metrics["cross_validated"] = {"n_folds": N_FOLDS, **figures}
             except InputError as error:
                 out_of_fold, metrics["cross_validated"] = None, {"n_folds": None, "reason": str(error)}
-            metrics["notes"] = [*parts.data.notes, *parts.unlabelled.notes, *made.notes]
+            metrics["notes"] = [*idle, *parts.data.notes, *parts.unlabelled.notes, *made.notes]
             if metrics["test"]["safe_images_are_counterfactuals"]:
                 metrics["notes"].append(
                     f"source={source.name} has no natural safe images to test on: counterfactuals stand for them, and test AUROC and F1 "
@@ -192,6 +197,7 @@ def train_guard(
             n_of = Counter(record.label for record in parts.data.load())
             metrics["notes"] += [
                 *unused(metrics, n_of[UNSAFE], n_of[SAFE]),
+                *lacks_a_label(metrics, brings_test_images=parts.data.loaded.test is not None),
                 *no_better(metrics),
                 *texts(metrics),
                 *editor_trace(metrics, chosen, pipeline.editor.name),
@@ -219,8 +225,8 @@ def train_guard(
                 "edit": parts.data.edits.seconds + parts.data.other_edits.seconds,
                 "fit": fitted.seconds,
             }
-            if log:
-                log.log_metrics(scalars({key: metrics[key] for key in ("test", "pairs")}), step=len(fitted.curve))
+            if told:
+                told.log_metrics(scalars({key: metrics[key] for key in ("test", "pairs")}), step=len(fitted.curve))
             if folder is not None:
                 write_json(folder / "metrics.json", metrics)
     finally:

@@ -27,6 +27,7 @@ class HeadGuard:
         covers: the policy's categories it was made to find (see `covered`); None: all.
         threshold: flag when score >= threshold, in [0, 1].
         is_normalized: whether it takes unit vectors, or embeddings as the model gives them.
+        notes: what a reader of its figures should know, in sentences.
     Raises:
         InputError: the encoder's embeddings have another width, or an argument is out of range.
     """
@@ -41,6 +42,7 @@ class HeadGuard:
         covers: frozenset[str] | None,
         threshold: float,
         is_normalized: bool = True,
+        notes: Sequence[str] = (),
     ) -> None:
         if encoder.dim != dim:
             raise InputError(
@@ -49,6 +51,7 @@ class HeadGuard:
             )
         self.name, self.encoder, self.covers, self.is_normalized = name, encoder, covers, is_normalized
         self.threshold = checked_share(name, "threshold", threshold)
+        self.notes = tuple(notes)
         self.head = head.eval().requires_grad_(False)
 
     @cached_property

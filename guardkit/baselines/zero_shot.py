@@ -39,7 +39,15 @@ def zero_shot(policy: Policy, encoder: Encoder, *, covers: Sequence[str] | None,
     """
     require_texts(encoder, needed_by="baseline zero_shot", instead="another baseline")
     try:
-        head = _Decision(PromptHead.build(encoder, policy, scale=scale))
+        prompts = PromptHead.build(encoder, policy, scale=scale)
     except InputError as error:
         raise InputError(f"baseline zero_shot: {error}; or leave zero_shot out of baselines") from error
-    return HeadGuard("zero_shot", head, encoder, dim=encoder.dim, covers=covered("zero_shot", covers, policy), threshold=threshold)
+    return HeadGuard(
+        "zero_shot",
+        _Decision(prompts),
+        encoder,
+        dim=encoder.dim,
+        covers=covered("zero_shot", covers, policy),
+        threshold=threshold,
+        notes=prompts.notes,
+    )

@@ -25,7 +25,7 @@ from guardkit.counterfactual.verifier import Candidate, Verdict, Verifier, sanit
 from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult, Kind, Photograph, refusal, supply
 from guardkit.images import decode_png, encode_png
 from guardkit.policy import Policy
-from guardkit.schema import SAFE, ImageError, Record
+from guardkit.schema import SAFE, ImageError, Record, unreadable
 
 _NO_IMAGE = "no image: the source holds embeddings only"
 _Pixels = tuple[np.ndarray, np.ndarray]  # of an original and its edit, (h, w, 3) uint8 RGB
@@ -214,7 +214,10 @@ class CounterfactualPipeline:
         for record, seed, instruction in zip(records, seeds, instructions, strict=True):
             assert record.content is not None
             request = EditRequest(record.content, instruction.text, record.region, seed, kind, record.label, instruction.target)
-            key = self._key(record, request)
+            try:
+                key = self._key(record, request)
+            except ImageError as error:
+                raise unreadable(record.content, error) from error
             keys.append(key)
             if instruction.reason is None:
                 wanted[key] = (record, request)

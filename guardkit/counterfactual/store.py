@@ -57,6 +57,9 @@ class Try:
     png: bytes | None = field(repr=False)
     abstained: bool = False
 
+    def __str__(self) -> str:
+        return f"an edited image ({self.instruction})"
+
     @property
     def accepted(self) -> bool:
         """Whether the edited image may be used."""

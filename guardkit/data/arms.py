@@ -52,6 +52,11 @@ class Arm:
         return ("unsafe", *self.positives, *self.negatives)
 
     @property
+    def has_views(self) -> bool:
+        """Whether it sees something made of an image, of which there may be several."""
+        return self.transform != "none" or bool({*EDITED, "null_edit", "transplant", "transplant_safe"} & set(self.kinds))
+
+    @property
     def edits_one_label_only(self) -> bool:
         """Whether only safe images pass through the editor, so that its trace tells the labels apart."""
         return bool(set(EDITED) & set(self.negatives)) and "null_edit" not in self.positives and self.transform != "null_edit"
@@ -83,6 +88,33 @@ def arm_named(arm: str | Arm) -> Arm:
     if not isinstance(arm, str | Arm):
         raise InputError(f"arm must be the name of one or a guardkit.Arm, got {shortened(repr(arm))}")
     return known[arm] if isinstance(arm, str) else arm
+
+
+def without_effect(
+    arms: Sequence[Arm], *, look_alikes: str = "marked", safe_per_unsafe: int | str = 1, variants_per_image: int = 1
+) -> list[str]:
+    """Settings that were given and that none of the arms has a use for, in sentences.
+
+    Args:
+        arms: that are trained.
+        look_alikes, safe_per_unsafe, variants_per_image: of the data; with their defaults they are never among them.
+    """
+    kinds = {kind for arm in arms for kind in arm.kinds}
+    who = f"the arm {arms[0].name} uses" if len(arms) == 1 else "none of the arms uses"
+    instead = "no" if len(arms) == 1 else "any"
+    notes = []
+    if look_alikes != "marked" and "look_alike" not in kinds:
+        notes.append(f"data.look_alikes={look_alikes} has no effect: {who} {instead} look-alikes; the arm look_alikes does")
+    if safe_per_unsafe != 1 and "natural" not in kinds:
+        notes.append(
+            f"data.safe_per_unsafe={safe_per_unsafe} has no effect: {who} {instead} natural safe images; the arms unpaired and pairs_plus do"
+        )
+    if variants_per_image != 1 and not any(arm.has_views and arm.variants_per_image is None for arm in arms):
+        notes.append(
+            f"data.variants_per_image={variants_per_image} has no effect: {who} {instead} edits or other views of an image whose number is not "
+            "its own"
+        )
+    return notes
 
 
 OF_THE_UNSAFE = ("unsafe", "counterfactual", "null_edit", "transplant", "transplant_safe")

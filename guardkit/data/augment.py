@@ -26,6 +26,9 @@ class AugmentedContent:
     original: Content
     seed: int
 
+    def __str__(self) -> str:
+        return str(self.original)
+
     @property
     def key(self) -> str:
         """Of the original and the seed."""

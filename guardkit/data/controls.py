@@ -29,6 +29,9 @@ class JpegContent:
     original: Content
     quality: int = JPEG_QUALITY
 
+    def __str__(self) -> str:
+        return str(self.original)
+
     @property
     def key(self) -> str:
         """Of the original and the quality."""

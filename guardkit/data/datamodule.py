@@ -22,7 +22,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from guardkit.checks import MAX_SEED, check_choice, check_flag, check_number, check_same, check_whole, is_list
+from guardkit.checks import MAX_SEED, check_choice, check_flag, check_number, check_same, check_whole, completed, is_list
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.data.arms import NEGATIVES, OF_THE_UNSAFE, POSITIVES, TRANSFORMS, Batch, Choice, Orders, make_batch
 from guardkit.data.budget import check_edits, check_transplants, chosen_in_budget, edited
@@ -407,9 +407,9 @@ class GuardDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning's: refuses a checkpoint that was made with other images."""
-        # one that was made before there was a choice
-        earlier = {**state_dict, "data": {"look_alikes": "marked", **state_dict["data"]}}
-        check_same("the checkpoint", earlier, self.state_dict())
+        now = self.state_dict()
+        earlier = {**state_dict, "data": completed(state_dict["data"], now["data"], GuardDataModule)}
+        check_same("the checkpoint", earlier, now)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from guardkit.checks import check_flag, check_whole
 from guardkit.data.duplicates import near_duplicate_groups, near_equal_groups, perceptual_hash
 from guardkit.data.sources.base import Loaded, Source, check_source
 from guardkit.progress import progress
-from guardkit.schema import Content, ImageError, Record, Rejected
+from guardkit.schema import Content, ImageError, InputError, Record, Rejected
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def load_source(source: Source, *, for_training: bool = True) -> Loaded:
         source: of images or embeddings.
         for_training: False where images that are only of no use for training are used too: they are then not among the rejected.
     Raises:
-        InputError: what the source raises, or something that is no source.
+        InputError: what the source raises, something that is no source, or not one image with a label for training.
     """
     check_source(source)
     loaded = source.load()
@@ -47,6 +47,8 @@ def load_source(source: Source, *, for_training: bool = True) -> Loaded:
     if not for_training:
         aside = {record.id for record in loaded.set_aside}
         loaded = replace(loaded, rejected=[item for item in loaded.rejected if item.id not in aside])
+    elif not loaded.train and not loaded.test:
+        raise InputError(loaded.without_labels or f"source={source.name} has no labelled image that can be used{why_rejected(loaded)}")
     for item in loaded.rejected[:_SHOWN]:
         log.warning("%s: rejected (%s)", item.id, item.reason)
     if len(loaded.rejected) > _SHOWN:

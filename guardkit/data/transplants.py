@@ -47,6 +47,9 @@ class TransplantContent:
     shape: tuple[Content, Region]
     seed: int
 
+    def __str__(self) -> str:
+        return f"{self.host} with the object of {self.donor}"
+
     @cached_property
     def key(self) -> str:
         """Of the images, the boxes and the seed. Raises ImageError."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guardkit.artifacts import fingerprint, hash_file, read_json, shipped, weights_variant
+from guardkit.hub import hub_file
 from guardkit.progress import bars_on_terminals_only
 from guardkit.schema import InputError
 
@@ -157,16 +158,14 @@ class PipelineWeights:
     def _index_file(self) -> Path:
         if self.folder is not None:
             return self.folder / _INDEX
-        from huggingface_hub import hf_hub_download
-
-        try:
-            return Path(hf_hub_download(self.name, _INDEX, revision=self.revision))
-        except Exception as error:  # the client raises errors of its own, of its HTTP library and of the system
-            at = f" at revision {self.revision}" if self.revision else ""
-            raise InputError(
-                f"editor.weights {self.name}{at} is no local folder and could not be fetched from the Hub ({one_line(error)}); "
-                "check the name, log in if the model is gated, or without a network give a folder that holds it"
-            ) from error
+        at = f" at revision {self.revision}" if self.revision else ""
+        return hub_file(
+            self.name,
+            _INDEX,
+            refusal=f"editor.weights {self.name}{at} is no local folder and could not be fetched from the Hub",
+            remedy="check the name, log in if the model is gated, or without a network give a folder that holds it",
+            revision=self.revision,
+        )
 
 
 def load_pipeline(weights: PipelineWeights, name: str, device: torch.device, dtype: torch.dtype, offload: str) -> Any:

@@ -83,6 +83,7 @@ def measure(
     strengths: Sequence[float],
     *,
     engine: Mapping[str, Any],
+    became: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measures the finished cells of a sweep, and writes the rows of all cells to cells.parquet.
@@ -95,6 +96,7 @@ def measure(
         stock: what they were fitted to.
         strengths: of regularisation.
         engine: its name, and what else summary.json says of it beside the number of fits and their seconds.
+        became: by name, what each head is that chose for itself, such as "auto".
         notes: what there was too little of, in sentences.
     Returns:
         The content of summary.json.
@@ -105,6 +107,7 @@ def measure(
         summary: dict[str, Any] = {
             "arms": [name for head in plan.heads for name in plan.curves(head)],
             "heads": list(plan.heads),
+            "heads_became": dict(became or {}),
             "sizes": list(plan.sizes),
             "seeds": list(plan.seeds),
             "metric": plan.metric,

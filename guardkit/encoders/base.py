@@ -92,7 +92,10 @@ class EncodesTexts(Protocol):
     """An encoder whose texts and images are vectors of one space. One without texts has no such method; see `require_texts`."""
 
     def encode_texts(self, texts: list[str]) -> np.ndarray:
-        """(n, d) float32 unit vectors. Texts that are longer than the model reads are named in a warning."""
+        """(n, d) float32 unit vectors. Texts that are longer than the model reads are named in a warning.
+
+        An encoder that has them also has a method `cut_off`: texts -> a sentence that names them, or None.
+        """
         ...
 
 
@@ -170,7 +173,7 @@ def cut_texts(texts: Sequence[str], tokenize: Callable[[list[str], int], torch.T
 
 
 class CutTexts:
-    """Says, once each, which texts a model reads only the beginning of.
+    """Which texts a model reads only the beginning of.
 
     Args:
         name: of the encoder, for the message.
@@ -178,21 +181,36 @@ class CutTexts:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._before: set[str] = set()
+        self._is_cut: dict[str, bool] = {}
+
+    def sentence(self, texts: Sequence[str], tokenize: Callable[[list[str], int], torch.Tensor], context_length: int) -> str | None:
+        """Names those of the texts, see `cut_texts`; None where there is none."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._is_cut]
+        if new:
+            cut = set(cut_texts(new, tokenize, context_length))
+            self._is_cut |= {text: text in cut for text in new}
+        named = [text for text in dict.fromkeys(texts) if self._is_cut[text]]
+        if not named:
+            return None
+        more = f"; and {len(named) - _N_SHOWN} more" if named[_N_SHOWN:] else ""
+        shown = "; ".join(repr(shortened(text)) for text in named[:_N_SHOWN])
+        return (
+            f"encoder {self._name} reads the first {context_length} tokens of a text (its context length); of {len(named)} text(s) what is "
+            f"beyond is cut off: {shown}{more}; shorten them"
+        )
 
     def warn(self, texts: Sequence[str], tokenize: Callable[[list[str], int], torch.Tensor], context_length: int) -> None:
-        """See `cut_texts`."""
-        cut = [text for text in cut_texts(texts, tokenize, context_length) if text not in self._before]
-        self._before.update(cut)
-        if cut:
-            more = f"; and {len(cut) - _N_SHOWN} more" if cut[_N_SHOWN:] else ""
-            log.warning(
-                "encoder %s reads the first %d tokens of a text (its context length); of %d text(s) what is beyond is cut off: %s; shorten them",
-                self._name,
-                context_length,
-                len(cut),
-                "; ".join(repr(shortened(text)) for text in cut[:_N_SHOWN]) + more,
-            )
+        """Says it, once of each text."""
+        said = self.sentence([text for text in texts if text not in self._is_cut], tokenize, context_length)
+        if said is not None:
+            log.warning("%s", said)
+
+
+def cut_off(encoder: object, texts: Sequence[str]) -> tuple[str, ...]:
+    """Which texts an encoder reads only the beginning of: one sentence; none where it reads all, or does not say (`cut_off`)."""
+    say = getattr(encoder, "cut_off", None)
+    said = say(list(texts)) if callable(say) else None
+    return () if said is None else (said,)
 
 
 def encode_in_batches(

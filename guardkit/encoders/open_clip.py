@@ -261,6 +261,10 @@ class OpenClipEncoder(FrozenEncoder):
         with torch.inference_mode():
             return self.model.encode_text(tokens.to(self._device), normalize=True).float().cpu().numpy()
 
+    def cut_off(self, texts: list[str]) -> str | None:
+        """See `EncodesTexts`."""
+        return self._cut.sentence(texts, self._tokenizer, self._tokenizer.context_length)
+
     @cached_property
     def _tokenizer(self) -> Any:
         import open_clip

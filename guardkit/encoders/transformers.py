@@ -226,15 +226,28 @@ class TransformersEncoder(FrozenEncoder):
 
         if not texts:
             return np.zeros((0, self.dim), np.float32)
-        length = self.model.config.text_config.max_position_embeddings
-        read = [text.lower() for text in texts] if how.lower_case else list(texts)
-        self._cut.warn(read, lambda some, n: self._tokens(some, n)["input_ids"], length)
+        length = self._context_length
+        read = _as_read(texts, how)
+        self._cut.warn(read, self._token_ids, length)
         # to the full context, as SigLIP was trained; to CLIP it makes no difference
         tokens = self._tokens(read, length)
         given = {name: tokens[name].to(self._device) for name in ("input_ids", *(["attention_mask"] if how.masks_padding else []))}
         with torch.inference_mode():
             vectors = self.model.get_text_features(**given).pooler_output
             return functional.normalize(vectors, dim=-1).float().cpu().numpy()
+
+    def cut_off(self, texts: list[str]) -> str | None:
+        """See `EncodesTexts`."""
+        how = self._family.texts
+        return None if how is None else self._cut.sentence(_as_read(texts, how), self._token_ids, self._context_length)
+
+    @property
+    def _context_length(self) -> int:
+        return int(self.model.config.text_config.max_position_embeddings)
+
+    def _token_ids(self, texts: list[str], length: int) -> torch.Tensor:
+        ids: torch.Tensor = self._tokens(texts, length)["input_ids"]
+        return ids
 
     def _tokens(self, texts: Sequence[str], length: int) -> Any:
         return self._tokenizer(
@@ -258,6 +271,10 @@ class TransformersEncoder(FrozenEncoder):
                 f"the tokenizer of encoder {self.name} could not be loaded ({reason}); put its files beside the weights"
             ) from error
         return tokenizer
+
+
+def _as_read(texts: Sequence[str], how: _Texts) -> list[str]:
+    return [text.lower() for text in texts] if how.lower_case else list(texts)
 
 
 def _width(path: Path) -> Any:

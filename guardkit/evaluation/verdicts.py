@@ -13,6 +13,42 @@ from guardkit.data.arms import Arm
 _TRACE = 0.6
 
 
+def untested(n_unsafe: int, n_safe: int) -> str:
+    """What test images lack that figures need, in words: "no unsafe image (12 safe ones)"; "" where both labels are there."""
+    if n_unsafe and n_safe:
+        return ""
+    if not n_unsafe and not n_safe:
+        return "no image"
+    return f"no unsafe image ({n_safe} safe)" if n_safe else f"no safe image ({n_unsafe} unsafe)"
+
+
+def lacks_a_label(metrics: Mapping[str, Any], *, brings_test_images: bool) -> list[str]:
+    """Whether the test set lacks a label, so that nothing shows how good a guard is, and what to do.
+
+    Args:
+        metrics: "test" and "cross_validated" as metrics.json has them.
+        brings_test_images: whether the source says which images are for testing.
+    Returns:
+        One sentence, or none.
+    """
+    test = metrics["test"]
+    n_unsafe = round((test["prevalence"] or 0.0) * test["n"])
+    lack = untested(n_unsafe, test["n"] - n_unsafe)
+    if not lack:
+        return []
+    label = "unsafe" if test["n"] and not n_unsafe else "safe" if test["n"] else "safe and unsafe"
+    more = (
+        f"give the source's test set {label} images"
+        if brings_test_images
+        else f"label more {label} images (of each category at least two that do not look alike), or raise data.test_share"
+    )
+    others = "; until then look at the cross-validated figures" if metrics["cross_validated"].get("auroc") is not None else ""
+    return [
+        f"nothing shows how good this guard is: its test set has {lack}, and without both labels there is no AUROC; {more}, or test it on other "
+        f"images: python -m guardkit.evaluate guard=GUARD source=folder source.root=OTHER split=all{others}"
+    ]
+
+
 def no_better(metrics: Mapping[str, Any]) -> list[str]:
     """Whether a guard is no better than chance, or than flagging everything, and what to try.
 
@@ -22,9 +58,11 @@ def no_better(metrics: Mapping[str, Any]) -> list[str]:
     Args:
         metrics: "test", "always_unsafe" and "n_safe" as metrics.json has them.
     Returns:
-        One sentence, or none.
+        One sentence, or none; none too where a label is missing, and flagging everything is never wrong, or always.
     """
     test, always = metrics["test"], metrics["always_unsafe"]["f1"]
+    if test["auroc"] is None:
+        return []
     found, mend = [], []
     low, high = test["ci"].get("auroc", [test["auroc"]] * 2)
     if low is not None and low <= 0.5:

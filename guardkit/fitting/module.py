@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guardkit.checks import check_same
+from guardkit.checks import check_same, completed
 from guardkit.classifier import GuardClassifier
 from guardkit.data.datamodule import Batch, GuardDataModule
 from guardkit.fitting.objective import Objective, penalised, start_of
@@ -138,8 +138,11 @@ class GuardModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses weights of another head or objective."""
-        known = checkpoint.get("guardkit", {"trained_for": {}, "coins": None})
-        check_same("the checkpoint", known["trained_for"], self._trained_for())
+        known, now = checkpoint.get("guardkit", {"trained_for": {}, "coins": None}), self._trained_for()
+        earlier = dict(known["trained_for"])
+        if earlier.get("head", {}).get("kind") == self.head.kind:
+            earlier["head"] = completed(earlier["head"], now["head"], type(self.head))
+        check_same("the checkpoint", earlier, now)
         self._coins = known["coins"]
 
     def on_train_start(self) -> None:

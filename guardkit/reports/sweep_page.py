@@ -51,7 +51,8 @@ def short_table(summary: dict[str, Any]) -> str:
     sizes = [str(size) for size in summary["sizes"]]
     shown = sizes if len(sizes) <= 9 else [*sizes[:4], *sizes[-5:]]
     width = max(len(name) for name in summary["arms"])
-    lines = [f"{summary['metric']} by labelled unsafe images, mean of {len(summary['seeds'])} seeds"]
+    chosen = "".join(f", head {name}{_became(summary, name)}" for name in summary["heads_became"])
+    lines = [f"{summary['metric']} by labelled unsafe images, mean of {len(summary['seeds'])} seeds{chosen}"]
     lines.append("  " + " " * width + "".join(f"{size:>8}" for size in shown))
     for arm in summary["arms"]:
         values = [summary["curves"][arm][size]["mean"] for size in shown]
@@ -84,8 +85,13 @@ def _lead(summary: dict[str, Any]) -> list[str]:
         f"Mean over {len(summary['seeds'])} labelled subsets, {n_test['units']} test {what} ({n_test['pairs_made_by']}), 95 % intervals over "
         f"subsets and test images ({summary['n_resamples']} redraws of both). A budget counts every labelled unsafe image, validation included; "
         "regularisation is chosen on the validation images of each budget, never on test images.",
-        f"Head {', '.join(f'`{name}`' for name in summary['heads'])}. Engine `{engine['name']}`: {engine['fits']} fits in {engine['seconds']:.1f} s.",
+        f"Head {', '.join(f'`{name}`{_became(summary, name)}' for name in summary['heads'])}. Engine `{engine['name']}`: {engine['fits']} fits in {engine['seconds']:.1f} s.",
     ]
+
+
+def _became(summary: dict[str, Any], head: str) -> str:
+    """What a head is that chose for itself, in brackets; "" of another."""
+    return f" (here {summary['heads_became'][head]})" if head in summary["heads_became"] else ""
 
 
 def _tables(summary: dict[str, Any]) -> list[Table]:

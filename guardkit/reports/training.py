@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from guardkit.artifacts import write_table, written
 from guardkit.data.datamodule import GuardDataModule
+from guardkit.editors.none import NoEditor
 from guardkit.evaluation.training import Fitted, Measured
 from guardkit.reports import training_plots as plots
 from guardkit.schema import Record
@@ -57,9 +58,13 @@ def write_pictures(folder: Path, fitted: Fitted, data: GuardDataModule, measured
 
 
 def summary_table(metrics: dict[str, Any]) -> str:
-    """The main numbers with their 95 % intervals, and what each means; beside a dash, why there is no number."""
+    """The main numbers with their 95 % intervals, and what each means; beside a dash, why there is no number.
+
+    Where no editor was asked for, rows of what an editor would have made are left out.
+    """
     test, pairs, edits, threshold = metrics["test"], metrics["pairs"], metrics["edits"], metrics["test"]["threshold"]
-    traces = {"edited": "null_edit", "autoencoder": "autoencoder", "jpeg": "jpeg"}
+    has_editor = metrics["fingerprints"]["editor"] != NoEditor().config
+    traces = {"edited": "null_edit", "autoencoder": "autoencoder", "jpeg": "jpeg"} if has_editor else {}
     rows = [
         ("labelled unsafe images", str(metrics["n_unsafe"]), ""),
         ("natural safe images", str(metrics["n_safe"]), ""),
@@ -74,8 +79,7 @@ def summary_table(metrics: dict[str, Any]) -> str:
             "; ".join(f"{n} x {why}" for why, n in edits["rejected"].items()),
         ),
         ("threshold", _shown(threshold), "an image is flagged when its score reaches it"),
-        _row(f"pair accuracy (n={pairs['n']})", pairs, "pair_accuracy", "unsafe image flagged and its counterfactual not"),
-        _row("ranking accuracy", pairs, "ranking_accuracy", "unsafe image scores above its counterfactual"),
+        *(_pairs(pairs) if has_editor or pairs["n"] else []),
         _row(f"test AUROC (n={test['n']})", test, "auroc", "an unsafe image scores above a safe one; 0.5 is chance"),
         _row("test recall", test, "recall", "unsafe images that are flagged"),
         _row("test false-positive rate", test, "fpr", "safe images that are flagged"),
@@ -90,6 +94,13 @@ def summary_table(metrics: dict[str, Any]) -> str:
     lines = [f"{metrics['experiment']}, seed {metrics['seed']}"]
     lines += [f"  {name:<{names}}  {value:<{values}}  {meaning}".rstrip() for name, value, meaning in rows]
     return "\n".join([*lines, *(f"  note: {note}" for note in metrics["notes"])])
+
+
+def _pairs(pairs: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [
+        _row(f"pair accuracy (n={pairs['n']})", pairs, "pair_accuracy", "unsafe image flagged and its counterfactual not"),
+        _row("ranking accuracy", pairs, "ranking_accuracy", "unsafe image scores above its counterfactual"),
+    ]
 
 
 def _counted(title: str, n: int, meaning: str) -> list[tuple[str, str, str]]:

@@ -100,6 +100,9 @@ class PerturbedContent:
     strength: float
     seed: int
 
+    def __str__(self) -> str:
+        return str(self.original)
+
     @property
     def key(self) -> str:
         """Of the original and everything the edit depends on."""

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from guardkit import __version__
 from guardkit.artifacts import brought_along, fingerprint, write_json, written
 from guardkit.checks import check_path
-from guardkit.folders import FINISHED, LOCK, UNFINISHED, locked, read_mark
+from guardkit.folders import FINISHED, LOCK, UNFINISHED, expect, locked, read_mark
 from guardkit.runs.errors import user_error
 from guardkit.runs.overrides import job_name, mended
 from guardkit.runs.signals import end_stopped, stoppable, was_stopped
@@ -220,7 +220,7 @@ def _one_of_many(folder: Path, about: Mapping[str, Any]) -> Iterator[bool]:
 
 
 class Jobs(Callback):
-    """Hydra's callback around a multirun: one at a time in a folder; at the end says which jobs failed, with status 2."""
+    """Hydra's callback around runs. Of a multirun: one at a time in a folder; at the end says which jobs failed, with status 2."""
 
     def __init__(self) -> None:
         self._lock: FileLock | None = None
@@ -228,6 +228,10 @@ class Jobs(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """A launcher sends its processes the callback, and not the lock: this process alone holds the folder."""
         return {"_lock": None}
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
+        """Hydra makes the folder before anything is checked: what it makes is taken away again where nothing is written."""
+        expect(Path(str(config.hydra.run.dir)))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Takes the folder, and forgets what earlier multiruns recorded there."""

@@ -30,6 +30,9 @@ class SceneContent:
     scene: Scene
     size: int = 128
 
+    def __str__(self) -> str:
+        return f"the scene {self.scene.name}"
+
     @cached_property
     def key(self) -> str:
         """A hash of the description and of the drawing code, so that nothing need be drawn to look it up."""

@@ -23,6 +23,7 @@ class Loaded:
         set_aside: images among `rejected`, under the same id, that are not trained on but could be embedded: without a label
             (label -1), or in a group with a test image.
         is_grouped: whether `guardkit.data.grouping` has seen it.
+        without_labels: what a command that needs labels says where none of the images has one; "" where each has a reason of its own.
     """
 
     train: list[Record]
@@ -34,6 +35,7 @@ class Loaded:
     encoder_fingerprint: str | None = None
     set_aside: list[Record] = field(default_factory=list)
     is_grouped: bool = False
+    without_labels: str = ""
 
 
 class Source(Protocol):

@@ -35,8 +35,8 @@ class EmbeddingsSource:
         labels: label value -> safe or unsafe; null: to be left out. None: safe, unsafe, 0, 1, nsfw, ...
         default_label: of labels that `labels` does not list; None: they are an error.
         category_column, caption_column, group_column, source_column: may be missing under their usual names.
-        categories: value -> the policy's category, or None for one that this policy does not speak of. Without labels, listed
-            values mean unsafe and all others safe.
+        categories: value -> the policy's category, or None for one that this policy does not speak of: its unsafe
+            images are left out. Without labels, listed values mean unsafe and all others safe.
     Raises:
         InputError: no such folder, a column that is missing, or a value that nothing explains.
     """
@@ -110,7 +110,7 @@ class EmbeddingsSource:
             )
             if row.label == UNLABELLED:
                 set_aside[name] = record
-                rejected.append(Rejected(name, "no label"))
+                rejected.append(Rejected(name, row.left_out or "no label"))
             elif len(said[name] - {UNLABELLED}) > 1:
                 rejected.append(Rejected(name, "listed as safe and as unsafe"))
             elif name in kept:

@@ -64,6 +64,9 @@ class RowContent:
     row: int
     max_pixels: int
 
+    def __str__(self) -> str:
+        return self.part.row_name(self.row)
+
     def _encoded(self) -> bytes | Path:
         value = self.part.image(self.row)
         if isinstance(value, str) and value.isdigit() and int(value) < len(self.part):
@@ -177,7 +180,7 @@ def _records(
         )
         if row.label == UNLABELLED:
             set_aside.append(record)
-            rejected.append(Rejected(row_name, why))
+            rejected.append(Rejected(row_name, row.left_out or why))
         else:
             records.append(record)
     return records

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from guardkit.data.sources.files import Files, printable
 from guardkit.data.sources.rows import Row, RowRule, text, word_label
 from guardkit.images import MAX_PIXELS, SUFFIXES, FileContent
 from guardkit.policy import Policy
-from guardkit.schema import UNLABELLED, InputError, Record, Rejected
+from guardkit.schema import UNLABELLED, UNSAFE, InputError, Record, Rejected
 
 METADATA = ("metadata.csv", "metadata.parquet", "metadata.jsonl")
 # what people put beside class folders without meaning it as data, by the first part of its name
 _PAPERS = frozenset({"citation", "copying", "dataset_infos", "license", "licence", "metadata", "notice", "readme"})
+_SHOWN = 8  # folders in an error
 _USUAL = {"file": "file_name", "label": "label", "category": "category", "group": "group", "caption": "caption"}
 
 
@@ -44,8 +45,8 @@ class FolderSource:
             missing there under their usual names. label_column None: labels follow from `categories`, or there are none.
         labels: label, or name of a class folder -> safe or unsafe; null: to be left out. None: safe, unsafe, 0, 1, nsfw, ...
         default_label: of labels that `labels` does not list; None: they are an error.
-        categories: category, or name of a class folder -> category of the policy; class folders that are not listed are safe.
-            Where they are all folders, a metadata file is read only if `metadata` names it.
+        categories: category, or name of a class folder -> category of the policy; null: its unsafe images are left out; class folders
+            that are not listed are safe. Where they are all folders, a metadata file is read only if `metadata` names it.
         max_pixels: larger images are rejected.
         check_images: read every image once; without it, bad images show only in training, and near-duplicates are
             not found.
@@ -93,11 +94,11 @@ class FolderSource:
         self.max_pixels, self.check_images, self.near_duplicate_distance = max_pixels, check_images, near_duplicate_distance
         self.metadata = self._find_metadata(metadata)
         if self.metadata is None:
-            for folder in self._rule.categories or {}:
-                if folder not in self._folders():
-                    raise InputError(
-                        f"source.categories names the folder {folder!r}, which {self.root} does not have; it has {', '.join(self._folders()) or 'none'}"
-                    )
+            missing = [folder for folder in self._rule.categories or {} if folder not in self._folders()]
+            if missing:
+                raise InputError(
+                    f"source.categories names {_folders(missing)}, which {self.root} does not have; it has {', '.join(self._folders()) or 'none'}"
+                )
         self.asked: dict[str, Any] = {
             "source": self.name,
             "root": printable(self.root.name),
@@ -130,10 +131,12 @@ class FolderSource:
             )
             if row.label == UNLABELLED:
                 set_aside.append(record)
-                rejected.append(Rejected(name, self._why_unlabelled()))
+                rejected.append(Rejected(name, row.left_out or self._why_unlabelled()))
             else:
                 train.append(record)
-        loaded = Loaded(train=train, test=None, rejected=rejected, given=given, set_aside=set_aside)
+        loaded = Loaded(
+            train=train, test=None, rejected=rejected, given=given, set_aside=set_aside, without_labels=self._without_labels(len(found))
+        )
         loaded = group(loaded, check_images=self.check_images, near_duplicate_distance=self.near_duplicate_distance)
         if not loaded.train and not loaded.set_aside:
             raise InputError(f"{self.root} has no image that can be used{why_rejected(loaded)}")
@@ -194,8 +197,7 @@ class FolderSource:
             raise InputError(
                 f"{self.root} holds {len(found)} images and no {' or '.join(METADATA)}{self._other_tables()}, or source.label_column=null to embed without labels"
             )
-        for folder in self._folders():
-            row = Row(*self._class_of(folder))
+        for folder, row in self._classes().items():
             for name in self._files(folder, rejected):
                 self._add(name, row, found, rejected)
         return found
@@ -224,23 +226,62 @@ class FolderSource:
                     rejected.append(Rejected(printable(name(os.path.join(parent, one))), "link to a folder, which is not followed"))
             yield from (name(os.path.join(parent, one)) for one in sorted(files) if not one.startswith("."))
 
-    def _class_of(self, folder: str) -> tuple[int, str | None]:
+    def _classes(self) -> dict[str, Row]:
+        """What each folder says of the images in it.
+
+        Raises:
+            InputError: some say nothing, or source.categories counts them as safe and their names deny it; all are named.
+        """
+        folders = self._folders()
+        denied = [folder for folder in folders if self._rule.denies(folder)]
+        if denied:
+            many = "s" * (len(denied) > 1)
+            listed = ", ".join(f"{folder}: CATEGORY" for folder in denied)
+            raise InputError(
+                f"{self.root} has {_folders(denied)}, which source.categories does not list; what it leaves out counts as safe, "
+                f"which the name{many} den{'y' if many else 'ies'}: list {'them' if many else 'it'} as {{{listed}}} or rename {'them' if many else 'it'}"
+            )
+        rows = {folder: self._class_of(folder) for folder in folders}
+        known = {folder: row for folder, row in rows.items() if row is not None}
+        unknown = [folder for folder in folders if folder not in known]
+        if unknown:
+            shown = unknown[:_SHOWN]
+            more = f" and {len(unknown) - _SHOWN} more" if unknown[_SHOWN:] else ""
+            lead = f"{self.root} has " if known else f"{self._no_table()} and no class folder, but "
+            raise InputError(
+                f"{lead}{_folders(shown)}{more}; without a table, folders must be called safe, unsafe or like a category of policy "
+                f"{self.policy.name!r} ({', '.join(self.policy.category_names)}), or be listed: "
+                f"source.categories={{{', '.join(f'{folder}: CATEGORY' for folder in shown)}}}, "
+                f"source.labels={{{', '.join(f'{folder}: safe' for folder in shown)}}}; source.label_column=null embeds images without "
+                f"labels{self._other_tables()}"
+            )
+        return known
+
+    def _class_of(self, folder: str) -> Row | None:
+        """What one folder says; None: nothing."""
         if self._rule.categories is not None:
-            return self._rule.class_of(folder, f"{self.root} has the folder")
+            return Row(*self._rule.class_of(folder, f"{self.root} has the folder"), left_out=self._rule.why_left_out(folder))
         if self._rule.columns["label"] is None:
-            return UNLABELLED, None
+            return Row(UNLABELLED)
         own = self.policy.own_name(folder)
         if own in self.policy.category_names:
-            return 1, own
+            return Row(UNSAFE, own)
         if self._rule.labels.lists(folder):
-            return self._rule.labels.read(folder, f"{self.root} folder {folder}"), None
+            return Row(self._rule.labels.read(folder, f"{self.root} folder {folder}"), left_out=self._rule.labels.why_left_out(folder))
         label = None if folder.isdigit() else word_label(folder)  # a number may be that of a class
-        if label is not None:
-            return label, None
-        raise InputError(
-            f"{self.root} has the folder {folder!r}; without a metadata file, folders must be called safe, unsafe or like a category of policy "
-            f"{self.policy.name!r} ({', '.join(self.policy.category_names)}), or be listed: source.categories={{{folder}: CATEGORY}}, "
-            f"source.labels={{{folder}: safe}}; source.label_column=null embeds images without labels{self._other_tables()}"
+        return None if label is None else Row(label)
+
+    def _no_table(self) -> str:
+        return f"{self.root} has no table ({', '.join(METADATA)})"
+
+    def _without_labels(self, n: int) -> str:
+        """What to say where labels are needed and none of the n images has one; "" where each has a reason of its own."""
+        if self.metadata or self._folders() or self._rule.columns["label"] is None:
+            return ""
+        return (
+            f"{self._no_table()} and no class folders, so that nothing says which of its {n} images are unsafe; write {METADATA[0]} "
+            f"(file_name,label,category), or sort them into folders called safe, unsafe or like a category of policy {self.policy.name!r} "
+            f"({', '.join(self.policy.category_names)})"
         )
 
     def _why_unlabelled(self) -> str:
@@ -256,6 +297,10 @@ class FolderSource:
                 rejected.append(Rejected(name, path))
             else:
                 yield name, row, FileContent(path, self.max_pixels)
+
+
+def _folders(names: Sequence[str]) -> str:
+    return f"the folder{'s' * (len(names) > 1)} {', '.join(map(repr, names))}"
 
 
 def _unique(rows: list[tuple[str, Row]], rejected: list[Rejected]) -> list[tuple[str, Row]]:

@@ -44,8 +44,9 @@ class HubSource:
         labels: label value -> safe or unsafe; null: to be left out. None: safe, unsafe, 0, 1, nsfw, ...
         default_label: of labels that `labels` does not list; None: they are an error.
         category_column: None: categories are unknown.
-        categories: value -> the policy's category, or None for one that this policy does not speak of; values that are
-            not listed must be categories of the policy. Without labels, listed values mean unsafe and all others safe.
+        categories: value -> the policy's category, or None for one that this policy does not speak of: its unsafe images are
+            left out; values that are not listed must be categories of the policy. Without labels, listed values mean unsafe and
+            all others safe.
         source_column, caption_column, group_column: may be None. Rows of one group never straddle a split.
         access: what to do to be let in, shown when the set is gated or missing.
         max_pixels: larger images are rejected.

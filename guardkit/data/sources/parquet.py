@@ -49,8 +49,8 @@ class ParquetSource:
             label_column None: labels follow from `categories`, or there are none. Rows of one group never straddle a split.
         labels: label value -> safe or unsafe; null: to be left out. None: safe, unsafe, 0, 1, nsfw, ...
         default_label: of labels that `labels` does not list; None: they are an error.
-        categories: value -> the policy's category, or None for one that this policy does not speak of. Without labels, listed
-            values mean unsafe and all others safe.
+        categories: value -> the policy's category, or None for one that this policy does not speak of: its unsafe
+            images are left out. Without labels, listed values mean unsafe and all others safe.
         class_column: says what an image shows: label and category follow from the policy's classes and look-alikes, whose
             category is what they look like; all other classes are safe. None: labels say what is unsafe.
         max_pixels: larger images are rejected.

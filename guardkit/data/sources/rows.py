@@ -15,7 +15,7 @@ from typing import Any
 
 from guardkit.checks import check_map
 from guardkit.policy import Policy
-from guardkit.schema import SAFE, UNLABELLED, UNSAFE, InputError, Region
+from guardkit.schema import SAFE, UNLABELLED, UNSAFE, InputError, Region, shortened
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class Row:
         caption: may be empty.
         group: as listed; None without one.
         source: where the image comes from; None when the row does not say.
+        left_out: why it has no label although it says something: a setting leaves it out; "" else.
     """
 
     label: int
@@ -52,6 +53,7 @@ class Row:
     caption: str = ""
     group: str | None = None
     source: str | None = None
+    left_out: str = ""
 
 
 def text(value: Any) -> str:
@@ -98,6 +100,11 @@ class LabelRule:
         """Whether the mapping explains the value, or the default explains all."""
         return _canonical(value) in (self.labels or {}) or self.default is not None
 
+    def why_left_out(self, value: Any) -> str:
+        """Why an image of this label is not used, where the mapping says so; "" else."""
+        is_left_out = (self.labels or {}).get(_canonical(value)) == UNLABELLED
+        return f"label {shortened(text(value))!r} is left out (null in source.labels)" if is_left_out else ""
+
     def read(self, value: Any, where: str) -> int:
         """1 = unsafe, 0 = safe, -1 = missing: nothing, NaN, blank, -1, or a word for that such as "nan" or "None".
 
@@ -141,8 +148,8 @@ class RowRule:
         usual: the columns that a table may lack: those that are called so by default.
         labels: value -> safe, unsafe or None; see `LabelRule`.
         default_label: of values that `labels` does not list.
-        categories: value -> category of the policy, None for one that this policy does not speak of. In a table without labels
-            they follow from it: a listed value means unsafe (None: left out), and everything else safe.
+        categories: value -> category of the policy, None for one that this policy does not speak of: its unsafe images are left
+            out. In a table without labels they follow from it: a listed value means unsafe, and everything else safe.
         boxes: whether the columns x_min, y_min, x_max, y_max are a box.
     Raises:
         InputError: a setting that does not fit the policy.
@@ -241,22 +248,27 @@ class RowRule:
         region = _region(cells)
         if isinstance(region, str):
             return region
+        left_out = ""
         if "class" in cells:
             value = text(cells["class"])
             label, category = self._classes.get(value, (SAFE, None)) if value else (UNLABELLED, None)
         elif "label" in cells:
             label, category = self.labels.read(cells["label"], where), self._category(cells)
+            left_out = self.why_left_out(cells.get("category")) if label == UNSAFE else self.labels.why_left_out(cells["label"])
         elif self.categories is not None and "category" in cells:
             value = text(cells["category"])
             label, category = self.class_of(value, f"{where} has the class") if value else (UNLABELLED, None)
+            left_out = self.why_left_out(value)
         else:
+            label, category = UNLABELLED, None
+        if left_out:
             label, category = UNLABELLED, None
         if label == UNSAFE and category is not None:
             self.policy.check_category(category, f"{where} (source.categories may translate it)")
         elif category not in self.policy.category_names:
             category = None  # a safe image may look like something that this policy does not speak of
         listed, source = text(cells.get("group")), text(cells.get("source"))
-        return Row(label, category, region, text(cells.get("caption")), listed or None, source or None)
+        return Row(label, category, region, text(cells.get("caption")), listed or None, source or None, left_out)
 
     def check_classes(self, found: Set[str], where: str) -> None:
         """Warns of classes that the policy names and a data set lacks.
@@ -299,12 +311,25 @@ class RowRule:
         if name in self.categories:
             category = self.categories[name]
             return (UNLABELLED if category is None else UNSAFE), category
-        if (word_label(name) == UNSAFE and not name.isdigit()) or self.policy.own_name(name) in self.policy.category_names:
+        if self.denies(name):
             raise InputError(
                 f"{where} {name!r}, which source.categories does not list; what it leaves out counts as safe, "
                 f"which the name denies: list it as {{{name}: CATEGORY}} or rename it"
             )
         return SAFE, None
+
+    def denies(self, name: str) -> bool:
+        """Whether `source.categories` counts a class as safe by leaving it out, and its name says that it is unsafe."""
+        listed = self.categories is None or name in self.categories
+        return not listed and (
+            (word_label(name) == UNSAFE and not name.isdigit()) or self.policy.own_name(name) in self.policy.category_names
+        )
+
+    def why_left_out(self, category: Any) -> str:
+        """Why an unsafe image of this category is not used, where `source.categories` says so; "" else."""
+        value = text(category)
+        is_left_out = self.categories is not None and value in self.categories and self.categories[value] is None
+        return f"category {shortened(value)!r} is left out (null in source.categories)" if is_left_out else ""
 
 
 def _region(cells: Mapping[str, Any]) -> Region | str | None:
