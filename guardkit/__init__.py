@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from guardkit.api.embed import embed
     from guardkit.api.evaluate import EvaluationReport, evaluate
     from guardkit.api.fetch import fetch_encoder
+    from guardkit.api.moderate import ModerationReport, moderate
     from guardkit.api.sweep import SweepReport, sweep
     from guardkit.api.synthesize import synthesize
     from guardkit.api.train import TrainingReport, train_guard
@@ -66,6 +67,8 @@ _HOMES = {
     "EvaluationReport": "guardkit.api.evaluate",
     "calibrate": "guardkit.api.calibrate",
     "CalibrationReport": "guardkit.api.calibrate",
+    "moderate": "guardkit.api.moderate",
+    "ModerationReport": "guardkit.api.moderate",
     "sweep": "guardkit.api.sweep",
     "SweepReport": "guardkit.api.sweep",
     "Arm": "guardkit.data.arms",

@@ -17,6 +17,7 @@ COMMANDS = {
     "fetch": "fetches an encoder once, into a folder that needs no network",
     "evaluate": "measures guards and published classifiers side by side",
     "calibrate": "sets a guard's thresholds with a promise",
+    "moderate": "decides over a folder, shards or Parquet files of images",
     "app": "a local web page on which people judge pairs",
 }
 USER_ERROR = 2

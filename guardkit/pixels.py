@@ -66,15 +66,19 @@ def each_frame(image: Image.Image, max_pixels: int, most: int, take: Callable[[n
         raise ImageError(f"an animation of {n} frames is more than {most}")
     if n > 1 and n * image.width * image.height > 10 * max_pixels:
         raise ImageError(f"an animation of {n} frames of {image.width}x{image.height} is more than {10 * max_pixels} pixels")
-    found = [take(as_shown(image, max_pixels))]
-    is_hidden = bool(getattr(image, "default_image", False))
-    for i in [*range(2 if is_hidden else 1, n), *([0] if is_hidden else [])]:
-        image.seek(i)
-        check_size(*image.size, max_pixels)
-        with decoding(*image.size):
-            image.load()
-            found.append(take(_upright(image)))
-    return found
+    if not (n > 1 and getattr(image, "default_image", False)):
+        return [take(as_shown(image, max_pixels)), *(_frame(image, i, max_pixels, take) for i in range(1, n))]
+    default = _frame(image, 0, max_pixels, take)
+    image.paste(_empty(image), (0, 0, *image.size))  # it is not the canvas of the animation, see `_first_frame`
+    return [*(_frame(image, i, max_pixels, take) for i in range(1, n)), default]
+
+
+def _frame(image: Image.Image, number: int, max_pixels: int, take: Callable[[np.ndarray], T]) -> T:
+    image.seek(number)
+    check_size(*image.size, max_pixels)
+    with decoding(*image.size):
+        image.load()
+        return take(_upright(image))
 
 
 @contextmanager
