@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from guardkit.fitting.module import BestHead, GuardModule
     from guardkit.fitting.objective import Objective
     from guardkit.fitting.terms import Gaps, Term
-    from guardkit.heads import AnchoredHead, Head, LinearHead, MLPHead, PromptHead
+    from guardkit.heads import AnchoredHead, Head, JoinedHead, LinearHead, MLPHead, PromptHead
     from guardkit.policy import Category, Policy
     from guardkit.schema import Decision, EmbeddingGuard, Guard, ImageError, ImageGuard, InputError, Judgment, Record, Rejected
     from guardkit.thresholds import Band, Thresholds
@@ -111,6 +111,7 @@ _HOMES = {
     # heads
     "Head": "guardkit.heads",
     "AnchoredHead": "guardkit.heads",
+    "JoinedHead": "guardkit.heads",
     "LinearHead": "guardkit.heads",
     "MLPHead": "guardkit.heads",
     "PromptHead": "guardkit.heads",

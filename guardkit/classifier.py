@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,15 @@ from guardkit.checks import check_whole
 from guardkit.encoders.base import Encoder
 from guardkit.encoders.lookup import ENCODER_KINDS, find_encoder
 from guardkit.guard_folder import read_guard, write_guard
-from guardkit.heads import Head
+from guardkit.heads import Head, JoinedHead
 from guardkit.images import read_image
 from guardkit.inputs import each_image, readable
 from guardkit.metrics.operating_points import operating_threshold
 from guardkit.policy import Policy
 from guardkit.schema import Decision, ImageError, InputError
-from guardkit.score_maps import Calibration
+from guardkit.score_maps import Calibration, ScoreMap
 from guardkit.seen import SeenImages
-from guardkit.thresholds import Band, Thresholds, check_scope, undecided
+from guardkit.thresholds import DEFAULT, Band, Thresholds, check_scope, undecided
 
 
 class GuardClassifier:
@@ -251,6 +252,47 @@ class GuardClassifier:
         sound = np.isfinite(embeddings).all(axis=1) & embeddings.any(axis=1) if embeddings.ndim == 2 else np.full(len(embeddings), True)
         rows[sound] = self.probabilities(embeddings[sound])
         return rows
+
+    def extended_by(self, other: GuardClassifier) -> GuardClassifier:
+        """A guard for the categories of both, on the same embeddings.
+
+        What this guard says of its categories stays the same to the last bit. An image is as unsafe as the guard says that finds it most
+        unsafe, so that the decision has to be calibrated anew: its thresholds are those of before, or 0.5 where they were calibrated.
+
+        Args:
+            other: trained on the same encoder, for other categories.
+        Raises:
+            InputError: another encoder, a category that both have, or a head that is not guardkit's own.
+        """
+        if other.encoder.fingerprint != self.encoder.fingerprint:
+            raise InputError(
+                f"both guards must be on one encoder, got {self.encoder.name} and {other.encoder.name}; train the new one with the first one's"
+            )
+        both = [name for name in other.policy.category_names if name in self.policy.category_names]
+        if both:
+            raise InputError(f"the guard has the category {both[0]!r} already; give a policy with the new categories alone")
+        policy = replace(
+            self.policy,
+            categories=(*self.policy.categories, *other.policy.categories),
+            safe_texts=tuple(dict.fromkeys((*self.policy.safe_texts, *other.policy.safe_texts))),
+            harmless=self.policy.harmless and other.policy.harmless,
+        )
+        before = [one for one in (self.calibration, other.calibration) if one is not None]
+        maps = {name: one for calibration in before for name, one in calibration.categories.items()}
+        decision = Band.at(DEFAULT) if before else self.thresholds.decision
+        reason = f"extended by {', '.join(other.policy.category_names)}"
+        seen = [one for one in (self.training_images, other.training_images) if one is not None]
+        return GuardClassifier(
+            JoinedHead.of(self.head, other.head),
+            self.encoder,
+            policy,
+            threshold=Thresholds(decision, {**self.thresholds.categories, **other.thresholds.categories}),
+            training={**self.training, "extended_by": {"policy": other.policy.name, **other.training}},
+            metrics=self.metrics,
+            training_images=seen[0].joined(seen[1]) if len(seen) == 2 else None,
+            calibration=Calibration(ScoreMap.line("none", 1.0, 0.0), maps) if before else None,
+            history=[*self.history, {"thresholds": self.thresholds.to_dict(), "reason": reason}],
+        )
 
     # --- keeping ------------------------------------------------------------------------------------------------------
 

@@ -240,7 +240,11 @@ def _promised(config: Mapping[str, Any]) -> str:
     if config["calibration"] is None:
         return "They were not calibrated, and promise nothing: `python -m guardkit.calibrate guard=THIS_FOLDER source=... max_fpr=0.01`.\n"
     about = config["calibration"]["about"]
-    promises = "".join(f"- {' '.join(str(promise).split())}\n" for promise in about.get("promises", []))
+    if not about:
+        return "Some categories were calibrated; the decision was not since the guard was extended, and promises nothing.\n"
+    promises = "".join(
+        f"- {' '.join(str(promise).split())}\n" for name in ("promises", "promises_by_category") for promise in about.get(name, [])
+    )
     return (
         f"Scores are probabilities where {about.get('prevalence')} of the images are unsafe. Promised, each by itself, for images like the {about.get('n_safe')} safe and "
         f"{about.get('n_unsafe')} unsafe ones that the thresholds were chosen on:\n\n{promises}\nThe figures below were measured before, on the scores and at the threshold of then.\n"

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from guardkit.checks import check_number, check_whole
 from guardkit.encoders.base import Encoder, cut_off, require_texts
-from guardkit.kinds import MAX_WIDTH, Kinds
+from guardkit.kinds import MAX_WIDTH, Kinds, check_arguments
 from guardkit.policy import Policy
 from guardkit.schema import InputError, shortened
 
@@ -31,6 +31,7 @@ HEAD_KINDS = Kinds(
         "anchored": "guardkit.heads:AnchoredHead",
         "mlp": "guardkit.heads:MLPHead",
         "prompt": "guardkit.heads:PromptHead",
+        "joined": "guardkit.heads:JoinedHead",
     },
 )
 
@@ -447,6 +448,59 @@ def _erasing(images: KnowsImages, n_images: int) -> np.ndarray:
     trace = whitening @ (edited - original).mean(axis=0)
     length = max(float(trace @ trace), np.finfo(float).tiny)
     return np.eye(len(trace)) - np.outer(whitening @ trace, np.linalg.solve(whitening, trace)) / length
+
+
+class JoinedHead(Head):
+    """Heads side by side on the same embeddings: what each says of its categories stays as it is, and an image is as unsafe as the head
+    says that finds it most unsafe.
+
+    Args:
+        dim: d, width of the embeddings.
+        n_categories: k, of all heads together.
+        parts: kind and settings of each head, one of guardkit's own, in the order of their categories.
+    """
+
+    def __init__(self, dim: int, n_categories: int, *, parts: list) -> None:
+        super().__init__()
+        self.config = {"dim": dim, "n_categories": n_categories, "parts": parts}
+        heads, n = [], 0
+        for i, part in enumerate(parts):
+            if not isinstance(part, dict) or set(part) != {"kind", "settings"} or not isinstance(part["settings"], dict):
+                raise ValueError(f"parts[{i}] must have kind and settings")
+            if part["kind"] not in HEAD_KINDS.ours or part["kind"] == "joined":
+                raise ValueError(f"parts[{i}].kind must be one of guardkit's heads, got {shortened(repr(part['kind']))}")
+            kind = HEAD_KINDS.load(part["kind"], ())
+            check_arguments(kind, part["settings"], f"parts[{i}].settings")
+            if part["settings"].get("dim") != dim:
+                raise ValueError(f"parts[{i}].settings.dim must be {dim}, got {part['settings'].get('dim')!r}")
+            heads.append(kind(**part["settings"]))
+            n += part["settings"]["n_categories"]
+        if n != n_categories:
+            raise ValueError(f"parts have {n} categories, expected {n_categories}")
+        self.heads = nn.ModuleList(heads)
+
+    @classmethod
+    def of(cls, *heads: Head) -> JoinedHead:
+        """Trained heads side by side; those of joined ones one by one.
+
+        Raises:
+            InputError: one is not guardkit's own.
+        """
+        single = [one for head in heads for one in (head.heads if isinstance(head, JoinedHead) else [head])]
+        described = [HEAD_KINDS.describe(one) for one in single]
+        foreign = [name for name, _ in described if name not in HEAD_KINDS.ours]
+        if foreign:
+            raise InputError(f"a guard with a head of kind {foreign[0]} cannot be extended; only guardkit's own heads stand side by side")
+        n_categories = sum(config["n_categories"] for _, config in described)
+        joined = cls(described[0][1]["dim"], n_categories, parts=[{"kind": name, "settings": config} for name, config in described])
+        joined.heads = nn.ModuleList(single)
+        return joined.eval()
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(n, d) -> (n, 1 + k) logits."""
+        each = [head(embeddings) for head in self.heads]
+        decision = torch.stack([logits[:, 0] for logits in each]).amax(dim=0)
+        return torch.cat([decision[:, None], *(logits[:, 1:] for logits in each)], dim=1)
 
 
 def _texts(encoder: Encoder, policy: Policy, *, needed_by: str, instead: str) -> tuple[np.ndarray, Tensor, tuple[str, ...]]:

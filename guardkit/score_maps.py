@@ -111,6 +111,11 @@ class Calibration:
     categories: Mapping[str, ScoreMap] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def promises(self) -> list[str]:
+        """What the thresholds of the decision promise, in sentences."""
+        return list(self.about.get("promises", []))
+
     def apply(self, logits: Tensor, categories: Sequence[str]) -> Tensor:
         """(n, 1 + k) logits of a head -> (n, 1 + k) calibrated ones; `categories` are the k names."""
         maps = [self.decision, *(self.categories.get(name) for name in categories)]
@@ -131,9 +136,10 @@ class Calibration:
         parts = ("categories", "about")
         if not isinstance(data, Mapping) or set(data) != {"decision", *parts} or not all(isinstance(data[part], Mapping) for part in parts):
             raise ValueError("a calibration must have a map for the decision, maps for categories, and facts about it")
-        promises = data["about"].get("promises", [])
-        if not isinstance(promises, list) or not all(isinstance(one, str) for one in promises):
-            raise ValueError("the promises of a calibration must be a list of texts")
+        for name in ("promises", "promises_by_category"):
+            said = data["about"].get(name, [])
+            if not isinstance(said, list) or not all(isinstance(one, str) for one in said):
+                raise ValueError(f"the {name} of a calibration must be a list of texts")
         maps = {name: ScoreMap.from_dict(one) for name, one in data["categories"].items()}
         return cls(ScoreMap.from_dict(data["decision"]), maps, data["about"])
 

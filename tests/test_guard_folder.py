@@ -467,7 +467,11 @@ def test_a_class_of_a_notebook_can_only_be_given(foreign):
         ("head", "minepackage.parts:LinearHead", "is no class that is defined there"),
         ("head", "minepackage.parts:none", "cannot be imported"),
         ("head", "minepackage.elsewhere:MyHead", "cannot be imported"),
-        ("head", "minepackage.parts:MyHead.forward", "head.kind must be one of linear, anchored, mlp, prompt, or package.module:Class"),
+        (
+            "head",
+            "minepackage.parts:MyHead.forward",
+            "head.kind must be one of linear, anchored, mlp, prompt, joined, or package.module:Class",
+        ),
         ("head", "minepackage:parts:MyHead", "head.kind must be one of linear"),
         ("encoder", "minepackage.parts:OpenClipEncoder", "is no class that is defined there"),
         ("encoder", "subprocess:Popen", "encoder must have"),

@@ -34,7 +34,7 @@ from guardkit.fitting.objective import Objective
 from guardkit.fitting.parts import HeadFactory, check_parts, head_factory, make_parts, new_head
 from guardkit.fitting.recipe import ADAMW, OptimizerFactory, Recipe, check_threshold, named, opened_logger
 from guardkit.folders import claim, refuse_others
-from guardkit.heads import Head
+from guardkit.heads import Head, JoinedHead
 from guardkit.policy import Policy
 from guardkit.reports.training import summary_table, write_pictures, write_predictions
 from guardkit.reports.training_mistakes import mistakes_page
@@ -87,6 +87,7 @@ def train_guard(
     callbacks: Sequence[L.Callback] | None = None,
     ckpt_path: str | Path | None = None,
     logger: Any = False,
+    extend: GuardClassifier | None = None,
     cache_dir: str | Path | None = None,
     output_dir: str | Path | None = None,
 ) -> TrainingReport:
@@ -121,6 +122,8 @@ def train_guard(
             writes into output_dir/checkpoints. None: one that writes best.ckpt there at every better validation.
         ckpt_path: such a checkpoint of an earlier run with the same settings, to go on from.
         logger: Lightning's, or a function that opens one; False: none.
+        extend: a guard on the same encoder, to which the policy's categories are added: what is trained and measured is a head for these alone,
+            and the guard that comes out has both.
         cache_dir: where embeddings and edits are kept for later runs; None keeps them in memory.
         output_dir: where guard, figures and pictures go; None: nowhere.
     Raises:
@@ -133,6 +136,8 @@ def train_guard(
     recipe.check()
     check_threshold(threshold)
     chosen, make_head = arm_named(arm), head_factory(head)
+    if extend is not None:
+        _check_extension(extend, encoder, policy)
     folder, cache = _path(output_dir), _path(cache_dir)
     if folder is not None:
         refuse_others(folder, "train", replaces=True)
@@ -195,6 +200,11 @@ def train_guard(
             labelled = [record for kind in ("unsafe", "natural", "look_alike") for record in parts.data.choice.of(kind)[:MAX_IMAGES]]
             metrics["notes"] += unknown_images(encoder, lambda: parts.data.views.embed(labelled))
             n_of = Counter(record.label for record in parts.data.load())
+            if extend is not None:
+                metrics["notes"].append(
+                    f"these figures are of {', '.join(policy.category_names)} alone, which were added to {', '.join(extend.policy.category_names)}; "
+                    "calibrate the guard for thresholds of the decision"
+                )
             metrics["notes"] += [
                 *unused(metrics, n_of[UNSAFE], n_of[SAFE]),
                 *lacks_a_label(metrics, brings_test_images=parts.data.loaded.test is not None),
@@ -212,6 +222,8 @@ def train_guard(
             }
             guard.training_images = training_images(parts.data, parts.unlabelled)
             guard.metrics = {key: metrics[key] for key in ("test", "pairs", "always_unsafe", "notes")}
+            if extend is not None:
+                guard = extend.extended_by(guard)
             if folder is not None:
                 guard.save_pretrained(folder / "guard")
                 write_predictions(folder / "predictions.parquet", measured)
@@ -232,6 +244,16 @@ def train_guard(
     finally:
         parts.data.close()
     return TrainingReport(guard, metrics, summary_table(metrics), folder)
+
+
+def _check_extension(guard: GuardClassifier, encoder: Encoder, policy: Policy) -> None:
+    """Before anything is trained, what `extended_by` would refuse."""
+    if guard.encoder.fingerprint != encoder.fingerprint:
+        raise InputError(f"the guard that is extended is on encoder {guard.encoder.name}, got {encoder.name}; train with the guard's own")
+    both = [name for name in policy.category_names if name in guard.policy.category_names]
+    if both:
+        raise InputError(f"the guard that is extended has the category {both[0]!r} already; give a policy with the new categories alone")
+    JoinedHead.of(guard.head)
 
 
 def _path(place: str | Path | None) -> Path | None:

@@ -153,7 +153,7 @@ def calibrated(
             _column(name, found, _scores(found, logits[mine, i]), own[mine].astype(int), before, asked if asked.by_category else None)
         )
     thresholds = Thresholds(decision.band, {column.name: column.band for column in columns[1:]})
-    promised = [sentence(promise, column.name) for column in columns for promise in column.promises if promise.threshold is not None]
+    promised = [[sentence(promise, column.name) for promise in column.promises if promise.threshold is not None] for column in columns]
     made = copy.copy(guard)
     made.history = [
         *guard.history,
@@ -165,7 +165,16 @@ def calibrated(
     ]
     made.thresholds = thresholds
     made.calibration = Calibration(
-        fitted.map, maps, {**about, "n_safe": n_safe, "n_unsafe": n_unsafe, "prevalence": asked.prevalence, "promises": promised}
+        fitted.map,
+        maps,
+        {
+            **about,
+            "n_safe": n_safe,
+            "n_unsafe": n_unsafe,
+            "prevalence": asked.prevalence,
+            "promises": promised[0],
+            "promises_by_category": [one for each in promised[1:] for one in each],
+        },
     )
     made.operating_points = {
         name: point | {"threshold": None if point["threshold"] is None else _moved(point["threshold"], old, fitted.map)}

@@ -94,7 +94,7 @@ def report_page(facts: Mapping[str, Any], guard: GuardClassifier, scope: tuple[s
         guard=guard.name,
         scope=", ".join(scope) if scope else "",
         bands={"decision": guard.thresholds.decision, **guard.thresholds.categories},
-        promises=[] if guard.calibration is None else guard.calibration.about.get("promises", []),
+        promises=[] if guard.calibration is None else guard.calibration.promises,
         shown=shown,
         n_flagged=n_flagged,
     )

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from guardkit.api.train import TrainingReport, train_guard
+from guardkit.classifier import GuardClassifier
 from guardkit.runs.hydra import cache_dir, factory, make, plain, policy
 from guardkit.runs.loggers import check_logger, logger_of
 from guardkit.runs.objects import arm, data, edits, loss
@@ -23,10 +24,11 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> TrainingReport:
     """
     check_logger(cfg.logger)
     rules = policy(cfg)
+    extend = None if cfg.extend is None else GuardClassifier.from_pretrained(cfg.extend, trust=plain(cfg.trust))
     return train_guard(
         make(cfg.source, policy=rules),
         rules,
-        encoder=make(cfg.encoder),
+        encoder=make(cfg.encoder) if extend is None else extend.encoder,
         head=factory(cfg.head),
         arm=arm(cfg),
         editor=edits(cfg),
@@ -41,6 +43,7 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> TrainingReport:
         callbacks=[make(one) for one in cfg.callbacks.values() if one is not None],
         ckpt_path=cfg.ckpt_path,
         logger=lambda: logger_of(cfg.logger, settings, folder),
+        extend=extend,
         cache_dir=cache_dir(cfg),
         output_dir=folder,
     )
