@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from guardkit.api.calibrate import CalibrationReport, calibrate
+    from guardkit.api.compare import ComparisonReport, compare
     from guardkit.api.embed import embed
     from guardkit.api.evaluate import EvaluationReport, evaluate
     from guardkit.api.fetch import fetch_encoder
@@ -67,6 +68,8 @@ _HOMES = {
     "EvaluationReport": "guardkit.api.evaluate",
     "calibrate": "guardkit.api.calibrate",
     "CalibrationReport": "guardkit.api.calibrate",
+    "compare": "guardkit.api.compare",
+    "ComparisonReport": "guardkit.api.compare",
     "moderate": "guardkit.api.moderate",
     "ModerationReport": "guardkit.api.moderate",
     "sweep": "guardkit.api.sweep",

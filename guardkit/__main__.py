@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "measures guards and published classifiers side by side",
     "calibrate": "sets a guard's thresholds with a promise",
     "moderate": "decides over a folder, shards or Parquet files of images",
+    "compare": "an old and a new guard on the same images",
     "app": "a local web page on which people judge pairs",
 }
 USER_ERROR = 2

@@ -23,7 +23,7 @@ LEVELS = {
     "reports": 7,
     "api": 8,
     "runs": 9,
-    "__main__": 10, "_hydra": 10, "train": 10, "embed": 10, "fetch": 10, "synthesize": 10, "sweep": 10, "evaluate": 10, "calibrate": 10, "moderate": 10, "app": 10,
+    "__main__": 10, "_hydra": 10, "train": 10, "embed": 10, "fetch": 10, "synthesize": 10, "sweep": 10, "evaluate": 10, "calibrate": 10, "moderate": 10, "compare": 10, "app": 10,
 }  # fmt: skip
 # rooms of one level that may lean on each other, with the reason
 ALLOWED = {
