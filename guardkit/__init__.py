@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from guardkit.api.calibrate import CalibrationReport, calibrate
     from guardkit.api.compare import ComparisonReport, compare
+    from guardkit.api.corrections import collect_corrections
     from guardkit.api.embed import embed
     from guardkit.api.evaluate import EvaluationReport, evaluate
     from guardkit.api.fetch import fetch_encoder
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from guardkit.data.arms import ARMS, Arm
     from guardkit.data.datamodule import GuardDataModule
     from guardkit.data.sources.base import Loaded, Source
+    from guardkit.data.sources.corrected import CorrectedSource
     from guardkit.data.sources.embeddings import EmbeddingsSource
     from guardkit.data.sources.folder import FolderSource
     from guardkit.data.sources.hub import HubSource
@@ -71,6 +73,7 @@ _HOMES = {
     "compare": "guardkit.api.compare",
     "ComparisonReport": "guardkit.api.compare",
     "moderate": "guardkit.api.moderate",
+    "collect_corrections": "guardkit.api.corrections",
     "ModerationReport": "guardkit.api.moderate",
     "sweep": "guardkit.api.sweep",
     "SweepReport": "guardkit.api.sweep",
@@ -95,6 +98,7 @@ _HOMES = {
     "Record": "guardkit.schema",
     "Rejected": "guardkit.schema",
     "FolderSource": "guardkit.data.sources.folder",
+    "CorrectedSource": "guardkit.data.sources.corrected",
     "ParquetSource": "guardkit.data.sources.parquet",
     "EmbeddingsSource": "guardkit.data.sources.embeddings",
     "HubSource": "guardkit.data.sources.hub",

@@ -74,6 +74,8 @@ class Record:
         perceptual_hash: 64 bits, by which near-duplicates are found; None where the image was not looked at.
         counterfactual_hashes: the same of `counterfactuals`, in their order; empty where nobody looked at them.
         listed_group: the group that the source lists it in, by its own name; None where `group` is only derived.
+        is_corrected: people looked at a guard's decision on it: it is trained on before others, and not drawn for a test set, whose images
+            no guard has chosen.
     """
 
     id: str
@@ -89,6 +91,7 @@ class Record:
     perceptual_hash: int | None = field(default=None, compare=False)
     counterfactual_hashes: tuple[int | None, ...] = field(default=(), compare=False)
     listed_group: str | None = field(default=None, compare=False)
+    is_corrected: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

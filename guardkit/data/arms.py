@@ -162,9 +162,11 @@ class Orders:
 
     @classmethod
     def of(cls, pool: Sequence[Record], seed: int, look_alikes: list[Record] | None = None) -> Orders:
-        """The nested orders of both labels. Look-alikes are those given, or those that the source marks by a category."""
-        unsafe = nested_order([record for record in pool if record.label == 1], seed)
-        safe = nested_order([record for record in pool if record.label == 0], seed)
+        """The nested orders of both labels, corrected images first. Look-alikes are those given, or those that the source marks by a category."""
+        unsafe, safe = (
+            sorted(nested_order([record for record in pool if record.label == label], seed), key=lambda record: not record.is_corrected)
+            for label in (1, 0)
+        )
         return cls(unsafe, safe, [record for record in safe if record.category is not None] if look_alikes is None else look_alikes)
 
 

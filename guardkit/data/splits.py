@@ -13,7 +13,7 @@ VALIDATION_EVERY = 5  # every fifth labelled image validates
 
 
 def split_test(records: Sequence[Record], test_share: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Holds out whole groups until `test_share` of each label (and unsafe category) is reached.
+    """Holds out whole groups until `test_share` of each label (and unsafe category) is reached; none with a corrected image.
 
     Args:
         records: all of a source.
@@ -23,7 +23,8 @@ def split_test(records: Sequence[Record], test_share: float, seed: int) -> tuple
         Training pool and test set, both in the order of `records`.
     """
     rng = np.random.default_rng([seed, 11])
-    strata = _strata(records)
+    corrected = {record.group for record in records if record.is_corrected}
+    strata = _strata([record for record in records if record.group not in corrected])
     test_groups: set[str] = set()
     for name in sorted(strata):
         groups = strata[name]

@@ -61,6 +61,11 @@ def _value(row: Mapping[str, Any]) -> tuple[float, ...]:
     return (_ORDER[row["action"]], score)
 
 
+def queue_order(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What is not allowed, in the order in which people should look at it; repeated inputs left out."""
+    return sorted((row for row in rows if row["action"] != "allow" and row["duplicate_of"] is None), key=_value, reverse=True)
+
+
 def _odds(share: float) -> float:
     inside = min(max(share, 1e-12), 1 - 1e-12)
     return math.log(inside) - math.log1p(-inside)
@@ -96,6 +101,7 @@ def report_page(facts: Mapping[str, Any], guard: GuardClassifier, scope: tuple[s
         bands={"decision": guard.thresholds.decision, **guard.thresholds.categories},
         promises=[] if guard.calibration is None else guard.calibration.promises,
         shown=shown,
+        categories=guard.policy.category_names,
         n_flagged=n_flagged,
     )
 

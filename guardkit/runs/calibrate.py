@@ -11,7 +11,7 @@ from guardkit.api.calibrate import CalibrationReport, calibrate
 from guardkit.classifier import GuardClassifier
 from guardkit.evaluation.calibration import Asked
 from guardkit.folders import refuse_others
-from guardkit.runs.hydra import cache_dir, make, plain
+from guardkit.runs.hydra import cache_dir, make_source, plain
 
 _PROMISES = ("max_fpr", "min_recall", "queue_per_day", "volume_per_day", "prevalence", "confidence", "by_category")
 
@@ -31,7 +31,7 @@ def run(cfg: DictConfig, folder: Path) -> CalibrationReport:
     guard = GuardClassifier.from_pretrained(cfg.guard, trust=plain(cfg.trust))
     return calibrate(
         guard,
-        make(cfg.source, policy=guard.policy),
+        make_source(cfg, guard.policy),
         **promises,
         **{name: cfg[name] for name in ("split", "test_share", "split_seed")},
         cache_dir=cache_dir(cfg),

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from guardkit.api.compare import ComparisonReport, compare
 from guardkit.classifier import GuardClassifier
 from guardkit.folders import refuse_others
-from guardkit.runs.hydra import cache_dir, make, plain
+from guardkit.runs.hydra import cache_dir, make_source, plain
 
 _SETTINGS = ("split", "test_share", "split_seed", "prevalence", "n_resamples", "seed")
 
@@ -27,7 +27,7 @@ def run(cfg: DictConfig, folder: Path) -> ComparisonReport:
     return compare(
         cfg.old,
         new,
-        make(cfg.source, policy=new.policy),
+        make_source(cfg, new.policy),
         **{name: cfg[name] for name in _SETTINGS},
         trust=plain(cfg.trust),
         cache_dir=cache_dir(cfg),

@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from guardkit.api.embed import embed
-from guardkit.runs.hydra import cache_dir, make, policy
+from guardkit.runs.hydra import cache_dir, make, make_source, policy
 
 
 def run(cfg: DictConfig, folder: Path) -> dict[str, int]:
@@ -20,7 +20,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, int]:
         given, written and rejected; given is the sum of the others.
     """
     return embed(
-        make(cfg.source, policy=policy(cfg)),
+        make_source(cfg, policy(cfg)),
         encoder=make(cfg.encoder),
         output_dir=folder,
         limit=cfg.limit,

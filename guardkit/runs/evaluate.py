@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from guardkit.api.evaluate import EvaluationReport, check_settings, evaluate
 from guardkit.folders import refuse_others
 from guardkit.runs.contenders import build_contenders
-from guardkit.runs.hydra import cache_dir, make, plain
+from guardkit.runs.hydra import cache_dir, make, make_source, plain
 
 
 def run(cfg: DictConfig, folder: Path) -> EvaluationReport:
@@ -31,7 +31,7 @@ def run(cfg: DictConfig, folder: Path) -> EvaluationReport:
     rules, contenders = build_contenders(cfg)
     return evaluate(
         contenders,
-        make(cfg.source, policy=rules),
+        make_source(cfg, rules),
         rules,
         output_dir=folder,
         **{name: cfg[name] for name in ("split", "test_share", "split_seed", "prevalence", "n_resamples", "seed")},

@@ -36,6 +36,7 @@ from guardkit.terminal import complain, forgiving_streams, one_line, print_nowhe
 if TYPE_CHECKING:
     from filelock import FileLock
 
+    from guardkit.data.sources.base import Source
     from guardkit.policy import Policy
 
 CONF_DIR = brought_along("conf")
@@ -279,6 +280,19 @@ def make(cfg: DictConfig, **objects: Any) -> Any:
     made = factory(cfg)
     _check_fits(cfg, lambda called: called.bind(*made.args, **{**made.keywords, **objects}), made.func)
     return made(**objects)
+
+
+def make_source(cfg: DictConfig, rules: Policy) -> Source:
+    """The source that `cfg.source` names, with `source.corrections` beside it where that is given."""
+    given = cfg.source.copy()
+    with open_dict(given):
+        corrections = given.pop("corrections", None)
+    source: Source = make(given, policy=rules)
+    if corrections is None:
+        return source
+    from guardkit.data.sources.corrected import CorrectedSource  # here, because it imports more than --help needs
+
+    return CorrectedSource(source, plain(corrections), rules)
 
 
 def factory(cfg: DictConfig) -> Any:

@@ -10,7 +10,7 @@ from guardkit.counterfactual.edits import Edits
 from guardkit.data.arms import Arm
 from guardkit.embeddings import EmbeddingStore
 from guardkit.fitting.parts import Parts, make_parts
-from guardkit.runs.hydra import cache_dir, factory, make, plain, policy
+from guardkit.runs.hydra import cache_dir, factory, make, make_source, plain, policy
 from guardkit.schema import InputError
 
 
@@ -48,5 +48,5 @@ def build(cfg: DictConfig) -> Parts:
     rules, cache = policy(cfg), cache_dir(cfg)
     store = EmbeddingStore(make(cfg.encoder), cache)
     pipeline = edits(cfg).pipeline(rules, store, cache)
-    source = make(cfg.source, policy=rules)
+    source = make_source(cfg, rules)
     return make_parts(source, rules, store, pipeline, arm(cfg), n_unsafe=cfg.data.n_unsafe, seed=cfg.seed, **data(cfg))

@@ -16,9 +16,27 @@ from guardkit.schema import InputError
 
 _SETTING = re.compile(r"(\+{0,2}[A-Za-z_][\w./@:$-]*)=(.*)", re.DOTALL)
 _MAX_SLUG = 60
+_CORRECTIONS = "source.corrections"
 # settings that hold paths, by the last part of their names: a folder called 2024_11_26 is no number
 _PATHS = frozenset(
-    {"cache_dir", "ckpt_path", "dataset", "files", "folder", "guard", "output_dir", "pairs", "policy_file", "root", "test", "weights"}
+    {
+        "cache_dir",
+        "ckpt_path",
+        "corrections",
+        "dataset",
+        "files",
+        "folder",
+        "guard",
+        "input",
+        "new",
+        "old",
+        "output_dir",
+        "pairs",
+        "policy_file",
+        "root",
+        "test",
+        "weights",
+    }
 )
 
 
@@ -45,6 +63,9 @@ def _mended(parser: OverridesParser, argument: str, conf: Path | None, *, is_mul
     if match is None:
         return argument  # a flag, a deletion, or something that Hydra will name
     key, text = match.groups()
+    if key == _CORRECTIONS:
+        # every source takes it, other people's too, so that no source's file lists it
+        return _mended(parser, f"+{argument}", conf, is_multirun=is_multirun)
     is_path = _is_there(text)
     try:
         override = parser.parse_override(argument)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from guardkit.api.sweep import SweepReport, sweep
 from guardkit.checks import is_list
 from guardkit.data.arms import Arm
-from guardkit.runs.hydra import cache_dir, factory, make, plain, policy
+from guardkit.runs.hydra import cache_dir, factory, make, make_source, plain, policy
 from guardkit.runs.loggers import check_logger, logger_of
 from guardkit.runs.objects import data, edits, loss
 from guardkit.schema import InputError
@@ -31,7 +31,7 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> SweepReport:
     check_logger(cfg.logger)
     rules = policy(cfg)
     return sweep(
-        make(cfg.source, policy=rules),
+        make_source(cfg, rules),
         rules,
         encoder=make(cfg.encoder),
         output_dir=folder,

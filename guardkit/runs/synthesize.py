@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from guardkit.api.synthesize import synthesize
-from guardkit.runs.hydra import cache_dir, make, policy
+from guardkit.runs.hydra import cache_dir, make, make_source, policy
 from guardkit.runs.objects import edits
 
 
@@ -23,7 +23,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """
     rules = policy(cfg)
     return synthesize(
-        make(cfg.source, policy=rules),
+        make_source(cfg, rules),
         rules,
         encoder=make(cfg.encoder),
         editor=edits(cfg),

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from guardkit.api.train import TrainingReport, train_guard
 from guardkit.classifier import GuardClassifier
-from guardkit.runs.hydra import cache_dir, factory, make, plain, policy
+from guardkit.runs.hydra import cache_dir, factory, make, make_source, plain, policy
 from guardkit.runs.loggers import check_logger, logger_of
 from guardkit.runs.objects import arm, data, edits, loss
 
@@ -26,7 +26,7 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> TrainingReport:
     rules = policy(cfg)
     extend = None if cfg.extend is None else GuardClassifier.from_pretrained(cfg.extend, trust=plain(cfg.trust))
     return train_guard(
-        make(cfg.source, policy=rules),
+        make_source(cfg, rules),
         rules,
         encoder=make(cfg.encoder) if extend is None else extend.encoder,
         head=factory(cfg.head),
