@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from guardkit.checks import check_number, check_whole
-from guardkit.encoders.base import Encoder, cut_off, require_texts
+from guardkit.encoders.base import Encoder, cut_off, reads_texts, require_texts
 from guardkit.kinds import MAX_WIDTH, Kinds, check_arguments
 from guardkit.policy import Policy
 from guardkit.schema import InputError, shortened
@@ -360,7 +360,8 @@ def automatic(encoder: Encoder, policy: Policy) -> AnchoredHead | LinearHead:
         # what is wrong with the encoder itself is raised again here
         head = LinearHead.build(encoder, policy)
         head.usual_l2, head.chosen = AnchoredHead.usual_l2, "linear"
-        head.notes = (f"the guard learns from labels alone (head=linear), not from the policy's texts: {error}",)
+        why = str(error) if reads_texts(encoder) else f"encoder {encoder.name} reads no texts"
+        head.notes = (f"the guard learns from labels alone (head=linear), not from the policy's texts: {why}",)
     return head
 
 

@@ -65,7 +65,7 @@ def test_the_default_head_does_without_texts_and_says_why(blind, scenes_encoder,
     assert type(without) is LinearHead
     (note,) = without.notes
     assert "learns from labels alone (head=linear), not from the policy's texts" in note
-    assert "images-only does not" in note
+    assert note.endswith(": encoder images-only reads no texts")  # and no advice to take the head that it is
     assert GuardModule(without, torch.optim.AdamW).l2 == 1
     # two texts that the encoder cannot tell apart are no start either
     category = replace(scenes_policy.categories[0], unsafe_texts=scenes_policy.safe_texts[:1])

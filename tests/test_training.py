@@ -123,10 +123,27 @@ def test_a_guard_that_is_no_better_than_chance_says_so(train):
     report = train("experiment=unpaired", "head=linear", "trainer.max_epochs=0")
     (said,) = [note for note in report.metrics["notes"] if "no better" in note]
     assert "no better than chance (95 % interval of AUROC 0.500–0.500, chance is 0.5)" in said
-    assert "no better than flagging everything (F1 0.667 against 0.667); try more labelled images, another encoder" in said
+    assert "no better than flagging everything (F1 0.667 against 0.667); try other texts" in said
+    assert "another encoder (docs/encoders.md), training (experiment=unpaired)" in said
     assert f"  note: {said}" in report.table
     assert said in (report.folder / "guard/README.md").read_text()
     assert GuardClassifier.from_pretrained(report.folder / "guard").metrics["notes"] == report.metrics["notes"]
+
+
+def test_zero_shot_says_nothing_of_labels_to_train_on(train):
+    report = train("experiment=zero_shot", "head=auto", "trainer.max_epochs=0")
+    assert report.metrics["notes"] == []
+    assert report.metrics["test"]["auroc"] == report.metrics["texts_alone"]["auroc"]
+
+
+def test_zero_shot_without_texts_that_the_encoder_knows_is_refused_first(train, tmp_path):
+    with pytest.raises(
+        InputError,
+        match=r"with trainer.max_epochs=0 \(experiment=zero_shot\) nothing is learned from labels, and the guard learns from labels alone .* are "
+        r"the same to the encoder .*; choose another encoder, or train \(experiment=unpaired\)",
+    ):
+        train("experiment=zero_shot", "head=auto", "trainer.max_epochs=0", "encoder=photos_clip", folder=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_threshold_that_flags_everything_is_told_from_scores_that_tell_nothing():

@@ -166,6 +166,11 @@ def train_guard(
         check_parts(encoder, pipeline, policy, [make_head])
         parts.data.setup()
         made = new_head(make_head, parts, seed)
+        if made.chosen == "linear" and not recipe.trains:
+            raise InputError(
+                f"with trainer.max_epochs=0 (experiment=zero_shot) nothing is learned from labels, and {'; '.join(made.notes)}; choose another "
+                "encoder, or train (experiment=unpaired)"
+            )
         settings = {
             "source": source.asked,
             "policy": policy.digest,
@@ -206,9 +211,9 @@ def train_guard(
                     "calibrate the guard for thresholds of the decision"
                 )
             metrics["notes"] += [
-                *unused(metrics, n_of[UNSAFE], n_of[SAFE]),
+                *(unused(metrics, n_of[UNSAFE], n_of[SAFE]) if recipe.trains else []),
                 *lacks_a_label(metrics, brings_test_images=parts.data.loaded.test is not None),
-                *no_better(metrics),
+                *no_better(metrics, is_trained=recipe.trains),
                 *texts(metrics),
                 *editor_trace(metrics, chosen, pipeline.editor.name),
             ]

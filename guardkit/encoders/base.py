@@ -134,6 +134,12 @@ class Portable(Protocol):
         ...
 
 
+def reads_texts(encoder: object) -> bool:
+    """Whether an encoder is an `EncodesTexts`."""
+    # not isinstance: where the weights decide, a class has a property that is there or not
+    return callable(getattr(encoder, "encode_texts", None))
+
+
 def require_texts(encoder: object, *, needed_by: str, instead: str) -> EncodesTexts:
     """The encoder, as one that encodes texts.
 
@@ -144,8 +150,7 @@ def require_texts(encoder: object, *, needed_by: str, instead: str) -> EncodesTe
     Raises:
         InputError: it does not.
     """
-    # not isinstance: where the weights decide, a class has a property that is there or not
-    if callable(getattr(encoder, "encode_texts", None)):
+    if reads_texts(encoder):
         return cast(EncodesTexts, encoder)
     name = getattr(encoder, "name", type(encoder).__name__)
     raise InputError(f"{needed_by} needs an encoder that reads texts, and {name} does not; choose {instead} or another encoder")

@@ -49,7 +49,7 @@ def lacks_a_label(metrics: Mapping[str, Any], *, brings_test_images: bool) -> li
     ]
 
 
-def no_better(metrics: Mapping[str, Any]) -> list[str]:
+def no_better(metrics: Mapping[str, Any], *, is_trained: bool = True) -> list[str]:
     """Whether a guard is no better than chance, or than flagging everything, and what to try.
 
     No better than chance: the 95 % interval of AUROC reaches 0.5. No better than flagging everything: F1 is not above what that
@@ -57,6 +57,7 @@ def no_better(metrics: Mapping[str, Any]) -> list[str]:
 
     Args:
         metrics: "test", "always_unsafe" and "n_safe" as metrics.json has them.
+        is_trained: whether it learned from its labelled images; else they chose its threshold alone.
     Returns:
         One sentence, or none; none too where a label is missing, and flagging everything is never wrong, or always.
     """
@@ -72,6 +73,12 @@ def no_better(metrics: Mapping[str, Any]) -> list[str]:
             "another encoder (docs/encoders.md)",
             "more natural safe images (data.safe_per_unsafe)" if metrics["n_safe"] else "natural safe images (experiment=pairs_plus)",
         ]
+        if not is_trained:
+            mend = [
+                "other texts (unsafe_texts and safe_texts of the policy)",
+                "another encoder (docs/encoders.md)",
+                "training (experiment=unpaired)",
+            ]
     if test["f1"] is not None and always is not None and test["f1"] <= always:
         found.append(f"than flagging everything (F1 {test['f1']:.3f} against {always:.3f})")
         # where scores do tell the images apart, it is the threshold that is wrong

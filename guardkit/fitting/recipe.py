@@ -55,6 +55,11 @@ class Recipe:
     trainer: Mapping[str, Any] = field(default_factory=dict)
     patience: int = 12
 
+    @property
+    def trains(self) -> bool:
+        """Whether heads are trained; else they stay as they start."""
+        return bool({**TRAINER, **self.trainer}["max_epochs"])
+
     def check(self) -> None:
         """Raises InputError for what training would otherwise learn at its end, or midway."""
         check_optimizer(self.optimizer)
