@@ -19,6 +19,7 @@ COMMANDS = {
     "calibrate": "sets a guard's thresholds with a promise",
     "moderate": "decides over a folder, shards or Parquet files of images",
     "compare": "an old and a new guard on the same images",
+    "serve": "a guard as a web service",
     "app": "a local web page on which people judge pairs",
 }
 USER_ERROR = 2

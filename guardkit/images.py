@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from guardkit.limits import MAX_FRAMES, MAX_PIXELS, check_bytes, check_size
 from guardkit.pixels import as_shown, each_frame
-from guardkit.schema import ImageError
+from guardkit.schema import ImageError, TooLargeError
 
 SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
@@ -89,7 +89,7 @@ def _of_opened(source: ImageLike, max_pixels: int, work: Callable[[Image.Image],
     except UnidentifiedImageError as error:
         raise ImageError("not an image of a known type") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"more than {min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))} pixels") from error
+        raise TooLargeError(f"more than {min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))} pixels") from error
     except Exception as error:  # decoders raise whatever damaged bytes lead them into, RuntimeError and struct.error too
         raise ImageError(f"damaged image: {' '.join(str(error).split())[:120] or type(error).__name__}") from error
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from guardkit.images import ImageLike
-from guardkit.schema import ImageError, InputError
+from guardkit.schema import ImageError, InputError, TooLargeError
 
 _ACCEPTED = "a path, the bytes of an image file, a file opened in binary mode, a PIL image, an array or a tensor"
 _CHANNELS = (1, 3, 4)
@@ -109,7 +109,7 @@ def _read_whole(file: Any) -> bytes:
     except Exception as error:  # a file object of anybody's raises anything
         raise ImageError(f"cannot be read: {' '.join(str(error).split())[:120] or type(error).__name__}") from error
     if not left:
-        raise ImageError(f"the file has more than {_MAX_FILE_BYTES} bytes")
+        raise TooLargeError(f"the file has more than {_MAX_FILE_BYTES} bytes")
     return b"".join(parts)
 
 
@@ -142,7 +142,7 @@ def _pixels(array: np.ndarray, max_pixels: int, *, is_tensor: bool) -> ImageLike
     if not array.size:
         raise ImageError("image has no pixels")
     if height * width > max_pixels:
-        raise ImageError(f"{width}x{height} is more than {max_pixels} pixels")
+        raise TooLargeError(f"{width}x{height} is more than {max_pixels} pixels")
     if is_float:
         low, high = float(array.min()), float(array.max())
         if not (low >= 0 and high <= 1):

@@ -14,7 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from guardkit.schema import ImageError
+from guardkit.schema import ImageError, TooLargeError
 
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 32_768  # pixels
@@ -38,7 +38,7 @@ def check_scans(data: bytes, width: int, height: int) -> None:
     most = MAX_SCANNED // (width * height)
     # scans alone begin with these bytes, but a thumbnail, or what lies behind the image, may hold some too
     if data.count(b"\xff\xda") > most and _n_scans(data) > most:
-        raise ImageError(f"a JPEG of {width}x{height} in more than {most} scans")
+        raise TooLargeError(f"a JPEG of {width}x{height} in more than {most} scans")
 
 
 def _n_scans(data: bytes) -> int:
@@ -58,11 +58,11 @@ def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
     if not width or not height:
         raise ImageError("image has no pixels")
     if width * height > max_pixels:
-        raise ImageError(f"{width}x{height} is more than {max_pixels} pixels")
+        raise TooLargeError(f"{width}x{height} is more than {max_pixels} pixels")
     if max(width, height) > MAX_SIDE:
-        raise ImageError(f"{width}x{height} has a side of more than {MAX_SIDE} pixels")
+        raise TooLargeError(f"{width}x{height} has a side of more than {MAX_SIDE} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(f"{width}x{height} is longer than {MAX_ASPECT} times its shorter side")
+        raise TooLargeError(f"{width}x{height} is longer than {MAX_ASPECT} times its shorter side")
 
 
 def check_bytes(n_bytes: int) -> None:
@@ -74,7 +74,7 @@ def check_bytes(n_bytes: int) -> None:
     if not n_bytes:
         raise ImageError("empty file")
     if n_bytes > MAX_BYTES:
-        raise ImageError(f"{n_bytes} encoded bytes are more than {MAX_BYTES}")
+        raise TooLargeError(f"{n_bytes} encoded bytes are more than {MAX_BYTES}")
 
 
 def shrink(image: np.ndarray, max_px: int = WORKING_SIDE) -> np.ndarray:

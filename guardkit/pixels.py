@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 
 from guardkit.colour import Conversion, as_rgb, conversion_to_srgb
 from guardkit.limits import check_scans, check_size, decoding
-from guardkit.schema import ImageError
+from guardkit.schema import ImageError, TooLargeError
 
 T = TypeVar("T")
 
@@ -63,9 +63,9 @@ def each_frame(image: Image.Image, max_pixels: int, most: int, take: Callable[[n
     """
     n = int(getattr(image, "n_frames", 1)) if image.format in _ANIMATED else 1
     if n > most:
-        raise ImageError(f"an animation of {n} frames is more than {most}")
+        raise TooLargeError(f"an animation of {n} frames is more than {most}")
     if n > 1 and n * image.width * image.height > 10 * max_pixels:
-        raise ImageError(f"an animation of {n} frames of {image.width}x{image.height} is more than {10 * max_pixels} pixels")
+        raise TooLargeError(f"an animation of {n} frames of {image.width}x{image.height} is more than {10 * max_pixels} pixels")
     if not (n > 1 and getattr(image, "default_image", False)):
         return [take(as_shown(image, max_pixels)), *(_frame(image, i, max_pixels, take) for i in range(1, n))]
     default = _frame(image, 0, max_pixels, take)

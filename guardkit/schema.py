@@ -28,6 +28,10 @@ class ImageError(InputError):
     """An image cannot be read; the message is the reason."""
 
 
+class TooLargeError(ImageError):
+    """An image asks for more work than is allowed: bytes, pixels, sides, frames. It may be sound."""
+
+
 def shortened(text: str, n: int = 60) -> str:
     """A text in one line of at most `n` characters, for messages: its beginning and, where it is longer, its end."""
     text = " ".join(text.split())

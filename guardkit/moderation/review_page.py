@@ -11,10 +11,7 @@ import base64
 import logging
 import os
 import re
-import signal
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from guardkit.counterfactual.pair_dataset import read_pair_dataset, write_review
 from guardkit.counterfactual.review import MAX_NAME, MAX_REASON, VERDICTS, ReviewQueue, agreement, image_file, reviewer_name
 from guardkit.images import encode_png, read_image
 from guardkit.moderation.gate import Gate, page_address
+from guardkit.moderation.listening import listener, until_stopped
 from guardkit.pages import fragments
 from guardkit.schema import ImageError, InputError
 
@@ -89,7 +87,7 @@ def serve(queue: ReviewQueue, *, title: str, reviewer: str | None, host: str, po
     except ImportError as error:
         raise InputError('the review page needs gradio; install it with: pip install "guardkit[app]"') from error
 
-    with _listener(host, port) as listener:
+    with listener(host, port, what="the page") as heard:
         # no interactive documentation: it would load scripts from elsewhere
         server = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         page, events = build_page(queue, title=title, reviewer=reviewer)
@@ -108,12 +106,12 @@ def serve(queue: ReviewQueue, *, title: str, reviewer: str | None, host: str, po
             pwa=False,
             max_file_size="1kb",
         )
-        bound = listener.getsockname()[1]
+        bound = heard.getsockname()[1]
         # the browser holds a connection open for as long as the page is shown
         settings = uvicorn.Config(Gate(server, host, bound, events), log_level="critical", timeout_graceful_shutdown=1)
         announce(page_address(host, bound))
-        with _stoppable():
-            uvicorn.Server(settings).run(sockets=[listener])
+        with until_stopped():
+            uvicorn.Server(settings).run(sockets=[heard])
 
 
 def build_page(queue: ReviewQueue, *, title: str, reviewer: str | None) -> tuple[Any, dict[int, list[Callable[[Any], str | None]]]]:
@@ -278,24 +276,3 @@ def _plain_name(who: str) -> str:
 def _literal(html: str) -> str:
     """Gradio reads an HTML value as a template of two kinds; the marks of both become entities."""
     return str(html).replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
-
-
-def _listener(host: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        what = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"the page cannot listen at host={host} port={port} ({what}); choose another port, or port=0 for any free one"
-        ) from error
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """The server ends at the first SIGINT or SIGTERM, and then sends it again: here it ends."""
-    before = {one: signal.signal(one, lambda *_: None) for one in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)

@@ -25,6 +25,7 @@ from guardkit.images import open_file, read_frames
 from guardkit.limits import MAX_BYTES, check_bytes
 from guardkit.moderation.banks import Bank, pdq_of
 from guardkit.moderation.bars import trim_bars
+from guardkit.moderation.frames import worst_frame
 from guardkit.moderation.inputs import Given
 from guardkit.schema import Decision, ImageError
 from guardkit.seen import NEAR
@@ -34,7 +35,6 @@ from guardkit.thresholds import undecided
 ACTIONS = ("allow", "review", "block", "error")
 _LOADERS = 2  # threads that read and prepare images while the model encodes
 _THUMBNAIL_PX = 160
-_SEVERITY = {"allow": 0, "review": 1, "block": 2}
 
 
 @dataclass(frozen=True)
@@ -185,14 +185,13 @@ class Moderator:
             if known is not None and known["id"] != one.given.id:
                 found.append((Decided(one.given, _decision(known["decision"]), known["frame"], duplicate_of=known["id"]), None))
                 continue
-            worst = _worst(mine)
+            decision, frame = worst_frame(mine)
             near = self._near(one.hash)
             if one.hash is not None:
                 self._note(one.given.id, one.hash)
-            frame = worst if len(mine) > 1 else None
-            new[key] = {"id": one.given.id, "frame": frame, "decision": _stored(mine[worst])}
-            small = None if mine[worst].action == "allow" else _jpeg(one.thumbnails[worst])
-            found.append((Decided(one.given, mine[worst], frame, None, near, "", small), one.hash))
+            new[key] = {"id": one.given.id, "frame": frame, "decision": _stored(decision)}
+            small = None if decision.action == "allow" else _jpeg(one.thumbnails[frame or 0])
+            found.append((Decided(one.given, decision, frame, None, near, "", small), one.hash))
         if new:
             self.known.put({key: json.dumps(value, allow_nan=False).encode() for key, value in new.items()})
         return found
@@ -243,11 +242,6 @@ def _jpeg(image: np.ndarray) -> bytes:
     done, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80])
     assert done
     return data.tobytes()
-
-
-def _worst(decisions: Sequence[Decision]) -> int:
-    """A frame that could not be decided is as bad as can be: what it shows is not known."""
-    return max(range(len(decisions)), key=lambda i: (_SEVERITY.get(decisions[i].action, 3), decisions[i].score))
 
 
 def _failed(guard: GuardClassifier, reason: str) -> Decision:
