@@ -1,9 +1,9 @@
 """The correction loop once round: a guard with a planted weakness, 50 corrections, a new guard, and what it wins and loses.
 
-    python benchmarks/correction_loop.py [corrections=50] [seeds=5]
+    python benchmarks/correction_loop.py [corrections=50] [seeds=5] [head=auto]
 
-The weakness: the guard is trained on drawn scenes among whose safe ones none shows an allowed look-alike, so that it takes these for unsafe. It decides over 600 uploads,
-in which they are as usual; the first images of the review queue get the verdict that is true. They go back into the training beside the images of before, and `compare`
+The weakness: the guard is trained on drawn scenes among whose safe ones none shows an allowed look-alike, so that it takes these for unsafe. It decides over 800 uploads, of which
+one in twenty is unsafe and half of the others are look-alikes; the first images of the review queue get the verdict that is true. They go back into the training beside the images of before, and `compare`
 measures both guards on fresh scenes: at the thresholds that both have, for each label and for look-alikes by themselves.
 """
 
@@ -23,19 +23,20 @@ from guardkit.reports.moderation import queue_order
 from guardkit.scenes.content import SceneContent
 from guardkit.scenes.world import ScenePool
 
-N_UPLOADS = 600
+N_UPLOADS = 800
 
 
 def main(arguments: list[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments)
     n_corrections, n_seeds = int(given.get("corrections", 50)), int(given.get("seeds", 5))
+    head = given.get("head", "auto")
     policy, encoder = Policy.load("guardkit:scenes"), OpenClipEncoder(None, "guardkit:scenes_clip")
     place = Path(tempfile.mkdtemp())
     truth = uploads(place / "uploads")
     rows: dict[str, list[float]] = {}
     for seed in range(n_seeds):
         weak = ScenesSource(policy, look_alike_rate=0.0)
-        settings = {"encoder": encoder, "head": "linear", "n_unsafe": 64, "seed": seed, "cache_dir": place / "cache"}
+        settings = {"encoder": encoder, "head": head, "n_unsafe": 64, "seed": seed, "cache_dir": place / "cache"}
         old = train_guard(weak, policy, **settings).guard
         decided = moderate(old, place / "uploads", output_dir=place / f"decided_{seed}").folder
         queue = queue_order(pq.read_table(decided / "decisions.parquet").to_pylist())[:n_corrections]
@@ -47,9 +48,7 @@ def main(arguments: list[str]) -> None:
         counts = collect_corrections(
             decided, place / f"reviews_{seed}.jsonl", place / "uploads", policy, output=place / f"corrections_{seed}.parquet"
         )
-        new = train_guard(
-            CorrectedSource(weak, place / f"corrections_{seed}.parquet"), policy, **settings | {"n_unsafe": 64 + counts["unsafe"]}
-        ).guard
+        new = train_guard(CorrectedSource(weak, place / f"corrections_{seed}.parquet", policy), policy, **settings).guard
         fresh = compare(old, new, ScenesSource(policy, n_train=600, n_test=1, seed=41), cache_dir=place / "cache").figures
         for row in fresh["figures"]:
             if row["part"] == "all":
@@ -69,12 +68,12 @@ def main(arguments: list[str]) -> None:
 
 
 def uploads(folder: Path) -> dict[str, tuple[int, str | None]]:
-    """Two safe scenes for each unsafe one, half of the safe ones look-alikes; label and category by file name."""
+    """Label and category by file name."""
     folder.mkdir(parents=True)
     truth = {}
     pool = ScenePool("train", seed=31, look_alike_rate=0.5)
     for i in range(N_UPLOADS):
-        label = int(i % 3 == 0)
+        label = int(i % 20 == 0)
         scene = pool.scene(label, i)
         name = f"{i:04d}.png"
         (folder / name).write_bytes(encode_png(SceneContent(scene).load()))

@@ -78,8 +78,8 @@ class Record:
         perceptual_hash: 64 bits, by which near-duplicates are found; None where the image was not looked at.
         counterfactual_hashes: the same of `counterfactuals`, in their order; empty where nobody looked at them.
         listed_group: the group that the source lists it in, by its own name; None where `group` is only derived.
-        is_corrected: people looked at a guard's decision on it: it is trained on before others, and not drawn for a test set, whose images
-            no guard has chosen.
+        is_corrected: people looked at a guard's decision on it: it is trained on beside those of a budget, and not drawn for a test set, whose
+            images no guard has chosen.
     """
 
     id: str

@@ -160,6 +160,10 @@ class Orders:
     safe: list[Record]
     look_alikes: list[Record]
 
+    def n_corrected(self, label: int) -> int:
+        """How many of a label stand first because people corrected them; they come on top of a budget."""
+        return sum(record.is_corrected for record in (self.unsafe if label else self.safe))
+
     @classmethod
     def of(cls, pool: Sequence[Record], seed: int, look_alikes: list[Record] | None = None) -> Orders:
         """The nested orders of both labels, corrected images first. Look-alikes are those given, or those that the source marks by a category."""
@@ -179,10 +183,11 @@ def choose(orders: Orders, n_unsafe: int, kinds: Sequence[str], safe_per_unsafe:
     """The first `n_unsafe` unsafe images of a seed, and what the kinds of an arm need.
 
     Smaller budgets are contained in larger ones, and every arm has the same unsafe images. A kind of which there are
-    fewer than asked for is smaller, or empty.
+    fewer than asked for is smaller, or empty. Corrected images come on top: in others' places they would leave a guard without ordinary ones.
     """
+    n_unsafe += orders.n_corrected(1)
+    n_safe = n_natural(n_unsafe, safe_per_unsafe, orders) + orders.n_corrected(0)
     unsafe = orders.unsafe[:n_unsafe]
-    n_safe = n_natural(n_unsafe, safe_per_unsafe, orders)
     ordered = dict.fromkeys(OF_THE_UNSAFE, unsafe) | {"natural": orders.safe}
     if "shuffled" in kinds:
         taken = {record.group for record in unsafe}

@@ -43,7 +43,7 @@ def chosen_in_budget(
         raise InputError(
             f"{where} leaves {len(safe)} safe image(s) for training; this arm needs at least {_LEAST}: add some, or use experiment=pairs_aug{why}"
         )
-    n, notes = min(n_unsafe, len(unsafe)), []
+    n, notes = min(n_unsafe, len(unsafe) - orders.n_corrected(1)), []
     if n < n_unsafe:
         notes.append(f"asked for {n_unsafe} unsafe images, {where} has {n} for training: using {n} (set data.n_unsafe)")
     n_safe = n_natural(n, safe_per_unsafe, orders)

@@ -21,7 +21,7 @@ class CorrectedSource:
     """A source with the images of corrections.parquet beside its own.
 
     A corrected image that the source holds as well gets the label that people gave it, in training and test images alike. The others are trained
-    on, before others where a budget leaves some out; where they equal a test image, or look like one, they are left out. Images on which people disagree have no label, and are counted.
+    on, on top of a budget; where they equal a test image, or look like one, they are left out. Images on which people disagree have no label, and are counted.
     An alarm that was overturned is a safe image with the category that it was taken for, so that arms with look-alikes use it as one.
 
     Args:
