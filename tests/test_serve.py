@@ -294,6 +294,8 @@ MALFORMED = [
     ({"content": b"--a\r\ncontent-disposition: form-data; name=f; filename=f\r\n\r\nx", "headers": {"content-type": "multipart/form-data; boundary=a"}}, 400),
     ({"files": {"scope": (None, "a")}}, 422),
     ({"files": {"url": (None, "http://127.0.0.1/a.png")}}, 422),
+    ({}, 422),
+    ({"headers": {"content-type": "image/png"}}, 422),
     ({"content": b"x", "headers": {"content-type": "text/html"}}, 415),
     ({"content": b"x", "headers": {"content-type": "application/x-www-form-urlencoded"}}, 415),
     ({"content": b"x", "headers": [("content-type", "image/png"), ("content-type", "image/png")]}, 415),

@@ -112,7 +112,10 @@ async def _parsed(request: Request, body: _Body, service: Service, name: str | N
         # in a thread: others are answered while many megabytes are taken apart
         return await asyncio.to_thread(_of_json, await body.whole(), service.limits)
     if kind in ("", "application/octet-stream") or kind.startswith("image/"):
-        return Asked([Upload(_named(name, 0), await body.whole())])
+        image = await body.whole()
+        if not image:
+            raise Refused(422, f"the request has no body; send {_FORM}")
+        return Asked([Upload(_named(name, 0), image)])
     raise Refused(415, f"a request must be {_FORM}, got {shortened(one_line(kind))}")
 
 
