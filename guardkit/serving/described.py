@@ -54,7 +54,10 @@ REFUSAL = _object(detail={**_TEXT, "description": "one line"})
 
 _BASE64 = {**_TEXT, "contentEncoding": "base64", "format": "byte"}
 _ENTRY = {"type": "object", "required": ["data"], "properties": {"id": _TEXT, "data": _BASE64}, "additionalProperties": False}
-_SCOPE = {**_list(_TEXT), "minItems": 1, "description": "only what violates one of these categories is flagged"}
+_SCOPE = {
+    "anyOf": [{**_list(_TEXT), "minItems": 1}, {"type": "null"}],
+    "description": "only what violates one of these categories is flagged",
+}
 
 
 def body(max_images: int) -> dict[str, Any]:
