@@ -7,13 +7,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from guardkit.artifacts import fingerprint
-from guardkit.checks import check_whole
+from guardkit.checks import check_choice, check_whole
+from guardkit.embedding_blocks import decide_block, each_block
+from guardkit.embedding_folder import find_embedding_parts
 from guardkit.encoders.base import Encoder
 from guardkit.encoders.lookup import ENCODER_KINDS, find_encoder
 from guardkit.guard_folder import read_guard, write_guard
@@ -26,6 +28,8 @@ from guardkit.schema import Decision, ImageError, InputError
 from guardkit.score_maps import Calibration, ScoreMap
 from guardkit.seen import SeenImages
 from guardkit.thresholds import DEFAULT, Band, Thresholds, check_scope, undecided
+
+_UNUSABLE = "embeddings hold NaN or infinite values, or rows of zeros; embed those images again or leave them out"
 
 
 class GuardClassifier:
@@ -175,13 +179,60 @@ class GuardClassifier:
             parts["calibration"] = [maps["decision"], maps["categories"]]
         return fingerprint(parts)
 
-    def score_embeddings(self, embeddings: np.ndarray) -> np.ndarray:
-        """(n, d) float embeddings of the guard's encoder -> (n,) probability of unsafe in [0, 1]; see `probabilities`.
+    def score_embeddings(
+        self,
+        embeddings: np.ndarray | str | Path,
+        *,
+        out: np.ndarray | None = None,
+        unusable: Literal["raise", "nan"] = "raise",
+    ) -> np.ndarray:
+        """(n, d) embeddings of the guard's encoder -> (n,) probability of unsafe in [0, 1].
 
+        They are worked on in blocks. What lies on disk stays there: an array of `np.load(..., mmap_mode="r")`, or a folder of embeddings, takes
+        no memory but for the scores, however many rows it has.
+
+        Args:
+            embeddings: an array, float16 or another kind of number, or a folder that `guardkit.embed` or clip-retrieval wrote, whose
+                parts are scored in the order of their numbers and brought to unit length, as `source=embeddings` reads them.
+            out: (n,) floating-point, such as a memory-mapped array; written to and returned. None: a new one, float64.
+            unusable: what a row gives that is zero or not finite: an error, or NaN, so that the others have their scores. NaN is no
+                score: `scores >= guard.threshold` says False of it, which does not mean safe; `decide` says "error" of such rows.
         Raises:
-            InputError: another width, or rows that are not finite or zero.
+            InputError: another width, a folder of another encoder, `out` does not fit, or there are such rows.
         """
-        return self.probabilities(embeddings)[:, 0]
+        check_choice("unusable", unusable, ("raise", "nan"))
+        if is_folder := isinstance(embeddings, (str, os.PathLike)):
+            found = find_embedding_parts(Path(embeddings))
+            if found.manifest and found.manifest["encoder_fingerprint"] != self.encoder.fingerprint:
+                other = found.manifest["encoder_fingerprint"][:12]
+                raise InputError(
+                    f"{embeddings} holds embeddings of another encoder ({other}...) than the guard's, {self.encoder.name} "
+                    f"({self.encoder.fingerprint[:12]}...); embed the images with the guard's"
+                )
+            n, parts = found.n_rows, (part for part in found.mapped() if len(part))
+        else:
+            array = (
+                embeddings if isinstance(embeddings, np.ndarray) and embeddings.dtype.kind == "f" else np.asarray(embeddings, np.float32)
+            )
+            n, parts = len(array) if array.ndim else 0, (one for one in [array])
+        scores = np.empty(n) if out is None else out
+        if not isinstance(scores, np.ndarray) or scores.shape != (n,) or scores.dtype.kind != "f":
+            got = f"{scores.dtype} of shape {scores.shape}" if isinstance(scores, np.ndarray) else type(scores).__name__
+            raise InputError(f"out must be an array of ({n},) floating-point numbers, got {got}")
+        start = 0
+        for part in parts:
+            self._check_width(part)
+            for block in each_block(part):
+                logits, without = decide_block(block, self.head.decision, normalize=is_folder)
+                if without.any() and unusable == "raise":
+                    raise InputError(f'{_UNUSABLE}, row {start + int(without.argmax())} first, or pass unusable="nan"')
+                if self.calibration is not None:
+                    logits = self.calibration.decision(logits.double())
+                probabilities = _probabilities(logits.double()).numpy()
+                probabilities[without] = np.nan
+                scores[start : start + len(block)] = probabilities
+                start += len(block)
+        return scores
 
     def probabilities(self, embeddings: np.ndarray) -> np.ndarray:
         """(n, d) embeddings -> (n, 1 + k) float64: probability of unsafe, then of each category, in [0, 1].
@@ -194,8 +245,7 @@ class GuardClassifier:
         logits = self.head_logits(embeddings)
         if self.calibration is not None:
             logits = self.calibration.apply(logits, self.policy.category_names)
-        # an infinite logit is an overflow, and its sign says nothing
-        return torch.sigmoid(logits.where(logits.isfinite(), torch.nan)).numpy()
+        return _probabilities(logits).numpy()
 
     def head_logits(self, embeddings: np.ndarray) -> torch.Tensor:
         """(n, d) embeddings -> (n, 1 + k) float64 logits of the head itself, before any calibration.
@@ -204,12 +254,15 @@ class GuardClassifier:
             InputError: another width, or rows that are not finite or zero.
         """
         embeddings = np.asarray(embeddings, dtype=np.float32)
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.encoder.dim:
-            raise InputError(f"embeddings must be (n, {self.encoder.dim}) for encoder {self.encoder.name}, got shape {embeddings.shape}")
+        self._check_width(embeddings)
         if not np.isfinite(embeddings).all() or not embeddings.any(axis=1).all():
-            raise InputError("embeddings hold NaN or infinite values, or rows of zeros; embed those images again or leave them out")
+            raise InputError(_UNUSABLE)
         with torch.inference_mode():
             return self.head(torch.from_numpy(embeddings)).double()
+
+    def _check_width(self, embeddings: np.ndarray) -> None:
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.encoder.dim:
+            raise InputError(f"embeddings must be (n, {self.encoder.dim}) for encoder {self.encoder.name}, got shape {embeddings.shape}")
 
     def _decide(self, batch: list[Any], thresholds: Thresholds, scope: tuple[str, ...] | None, max_pixels: int) -> list[Decision]:
         pixels: list[torch.Tensor] = []
@@ -369,3 +422,8 @@ class GuardClassifier:
             calibration=None if config["calibration"] is None else Calibration.from_dict(config["calibration"]),
             history=config["history"],
         )
+
+
+def _probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Of any shape; NaN where a logit is not finite: an infinite one is an overflow, and its sign says nothing."""
+    return torch.sigmoid(logits.where(logits.isfinite(), torch.nan))

@@ -7,7 +7,7 @@ last, that names the encoder.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,10 +21,11 @@ from guardkit.artifacts import read_json, write_json, write_table, written
 from guardkit.embeddings import EmbeddingStore
 from guardkit.folders import claim, is_unfinished
 from guardkit.progress import progress
-from guardkit.reading import read_array, read_table
+from guardkit.reading import map_array, read_array, read_table
 from guardkit.schema import UNLABELLED, InputError, Record, Rejected
 
 MANIFEST, REJECTED = "manifest.json", "rejected.parquet"
+_COPY = "copy the shard anew"
 _BLOCK = 512  # records embedded between two looks at the clock
 
 
@@ -121,9 +122,35 @@ def read_embedding_folder(folder: Path) -> tuple[np.ndarray, pa.Table, dict[str,
     return stored.vectors, stored.table, stored.manifest
 
 
-def read_stored_embeddings(folder: Path) -> StoredEmbeddings:
-    """Reads an embedding folder, ours or clip-retrieval's. Empty parts are passed over, as long as one has a row.
+@dataclass(frozen=True)
+class EmbeddingParts:
+    """The files of an embedding folder, looked at but not read.
 
+    Attributes:
+        folder: they are in.
+        manifest: None when another tool wrote the folder.
+        vectors: number -> file of vectors, in order.
+        tables: number -> file of metadata; of all parts, or of none.
+        n_rows: in all.
+    """
+
+    folder: Path
+    manifest: dict[str, Any] | None
+    vectors: dict[int, Path]
+    tables: dict[int, Path]
+    n_rows: int
+
+    def mapped(self) -> Iterator[np.ndarray]:
+        """(n, d) floating-point numbers of each part, where they lie; one after the other, because each is an open file."""
+        return (map_array(path, _COPY) for path in self.vectors.values())
+
+
+def find_embedding_parts(folder: Path, *, with_tables: bool = False) -> EmbeddingParts:
+    """Looks at the files of an embedding folder, ours or clip-retrieval's.
+
+    Args:
+        folder: of the files.
+        with_tables: whether there must be metadata.
     Raises:
         InputError: no such folder, or shards that do not fit each other or the manifest.
     """
@@ -136,25 +163,44 @@ def read_stored_embeddings(folder: Path) -> StoredEmbeddings:
         found = "holds no embeddings" if manifest else "is no embedding folder: img_emb/img_emb_0.npy is missing"
         raise InputError(f"{folder} {found}; write one with python -m guardkit.embed")
     odd = sorted(set(vector_files) ^ set(table_files))
-    if odd:
+    if odd and (table_files or with_tables):
         raise InputError(f"{folder} has shards {odd} in only one of img_emb/ and metadata/; copy the folder anew")
     if manifest and manifest["n_shards"] != len(vector_files):
         raise InputError(f"{folder} has {len(vector_files)} shards, its {MANIFEST} says {manifest['n_shards']}; copy the folder anew")
-    vectors: list[np.ndarray] = []
-    tables: list[pa.Table] = []
-    parts: list[np.ndarray] = []
-    for number in sorted(vector_files):
-        path = vector_files[number]
-        shard = read_array(path, "copy the shard anew")
+    width, n_rows = None, 0
+    for path in vector_files.values():
+        shard = map_array(path, _COPY)
         if shard.dtype.kind != "f":
             raise InputError(f"{path} must hold floating-point numbers, got {shard.dtype}; copy the shard anew")
         if shard.ndim != 2 and len(shard):
             raise InputError(f"{path} has shape {shard.shape}, it must have two dimensions; copy the shard anew")
-        table = read_table(table_files[number], n_rows=len(shard), mend="copy the shard anew")
         if not len(shard):
             continue
-        if vectors and shard.shape[1] != vectors[0].shape[1]:
-            raise InputError(f"{path} has {shard.shape[1]} columns, earlier shards {vectors[0].shape[1]}; all must come from one encoder")
+        if shard.shape[1] != (width or shard.shape[1]):
+            raise InputError(f"{path} has {shard.shape[1]} columns, earlier shards {width}; all must come from one encoder")
+        width, n_rows = shard.shape[1], n_rows + len(shard)
+    if manifest and width not in (None, manifest["dim"]):
+        raise InputError(f"{folder} has vectors of {width} columns, its {MANIFEST} says {manifest['dim']}; copy the folder anew")
+    if manifest and n_rows != manifest["written"]:
+        raise InputError(f"{folder} holds {n_rows} embeddings, its {MANIFEST} says {manifest['written']}; copy the folder anew")
+    return EmbeddingParts(folder, manifest, vector_files, table_files, n_rows)
+
+
+def read_stored_embeddings(folder: Path) -> StoredEmbeddings:
+    """Reads an embedding folder, ours or clip-retrieval's. Empty parts are passed over, as long as one has a row.
+
+    Raises:
+        InputError: no such folder, or shards that do not fit each other or the manifest.
+    """
+    found = find_embedding_parts(folder, with_tables=True)
+    vectors: list[np.ndarray] = []
+    tables: list[pa.Table] = []
+    parts: list[np.ndarray] = []
+    for number, path in found.vectors.items():
+        shard = read_array(path, _COPY)
+        table = read_table(found.tables[number], n_rows=len(shard), mend=_COPY)
+        if not len(shard):
+            continue
         with np.errstate(over="ignore"):  # of numbers that float32 does not hold
             shard = shard.astype(np.float32)
             norms = np.linalg.norm(shard, axis=1, keepdims=True)
@@ -167,14 +213,8 @@ def read_stored_embeddings(folder: Path) -> StoredEmbeddings:
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
-        raise InputError(f"the tables of {folder}/metadata do not fit each other ({error}); all must come from one run") from error
-    if manifest and vectors[0].shape[1] != manifest["dim"]:
-        raise InputError(
-            f"{folder} has vectors of {vectors[0].shape[1]} columns, its {MANIFEST} says {manifest['dim']}; copy the folder anew"
-        )
-    if manifest and len(table) != manifest["written"]:
-        raise InputError(f"{folder} holds {len(table)} embeddings, its {MANIFEST} says {manifest['written']}; copy the folder anew")
-    return StoredEmbeddings(np.concatenate(vectors), table, manifest, np.concatenate(parts))
+        raise InputError(f"the tables of {found.folder}/metadata do not fit each other ({error}); all must come from one run") from error
+    return StoredEmbeddings(np.concatenate(vectors), table, found.manifest, np.concatenate(parts))
 
 
 def _checked_manifest(path: Path) -> dict[str, Any]:
@@ -189,14 +229,14 @@ def _checked_manifest(path: Path) -> dict[str, Any]:
 
 
 def _numbered(folder: Path, kind: str, suffix: str) -> dict[int, Path]:
-    """Shards by number, which may be zero-padded."""
+    """Shards by number, which may be zero-padded, in order."""
     shards: dict[int, Path] = {}
     for path in sorted(folder.glob(f"{kind}/{kind}_*{suffix}")):
         number = _number(path)
         if number in shards or number < 0:
             raise InputError(f"{path} has no number of its own (expected {kind}_<i>{suffix}); move it elsewhere")
         shards[number] = path
-    return shards
+    return dict(sorted(shards.items()))
 
 
 def _metadata(records: list[Record]) -> pa.Table:

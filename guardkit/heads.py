@@ -89,6 +89,10 @@ class Head(nn.Module):
         """(n, d) -> (n, e): what it sees of embeddings through whatever is fixed in it."""
         return embeddings
 
+    def decision(self, embeddings: Tensor) -> Tensor:
+        """(n, d) -> (n,) logits of unsafe alone, up to rounding: where categories are not asked for, a head may save their work."""
+        return self(embeddings)[:, 0]
+
     def of_texts_alone(self, embeddings: Tensor) -> Tensor | None:
         """(n, d) -> (n, 1 + k) logits by the policy's texts without a label, where it holds those texts; None elsewhere."""
         del embeddings
@@ -219,6 +223,13 @@ class LinearHead(Head):
     def forward(self, embeddings: Tensor) -> Tensor:
         """(n, d) -> (n, 1 + k) logits."""
         return self.linear(self.features(embeddings))
+
+    def decision(self, embeddings: Tensor) -> Tensor:
+        """(n, d) -> (n,) logits of unsafe: one vector times the embeddings."""
+        if type(self).forward is not LinearHead.forward:  # a class of somebody's that sees more than this one
+            return super().decision(embeddings)
+        weights = self.linear.weight[0] * embeddings.shape[1] ** 0.5
+        return embeddings @ (weights if self.map is None else self.map @ weights) + self.linear.bias[0]
 
     def features(self, embeddings: Tensor) -> Tensor:
         """(n, d) -> (n, d): what the weights are multiplied with, a linear map of the embeddings."""

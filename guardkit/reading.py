@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,21 @@ def read_array(path: Path, mend: str = "copy it anew") -> np.ndarray:
     Raises:
         InputError: it cannot be read, holds something else, or less or more than its header says.
     """
+    return _array(path, mend, lambda file, dtype, shape, order: np.fromfile(file, dtype).reshape(shape, order=order))
+
+
+def map_array(path: Path, mend: str = "copy it anew") -> np.ndarray:
+    """The same array where it lies, read-only: its numbers are read when they are looked at. Arguments and errors as of `read_array`."""
+    return _array(path, mend, _mapped)
+
+
+def _mapped(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...], order: Literal["C", "F"]) -> np.ndarray:
+    if not math.prod(shape):  # nothing cannot be mapped
+        return np.empty(shape, dtype)
+    return np.memmap(file, dtype, "r", file.tell(), shape, order)
+
+
+def _array(path: Path, mend: str, read: Callable[[BinaryIO, np.dtype, tuple[int, ...], Literal["C", "F"]], np.ndarray]) -> np.ndarray:
     try:
         with open(path, "rb") as file:
             version = np.lib.format.read_magic(file)
@@ -43,7 +58,7 @@ def read_array(path: Path, mend: str = "copy it anew") -> np.ndarray:
             claimed, found = math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size - file.tell()
             if claimed != found:
                 raise ValueError(f"its header says {claimed} bytes, it has {found}")
-            return np.fromfile(file, dtype).reshape(shape, order="F" if is_fortran else "C")
+            return read(file, dtype, shape, "F" if is_fortran else "C")
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); {mend}") from error
     # a header is a Python literal: damaged ones raise whatever the parser raises

@@ -72,6 +72,86 @@ def test_score_embeddings_checks_its_input(guard):
         guard.predict([], threshold=2)
 
 
+@pytest.fixture(scope="module")
+def rows(guard):
+    return np.random.default_rng(0).normal(size=(70_000, guard.encoder.dim)).astype(np.float16)  # more than a block
+
+
+def test_score_embeddings_reads_what_lies_on_disk(guard, rows, tmp_path):
+    np.save(tmp_path / "rows.npy", rows)
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    scores = guard.score_embeddings(mapped)
+    np.testing.assert_allclose(scores[::700], guard.probabilities(rows[::700])[:, 0], atol=1e-6)
+    out = np.lib.format.open_memmap(tmp_path / "scores.npy", "w+", np.float32, (len(rows),))
+    assert guard.score_embeddings(mapped, out=out) is out
+    np.testing.assert_allclose(out, scores, atol=1e-7)
+    np.testing.assert_array_equal(guard.score_embeddings(rows.astype(">f4")), scores)
+    mine = np.load(tmp_path / "rows.npy", mmap_mode="c")
+    mine[0] = -mine[0]
+    negated = guard.score_embeddings(mine)
+    assert negated[0] != scores[0]
+    np.testing.assert_array_equal(mine[0], -rows[0])  # what was written to a private map is still there
+
+
+def test_score_embeddings_gives_a_row_without_a_direction_nan_where_it_is_asked_to(guard, rows):
+    rows = rows.copy()
+    rows[[3, 66_000]], rows[5, 7] = 0, np.inf
+    scores = guard.score_embeddings(rows, unusable="nan")
+    assert np.flatnonzero(np.isnan(scores)).tolist() == [3, 5, 66_000]
+    with pytest.raises(InputError, match='rows of zeros.*row 3 first, or pass unusable="nan"'):
+        guard.score_embeddings(rows)
+    tiny = np.full((1, guard.encoder.dim), 1e-30, np.float32)  # its square is zero
+    assert np.isfinite(guard.score_embeddings(tiny)).all()
+    with pytest.raises(InputError, match="unusable must be one of"):
+        guard.score_embeddings(rows, unusable="skip")
+
+
+@pytest.mark.parametrize("out", [np.zeros(3), np.zeros(2, int), [0.0, 0.0]])
+def test_score_embeddings_writes_only_where_it_fits(guard, out):
+    with pytest.raises(InputError, match=r"out must be an array of \(2,\) floating-point numbers, got"):
+        guard.score_embeddings(np.eye(2, 256), out=out)
+
+
+def embedding_folder(folder, parts, fingerprint=None):
+    for name, part in parts.items():
+        (folder / "img_emb").mkdir(parents=True, exist_ok=True)
+        np.save(folder / "img_emb" / f"img_emb_{name}.npy", part)
+    if fingerprint:
+        n = sum(len(part) for part in parts.values())
+        manifest = {"n_shards": len(parts), "dim": 256, "given": n, "written": n, "rejected": 0, "encoder_fingerprint": fingerprint}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_score_embeddings_takes_a_folder(guard, rows, tmp_path):
+    unit = (rows / np.linalg.norm(rows.astype(np.float32), axis=1, keepdims=True)).astype(np.float16)
+    parts = {"10": rows[300:700], "2": unit[:300], "11": rows[:0]}  # by number; lengths that are none are mended
+    folder = embedding_folder(tmp_path / "ours", parts, guard.encoder.fingerprint)
+    np.testing.assert_allclose(guard.score_embeddings(folder), guard.score_embeddings(unit[:700]), atol=1e-3)
+    np.testing.assert_array_equal(guard.score_embeddings(str(folder)), guard.score_embeddings(folder))
+    assert guard.score_embeddings(embedding_folder(tmp_path / "theirs", parts)).shape == (700,)
+    with pytest.raises(InputError, match=r"embeddings of another encoder \(0000.*than the guard's"):
+        guard.score_embeddings(embedding_folder(tmp_path / "other", parts, "0" * 64))
+    with pytest.raises(InputError, match="is no embedding folder"):
+        guard.score_embeddings(tmp_path)
+
+
+def test_the_decision_alone_is_what_a_head_says_with_all_its_categories(scenes_encoder, scenes_policy):
+    class Doubled(LinearHead):
+        def forward(self, embeddings):
+            return 2 * super().forward(embeddings)
+
+    vectors = torch.randn(5, scenes_encoder.dim)
+    for kind, whitened in [(LinearHead, False), (LinearHead, True), (Doubled, False)]:
+        head = kind(scenes_encoder.dim, 3, whitened=whitened)
+        torch.nn.init.normal_(head.linear.weight)
+        torch.nn.init.normal_(head.linear.bias)
+        if whitened:
+            head.map.normal_()
+        with torch.inference_mode():
+            np.testing.assert_allclose(head.decision(vectors), head(vectors)[:, 0], rtol=1e-3)
+
+
 def test_saving_and_loading_keeps_every_score(guard, folder):
     loaded = GuardClassifier.from_pretrained(folder)
     embeddings = torch.nn.functional.normalize(torch.randn(9, 256), dim=1).numpy()
