@@ -14,7 +14,7 @@ import torch
 
 from guardkit.artifacts import fingerprint
 from guardkit.checks import check_choice, check_whole
-from guardkit.embedding_blocks import decide_block, each_block
+from guardkit.embedding_blocks import decide_blocks
 from guardkit.embedding_folder import find_embedding_parts
 from guardkit.encoders.base import Encoder
 from guardkit.encoders.lookup import ENCODER_KINDS, find_encoder
@@ -193,7 +193,8 @@ class GuardClassifier:
 
         Args:
             embeddings: an array, float16 or another kind of number, or a folder that `guardkit.embed` or clip-retrieval wrote, whose
-                parts are scored in the order of their numbers and brought to unit length, as `source=embeddings` reads them.
+                parts are scored in the order of their numbers. Rows of an array, and of a folder of ours, are taken as the unit vectors that
+                they are; those of another tool's folder are brought to unit length first.
             out: (n,) floating-point, such as a memory-mapped array; written to and returned. None: a new one, float64.
             unusable: what a row gives that is zero or not finite: an error, or NaN, so that the others have their scores. NaN is no
                 score: `scores >= guard.threshold` says False of it, which does not mean safe; `decide` says "error" of such rows.
@@ -201,7 +202,8 @@ class GuardClassifier:
             InputError: another width, a folder of another encoder, `out` does not fit, or there are such rows.
         """
         check_choice("unusable", unusable, ("raise", "nan"))
-        if is_folder := isinstance(embeddings, (str, os.PathLike)):
+        is_unit = True
+        if isinstance(embeddings, (str, os.PathLike)):
             found = find_embedding_parts(Path(embeddings))
             if found.manifest and found.manifest["encoder_fingerprint"] != self.encoder.fingerprint:
                 other = found.manifest["encoder_fingerprint"][:12]
@@ -209,6 +211,7 @@ class GuardClassifier:
                     f"{embeddings} holds embeddings of another encoder ({other}...) than the guard's, {self.encoder.name} "
                     f"({self.encoder.fingerprint[:12]}...); embed the images with the guard's"
                 )
+            is_unit = (found.manifest or {}).get("normalized") is True
             n, parts = found.n_rows, (part for part in found.mapped() if len(part))
         else:
             array = (
@@ -219,19 +222,16 @@ class GuardClassifier:
         if not isinstance(scores, np.ndarray) or scores.shape != (n,) or scores.dtype.kind != "f":
             got = f"{scores.dtype} of shape {scores.shape}" if isinstance(scores, np.ndarray) else type(scores).__name__
             raise InputError(f"out must be an array of ({n},) floating-point numbers, got {got}")
-        start = 0
+        done = 0
         for part in parts:
             self._check_width(part)
-            for block in each_block(part):
-                logits, without = decide_block(block, self.head.decision, normalize=is_folder)
+            for rows, logits, without in decide_blocks(part, self.head.decision, normalize=not is_unit):
                 if without.any() and unusable == "raise":
-                    raise InputError(f'{_UNUSABLE}, row {start + int(without.argmax())} first, or pass unusable="nan"')
-                if self.calibration is not None:
-                    logits = self.calibration.decision(logits.double())
-                probabilities = _probabilities(logits.double()).numpy()
-                probabilities[without] = np.nan
-                scores[start : start + len(block)] = probabilities
-                start += len(block)
+                    first = done + rows.start + int(without.argmax())
+                    raise InputError(f'{_UNUSABLE}, row {first} first, or pass unusable="nan"')
+                logits = logits.double() if self.calibration is None else self.calibration.decision(logits.double())
+                scores[done + rows.start : done + rows.stop] = np.where(without, np.nan, _probabilities(logits).numpy())
+            done += len(part)
         return scores
 
     def probabilities(self, embeddings: np.ndarray) -> np.ndarray:

@@ -3,56 +3,75 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-_ROWS = 1 << 16  # between two looks at what came out
-_CACHE_BYTES = 1 << 21  # of float32: what one core's cache holds while three operations pass over it
-_UNIT = 1e-3  # that a length may be off 1, more than float16 rounds by
+_ROWS = 1 << 16  # of a block
+_NEAR = 1e-3  # of two logits that may be one but for rounding
+_CACHE_BYTES = 1 << 20  # of float32, which several operations pass over while one core's cache holds them
 
 
-def each_block(embeddings: np.ndarray) -> Iterator[np.ndarray]:
-    """(n, d) -> (m, d) views of some rows, in order. What was read of a mapped file is given back to the system after each."""
-    for start in range(0, len(embeddings), _ROWS):
-        yield embeddings[start : start + _ROWS]
-        _give_back(embeddings)
-
-
-def decide_block(block: np.ndarray, decide: Callable[[Tensor], Tensor], *, normalize: bool) -> tuple[Tensor, np.ndarray]:
-    """Gives the rows of a block to a head.
+def decide_blocks(
+    embeddings: np.ndarray, decide: Callable[[Tensor], Tensor], *, normalize: bool
+) -> Iterator[tuple[slice, Tensor, np.ndarray]]:
+    """Gives embeddings to a head, a block of rows a core. What was read of a mapped file is given back to the system after each.
 
     Args:
-        block: (m, d) of any number type.
-        decide: (j, d) float32 -> (j,) logits; called in inference mode.
+        embeddings: (n, d) of any number type.
+        decide: (j, d) float32 -> (j,) logits; called in inference mode, in several threads at once.
         normalize: bring rows to unit length first.
-    Returns:
-        (m,) float32 logits, and (m,) bool: rows that are zero or not finite, whose logits mean nothing.
+    Yields:
+        The rows of a few blocks, in order, (m,) float32 logits of theirs, and (m,) bool: those that are zero or not finite, whose logits mean
+        nothing.
     """
+    workers = min(torch.get_num_threads(), -(-len(embeddings) // _ROWS))
+    with ExitStack() as stack:
+        each: Callable[..., Iterable[tuple[Tensor, np.ndarray]]] = map
+        if workers > 1:
+            # many small products are no work to share: one thread each, of the libraries that would start more
+            alone = partial(threadpool_limits, 1, user_api="openmp")
+            each = stack.enter_context(ThreadPoolExecutor(workers, initializer=alone)).map
+        for start in range(0, len(embeddings), max(1, workers) * _ROWS):
+            rows = slice(start, min(len(embeddings), start + workers * _ROWS))
+            blocks = [embeddings[first : min(rows.stop, first + _ROWS)] for first in range(start, rows.stop, _ROWS)]
+            done = list(each(partial(_decide, decide=decide, normalize=normalize), blocks))
+            yield rows, torch.cat([logits for logits, _ in done]), np.concatenate([unusable for _, unusable in done])
+            _give_back(embeddings)
+
+
+def _decide(block: np.ndarray, decide: Callable[[Tensor], Tensor], normalize: bool) -> tuple[Tensor, np.ndarray]:
+    block = np.asarray(block)  # views of a mapped array take long to make
     n, width = block.shape
     size = min(n, max(1, _CACHE_BYTES // (4 * max(1, width))))
     # PyTorch takes no array that may not be written to, and converts float16 many times faster than NumPy
     held = np.empty((size, width), np.float16 if block.dtype == np.float16 else np.float32)
-    floats = torch.empty((size, width))
-    logits, unusable = torch.empty(n), np.zeros(n, bool)
-    with torch.inference_mode():
+    source, floats = torch.from_numpy(held), torch.empty((size, width))
+    logits, sums = torch.empty(n), []
+    with torch.inference_mode(), np.errstate(over="ignore"):  # of numbers that float32 does not hold
         for start in range(0, n, size):
-            rows = slice(start, min(n, start + size))
-            there = held[: rows.stop - start]
-            with np.errstate(over="ignore"):  # of numbers that float32 does not hold
-                np.copyto(there, block[rows], casting="same_kind")
-            vectors = floats[: len(there)].copy_(torch.from_numpy(there))
-            norms = torch.linalg.vector_norm(vectors, dim=1)
-            odd = ~((norms > 0) & norms.isfinite())
-            if normalize and bool(((norms - 1).abs() > _UNIT).any()):
-                vectors /= norms[:, None]
-            elif bool(odd.any()):  # or too small or large to be squared
-                odd[odd.clone()] = ~(vectors[odd].isfinite().all(dim=1) & vectors[odd].any(dim=1))
-            unusable[rows] = odd.numpy()
+            m = min(size, n - start)
+            rows = slice(start, start + m)
+            np.copyto(held[:m], block[rows], casting="same_kind")
+            vectors = floats[:m].copy_(source[:m])
+            if normalize:
+                vectors /= torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
             logits[rows] = decide(vectors)
-    return logits, unusable
+            sums.append(vectors.sum())
+        of_zero = decide(torch.zeros(1, width))
+        # one by one rows are looked at only where these leave it open: that costs more than to decide
+        finite = torch.stack(sums).isfinite().repeat_interleave(size)[:n]
+        odd = (~finite | ~((logits - of_zero).abs() > _NEAR * (1 + of_zero.abs()))).numpy()
+        if odd.any():
+            rest = block[odd].astype(np.float32)
+            odd[odd] = ~(np.isfinite(rest).all(axis=1) & rest.any(axis=1))
+    return logits, odd
 
 
 def _give_back(array: np.ndarray) -> None:

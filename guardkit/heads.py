@@ -229,7 +229,7 @@ class LinearHead(Head):
         if type(self).forward is not LinearHead.forward:  # a class of somebody's that sees more than this one
             return super().decision(embeddings)
         weights = self.linear.weight[0] * embeddings.shape[1] ** 0.5
-        return embeddings @ (weights if self.map is None else self.map @ weights) + self.linear.bias[0]
+        return torch.addmv(self.linear.bias[:1], embeddings, weights if self.map is None else self.map @ weights)
 
     def features(self, embeddings: Tensor) -> Tensor:
         """(n, d) -> (n, d): what the weights are multiplied with, a linear map of the embeddings."""

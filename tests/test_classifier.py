@@ -118,18 +118,20 @@ def embedding_folder(folder, parts, fingerprint=None):
         np.save(folder / "img_emb" / f"img_emb_{name}.npy", part)
     if fingerprint:
         n = sum(len(part) for part in parts.values())
-        manifest = {"n_shards": len(parts), "dim": 256, "given": n, "written": n, "rejected": 0, "encoder_fingerprint": fingerprint}
+        manifest = {"n_shards": len(parts), "dim": 256, "given": n, "written": n, "rejected": 0}
+        manifest |= {"encoder_fingerprint": fingerprint, "normalized": True}
         (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
 
 def test_score_embeddings_takes_a_folder(guard, rows, tmp_path):
     unit = (rows / np.linalg.norm(rows.astype(np.float32), axis=1, keepdims=True)).astype(np.float16)
-    parts = {"10": rows[300:700], "2": unit[:300], "11": rows[:0]}  # by number; lengths that are none are mended
+    parts = {"10": unit[300:700], "2": unit[:300], "11": unit[:0]}  # in the order of their numbers
     folder = embedding_folder(tmp_path / "ours", parts, guard.encoder.fingerprint)
-    np.testing.assert_allclose(guard.score_embeddings(folder), guard.score_embeddings(unit[:700]), atol=1e-3)
-    np.testing.assert_array_equal(guard.score_embeddings(str(folder)), guard.score_embeddings(folder))
-    assert guard.score_embeddings(embedding_folder(tmp_path / "theirs", parts)).shape == (700,)
+    scores = guard.score_embeddings(unit[:700])
+    np.testing.assert_allclose(guard.score_embeddings(str(folder)), scores, atol=1e-6)
+    longer = {name: 3 * part for name, part in parts.items()}
+    np.testing.assert_allclose(guard.score_embeddings(embedding_folder(tmp_path / "theirs", longer)), scores, atol=1e-3)
     with pytest.raises(InputError, match=r"embeddings of another encoder \(0000.*than the guard's"):
         guard.score_embeddings(embedding_folder(tmp_path / "other", parts, "0" * 64))
     with pytest.raises(InputError, match="is no embedding folder"):
