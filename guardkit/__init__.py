@@ -45,6 +45,14 @@ if TYPE_CHECKING:
     from guardkit.fitting.objective import Objective
     from guardkit.fitting.terms import Gaps, Term
     from guardkit.heads import AnchoredHead, Head, JoinedHead, LinearHead, MLPHead, PromptHead
+    from guardkit.integrations.coop import coop_signals
+    from guardkit.integrations.curator import curator_stage
+    from guardkit.integrations.dataset_columns import dataset_columns
+    from guardkit.integrations.guarded_pipeline import guarded
+    from guardkit.integrations.image_classification import image_classifier
+    from guardkit.integrations.reactions import UnsafeImageError
+    from guardkit.integrations.safety_checker import safety_checker
+    from guardkit.integrations.threatexchange import threatexchange_classifier
     from guardkit.policy import Category, Policy
     from guardkit.schema import Decision, EmbeddingGuard, Guard, ImageError, ImageGuard, InputError, Judgment, Record, Rejected
     from guardkit.thresholds import Band, Thresholds
@@ -60,6 +68,15 @@ _HOMES = {
     "Band": "guardkit.thresholds",
     "Policy": "guardkit.policy",
     "Category": "guardkit.policy",
+    # in other code
+    "safety_checker": "guardkit.integrations.safety_checker",
+    "guarded": "guardkit.integrations.guarded_pipeline",
+    "UnsafeImageError": "guardkit.integrations.reactions",
+    "image_classifier": "guardkit.integrations.image_classification",
+    "dataset_columns": "guardkit.integrations.dataset_columns",
+    "threatexchange_classifier": "guardkit.integrations.threatexchange",
+    "coop_signals": "guardkit.integrations.coop",
+    "curator_stage": "guardkit.integrations.curator",
     # the work of the commands
     "train_guard": "guardkit.api.train",
     "TrainingReport": "guardkit.api.train",

@@ -75,7 +75,8 @@ def _decide(block: np.ndarray, decide: Callable[[Tensor], Tensor], normalize: bo
 
 
 def _give_back(array: np.ndarray) -> None:
-    mode, owner = None, array
+    mode: str | None = None
+    owner: object = array
     while isinstance(owner, np.ndarray):
         mode, owner = getattr(owner, "mode", mode), owner.base
     # a private mapping ("c") would lose what was written to it

@@ -50,6 +50,16 @@ def each_image(images: Any) -> Iterator[Any]:
         raise InputError(f"an image must be {_ACCEPTED}, got {type(images).__name__}") from error
 
 
+def holds_many(images: Any) -> bool:
+    """Whether `each_image` takes it as a collection, be it empty, and not as one image."""
+    if _is_one(images):
+        return False
+    if not hasattr(images, "__array__"):
+        return True
+    kind = getattr(getattr(images, "dtype", None), "kind", "")
+    return getattr(images, "ndim", 0) == 4 or (getattr(images, "ndim", 0) == 1 and kind in tuple("OUS"))
+
+
 def readable(image: Any, max_pixels: int) -> ImageLike:
     """One image as `read_image` takes it.
 

@@ -115,7 +115,12 @@ def test_heavy_libraries_have_one_place():
         "jinja2": {"pages.py"},
         "openai": {"vlm/endpoint.py", "vlm/outgoing.py"},
         "gradio": {"moderation/review_page.py"},
-        "diffusers": {"baselines/sd_safety_checker.py", "editors/diffusers.py", "editors/diffusers_pipelines.py"},
+        "diffusers": {
+            "baselines/sd_safety_checker.py",
+            "editors/diffusers.py",
+            "editors/diffusers_pipelines.py",
+            "integrations/safety_checker.py",
+        },
         "onnxruntime": {"encoders/onnx.py"},
         "fastapi": {"serving/app.py", "serving/uploads.py", "moderation/review_page.py"},
         "uvicorn": {"serving/server.py", "moderation/review_page.py"},

@@ -1,4 +1,4 @@
-"""Tiny models with random weights in the files that encoders are read from: those of transformers, and ONNX."""
+"""Tiny models with random weights: in the files that encoders are read from, those of transformers and ONNX, and pipelines of diffusers."""
 
 from __future__ import annotations
 
@@ -145,3 +145,207 @@ def write_onnx(path):
             output_names=["patches", "pooled"], dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1, max=1024)}},
         )  # fmt: skip
     return net
+
+
+# --- diffusers ---------------------------------------------------------------------------------------------------------
+
+
+def alphabet():
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return sorted(ByteLevel.alphabet())
+
+
+def clip(with_projection=False):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    tokens = [*alphabet(), *(f"{letter}</w>" for letter in alphabet()), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+    n = len(tokens)
+    config = CLIPTextConfig(
+        vocab_size=n,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        projection_dim=32,
+        bos_token_id=n - 2,
+        eos_token_id=n - 1,
+        pad_token_id=n - 1,
+    )
+    return (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(config), tokenizer
+
+
+def t5():
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz")]
+    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+    config = T5Config(vocab_size=len(pieces), d_model=32, d_ff=32, d_kv=8, num_layers=1, num_heads=2, relative_attention_num_buckets=8)
+    return T5EncoderModel(config), tokenizer
+
+
+def qwen_vl():
+    import transformers
+
+    tokenizer = transformers.Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate(alphabet())}, merges=[])
+    named = ["im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
+    tokenizer.add_tokens([f"<|{name}|>" for name in named], special_tokens=True)
+    start, end, vision_start, vision_end, image, video = (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in named)
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+        "rope_theta": 1e6,
+        "bos_token_id": start,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=vision_start,
+        vision_end_token_id=vision_end,
+    )
+    images = transformers.Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56)
+    processor = transformers.Qwen2VLProcessor(
+        image_processor=images, tokenizer=tokenizer, video_processor=transformers.Qwen2VLVideoProcessor()
+    )
+    return transformers.Qwen2_5_VLForConditionalGeneration(config), tokenizer, processor
+
+
+def autoencoder(channels=4, **more):
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=channels,
+        norm_num_groups=4,
+        force_upcast=False,
+        **more,
+    )
+
+
+def unet(channels, text_width, **more):
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=channels,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=text_width,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        **more,
+    )
+
+
+def stable_diffusion(class_name, channels, **more):
+    import diffusers
+
+    text, tokenizer = clip()
+    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False} | more
+    # this scheduler draws noise at every step, so that a generator shared within a batch would show
+    scheduler = diffusers.EulerAncestralDiscreteScheduler(steps_offset=1)
+    return getattr(diffusers, class_name)(
+        vae=autoencoder(), text_encoder=text, tokenizer=tokenizer, unet=unet(channels, 32), scheduler=scheduler, **parts
+    )
+
+
+def stable_diffusion_xl(class_name, channels):
+    import diffusers
+
+    text, tokenizer = clip()
+    text_2, _ = clip(with_projection=True)
+    times = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 32 + 6 * 8}
+    return getattr(diffusers, class_name)(
+        vae=autoencoder(),
+        text_encoder=text,
+        text_encoder_2=text_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet(channels, 64, use_linear_projection=True, **times),
+        scheduler=diffusers.EulerAncestralDiscreteScheduler(steps_offset=1),
+    )
+
+
+def flux(class_name, channels):
+    import diffusers
+
+    text, tokenizer = clip()
+    text_2, tokenizer_2 = t5()
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=channels,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+        guidance_embeds=True,
+    )
+    return getattr(diffusers, class_name)(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=autoencoder(1, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=text,
+        tokenizer=tokenizer,
+        text_encoder_2=text_2,
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
+    )
+
+
+def qwen(class_name):
+    import diffusers
+
+    text, tokenizer, processor = qwen_vl()
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=6,
+        z_dim=4,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return getattr(diffusers, class_name)(
+        scheduler=scheduler, vae=vae, text_encoder=text, tokenizer=tokenizer, processor=processor, transformer=transformer
+    )
+
+
+PIPELINES = {
+    "instruct_pix2pix": lambda: stable_diffusion("StableDiffusionInstructPix2PixPipeline", 8),
+    "instruct_pix2pix_xl": lambda: stable_diffusion_xl("StableDiffusionXLInstructPix2PixPipeline", 8),
+    "flux_kontext": lambda: flux("FluxKontextPipeline", 4),
+    "qwen_image_edit": lambda: qwen("QwenImageEditPipeline"),
+    "qwen_image_edit_plus": lambda: qwen("QwenImageEditPlusPipeline"),
+    "inpaint": lambda: stable_diffusion("StableDiffusionInpaintPipeline", 9),
+    "inpaint_xl": lambda: stable_diffusion_xl("StableDiffusionXLInpaintPipeline", 9),
+    "text_to_image": lambda: stable_diffusion("StableDiffusionPipeline", 4),
+    "flux_fill": lambda: flux("FluxFillPipeline", 4 + 4 + 4 * 4),
+}
