@@ -326,6 +326,8 @@ class GuardClassifier:
             raise InputError(f"the guard has the category {both[0]!r} already; give a policy with the new categories alone")
         policy = replace(
             self.policy,
+            name=f"{self.policy.name}_and_{other.policy.name}",
+            description=f"{self.policy.description} {other.policy.description}",
             categories=(*self.policy.categories, *other.policy.categories),
             safe_texts=tuple(dict.fromkeys((*self.policy.safe_texts, *other.policy.safe_texts))),
             harmless=self.policy.harmless and other.policy.harmless,
@@ -341,7 +343,13 @@ class GuardClassifier:
             policy,
             threshold=Thresholds(decision, {**self.thresholds.categories, **other.thresholds.categories}),
             training={**self.training, "extended_by": {"policy": other.policy.name, **other.training}},
-            metrics=self.metrics,
+            metrics={
+                "notes": [
+                    f"This guard was put together of one for {', '.join(self.policy.category_names)} and one for {', '.join(other.policy.category_names)}. Each was measured by "
+                    "itself, on its own images; what they decide together was not."
+                ],
+                "parts": [self.metrics, other.metrics],
+            },
             training_images=seen[0].joined(seen[1]) if len(seen) == 2 else None,
             calibration=Calibration(ScoreMap.line("none", 1.0, 0.0), maps) if before else None,
             history=[*self.history, {"thresholds": self.thresholds.to_dict(), "reason": reason}],

@@ -245,8 +245,11 @@ def _promised(config: Mapping[str, Any]) -> str:
     promises = "".join(
         f"- {' '.join(str(promise).split())}\n" for name in ("promises", "promises_by_category") for promise in about.get(name, [])
     )
+    fitted = (
+        "probabilities" if config["calibration"]["decision"]["kind"] != "none" else "the head's own, not fitted to images, and restated"
+    )
     return (
-        f"Scores are probabilities where {about.get('prevalence')} of the images are unsafe. Promised, each by itself, for images like the {about.get('n_safe')} safe and "
+        f"Scores are {fitted} where {about.get('prevalence')} of the images are unsafe. Promised, each by itself, for images like the {about.get('n_safe')} safe and "
         f"{about.get('n_unsafe')} unsafe ones that the thresholds were chosen on:\n\n{promises}\nThe figures below were measured before, on the scores and at the threshold of then.\n"
     )
 

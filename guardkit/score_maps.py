@@ -103,7 +103,8 @@ class Calibration:
 
     Attributes:
         decision: of the logit of unsafe.
-        categories: category -> of its logit; those that could not be fitted are missing, and stay as they are.
+        categories: category -> of its logit; those that could not be fitted are restated at the prevalence only, those that are missing stay as
+            they are.
         about: on which images, at which prevalence, what was promised; plain JSON.
     """
 

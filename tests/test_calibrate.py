@@ -110,6 +110,16 @@ def test_images_of_a_calibration_are_not_tested_on_and_may_be_calibrated_on_agai
         guardkit.evaluate(report.guard, fresh, output_dir=tmp_path, split="all")
 
 
+def test_a_guard_of_no_use_is_called_that(guard, fresh):
+    """It flags whatever it likes, and keeps its promise."""
+    idle = GuardClassifier(guardkit.LinearHead.build(guard.encoder, guard.policy), guard.encoder, guard.policy)
+    idle.head.linear.weight.data.copy_(-guard.head.linear.weight.data[:, : guard.encoder.dim])
+    report = guardkit.calibrate(idle, fresh, max_fpr=0.1)
+    assert any("no better than chance at its new thresholds" in note for note in report.figures["notes"])
+    low, high = report.figures["columns"]["decision"]["on_these_images"]["precision_of_blocked"]["ci"]
+    assert low < high
+
+
 def test_one_promise_sets_one_threshold(guard, fresh):
     for asked in ({"max_fpr": 0.05}, {"min_recall": 0.9}):
         band = guardkit.calibrate(guard, fresh, **asked).guard.thresholds.decision

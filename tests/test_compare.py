@@ -47,7 +47,11 @@ def test_a_better_guard_is_called_better_with_an_interval(report):
     assert report.figures["says"].startswith("new is better in ")
     assert {path.name for path in report.folder.iterdir() if not path.name.startswith(".")} == {"compare.json", "compare.html"}
     assert strict_json(report.folder / "compare.json") == report.figures
-    assert "http://" not in (report.folder / "compare.html").read_text()
+    page = (report.folder / "compare.html").read_text()
+    assert "http://" not in page
+    low, high = auroc["ci"]
+    assert f"{auroc['difference']:+.3f} ({low:+.3f} to {high:+.3f})" in page
+    assert '<td class="better">better</td>' in page
 
 
 def test_the_same_guard_is_neither_better_nor_worse(folders, source):

@@ -66,6 +66,11 @@ def test_a_tenth_category_leaves_the_other_nine_as_they_were(base, film, vectors
     # neither the images of the one nor those of the other are tested on
     assert len(new.training_images) > len(old.training_images)
     assert new.history[-1]["reason"] == "extended by negative"
+    # the card says whose figures it does not show
+    card = (tmp_path / "out/guard/README.md").read_text()
+    assert "policy `scenes_and_film`" in card
+    assert "Each was measured by itself" in card
+    assert "| auroc | not measured |" in card
 
 
 def test_calibrated_categories_stay_and_the_decision_starts_anew(base, film, vectors, scenes_policy):

@@ -124,6 +124,12 @@ def calibrate(
     kept = [row for row in range(len(vectors)) if row not in unreadable]
     records = [benchmark.records[row] for row in kept]
     made, columns = calibrated(before, records, vectors[kept], asked, about={"source": benchmark.name})
+    here = columns[0].figures
+    if here["flagged_of_unsafe"]["value"] <= here["flagged_of_safe"]["value"]:
+        notes.append(
+            f"on these images the guard is no better than chance at its new thresholds: it flags {here['flagged_of_unsafe']['value']:.3f} of the unsafe ones and "
+            f"{here['flagged_of_safe']['value']:.3f} of the safe ones; a promise is kept by a guard of no use too"
+        )
     near = getattr(source, "near_duplicate_distance", NEAR)
     mine = SeenImages.of([("calibration", record, vector) for record, vector in zip(records, vectors[kept], strict=True)], near=near)
     made.training_images = mine if contender.training_images is None else contender.training_images.joined(mine)

@@ -13,9 +13,7 @@ import torch
 from guardkit.checks import check_flag, check_number
 from guardkit.classifier import GuardClassifier
 from guardkit.metrics.calibrators import Fitted, fit_score_map
-from guardkit.metrics.draws import GroupDraws
-from guardkit.metrics.figures import Images, weighted
-from guardkit.metrics.intervals import clopper_pearson, percentile_interval
+from guardkit.metrics.intervals import clopper_pearson
 from guardkit.metrics.promises import Promise, promise_fpr, promise_queue, promise_recall
 from guardkit.schema import SAFE, UNSAFE, InputError, Record
 from guardkit.score_maps import Calibration, ScoreMap
@@ -23,7 +21,6 @@ from guardkit.thresholds import Band, Thresholds
 
 DECISION = "decision"
 _USUAL_PREVALENCE = 0.5  # that heads are trained for: of the decision unless somebody says otherwise, of categories always
-_N_RESAMPLES, _SEED = 1000, 0
 
 
 @dataclass(frozen=True)
@@ -143,10 +140,7 @@ def calibrated(
         known = (labels == SAFE) | np.array([category is not None for category in categories])
         share = max(int(own.sum()), 1) / max(int((known & (labels == UNSAFE)).sum()), 1)
         found = fit_score_map(logits[known, i], own[known].astype(int), trained_for=_USUAL_PREVALENCE, prevalence=asked.prevalence * share)
-        if found.reason:
-            found = Fitted(ScoreMap.line("none", 1.0, 0.0), {}, found.reason)
-        else:
-            maps[name] = found.map
+        maps[name] = found.map
         mine = own | (labels == SAFE)
         before = _moved_band(guard.thresholds.categories[name], old_maps.get(name), found.map)
         columns.append(
@@ -248,15 +242,17 @@ def _figures(safe: np.ndarray, unsafe: np.ndarray, band: Band, prevalence: float
 
 
 def _precision(safe: np.ndarray, unsafe: np.ndarray, threshold: float, prevalence: float) -> dict[str, Any]:
+    """By Bayes' rule; from the ends of the intervals of both rates, so that the interval is a careful one, also where no image is flagged."""
     if not len(safe) or not len(unsafe):
         return {"value": None, "ci": [None, None]}
-    scores, labels = np.concatenate([unsafe, safe]), np.r_[np.ones(len(unsafe), int), np.zeros(len(safe), int)]
-    draws = GroupDraws(range(len(scores)), n_resamples=_N_RESAMPLES, seed=_SEED)
-    images = Images(labels, scores[None], np.array([threshold]), draws, np.arange(len(scores)), prevalence)
-    values = weighted(["precision_at_prevalence"], images)["precision_at_prevalence"][0]
-    interval = percentile_interval(values[1:], float(values[0]))
-    known = [None if np.isnan(value) else float(value) for value in (interval.estimate, interval.low, interval.high)]
-    return {"value": known[0], "ci": known[1:]}
+
+    def of(recall: float, fpr: float) -> float | None:
+        found, alarms = recall * prevalence, fpr * (1 - prevalence)
+        return found / (found + alarms) if found + alarms else None
+
+    hits = [int((scores >= threshold).sum()) for scores in (unsafe, safe)]
+    recall, fpr = (clopper_pearson(n, len(scores)) for n, scores in zip(hits, (unsafe, safe), strict=True))
+    return {"value": of(hits[0] / len(unsafe), hits[1] / len(safe)), "ci": [of(recall[0], fpr[1]), of(recall[1], fpr[0])]}
 
 
 def _moved(threshold: float, old: ScoreMap | None, new: ScoreMap) -> float:

@@ -95,6 +95,8 @@ def _row(part: str, at: str, metric: str, values: np.ndarray, labels: np.ndarray
     old, new, estimate, low, high = (
         None if not np.isfinite(one) else float(one) for one in (values[0][0], values[1][0], interval.estimate, interval.low, interval.high)
     )
+    if low == high:
+        low = high = None  # of a few images that both decide alike, every redraw is the same: that is no certainty
     verdict = "open"
     if low is not None and high is not None and (low > 0 or high < 0):
         verdict = "better" if (low > 0) == (_BETTER[metric] > 0) else "worse"

@@ -44,12 +44,10 @@ def page(facts: Mapping[str, Any], changes: Sequence[Change]) -> str:
         shown = [picture(one.record, one.new.score) | {"source": f"was {one.old.score:.3g}"} for one in mine[:N_SHOWN]]
         parts.append({"title": title, "about": about, "n": len(mine), "shown": shown})
     rows = [
-        {"title": _title(row), "old": _number(row["old"]), "new": _number(row["new"]), "difference": _difference(row), **row}
+        {**row, "title": _title(row), "old": _number(row["old"]), "new": _number(row["new"]), "difference": _difference(row)}
         for row in facts["figures"]
     ]
-    return render(
-        "comparison.html", facts=facts, rows=[{**row, "old": _number(row["old"]), "new": _number(row["new"])} for row in rows], parts=parts
-    )
+    return render("comparison.html", facts=facts, rows=rows, parts=parts)
 
 
 def _title(row: Mapping[str, Any]) -> str:
