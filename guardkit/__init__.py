@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from guardkit.encoders.onnx import OnnxEncoder
     from guardkit.encoders.open_clip import OpenClipEncoder
     from guardkit.encoders.transformers import TransformersEncoder
+    from guardkit.explaining.explanation import Explanation
     from guardkit.fitting.module import BestHead, GuardModule
     from guardkit.fitting.objective import Objective
     from guardkit.fitting.terms import Gaps, Term
@@ -64,6 +65,7 @@ _HOMES = {
     # decisions
     "GuardClassifier": "guardkit.classifier",
     "Decision": "guardkit.schema",
+    "Explanation": "guardkit.explaining.explanation",
     "Thresholds": "guardkit.thresholds",
     "Band": "guardkit.thresholds",
     "Policy": "guardkit.policy",

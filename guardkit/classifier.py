@@ -18,6 +18,8 @@ from guardkit.embedding_blocks import decide_blocks
 from guardkit.embedding_folder import find_embedding_parts
 from guardkit.encoders.base import Encoder
 from guardkit.encoders.lookup import ENCODER_KINDS, find_encoder
+from guardkit.explaining.explanation import Explanation
+from guardkit.explaining.methods import heat_map
 from guardkit.guard_folder import read_guard, write_guard
 from guardkit.heads import Head, JoinedHead
 from guardkit.images import read_image
@@ -30,6 +32,7 @@ from guardkit.seen import SeenImages
 from guardkit.thresholds import DEFAULT, Band, Thresholds, check_scope, undecided
 
 _UNUSABLE = "embeddings hold NaN or infinite values, or rows of zeros; embed those images again or leave them out"
+_BEYOND = "the guard's weights or the image's embedding are beyond all bounds"
 
 
 class GuardClassifier:
@@ -163,6 +166,37 @@ class GuardClassifier:
                 batch = []
         return decisions + self._decide(batch, thresholds, inside, max_pixels)
 
+    def explain(self, image: Any, category: str | None = None, *, method: str = "auto", max_pixels: int = 100_000_000) -> Explanation:
+        """Which parts of an image a score comes from, as a heat map at the image's size.
+
+        Args:
+            image: one, as for `predict`; of an animation the first frame.
+            category: of the policy, whose score is explained; None: that of the decision.
+            method: "grad_eclip" (encoders with a class token), "activation" (convolutional ones), "attention_pooling" (such as SigLIP),
+                "occlusion" (any), or "auto": the first of these that the encoder can do. See docs/explanations.md.
+            max_pixels: a larger image is not decoded.
+        Returns:
+            The heat map, and more; see `Explanation`. What calibration did to scores does not change it.
+        Raises:
+            InputError: the image cannot be read, or has no finite score; no category of the policy; an unknown method, or one that this
+                encoder cannot do.
+        """
+        column = 0
+        if category is not None:
+            check_choice("category", category, self.policy.category_names)
+            column = 1 + self.policy.category_names.index(category)
+        check_whole("max_pixels", max_pixels, 1)
+        pixels = read_image(readable(image, max_pixels), max_pixels=max_pixels)
+        score = float(self._rows(self.encoder.encode_images([pixels]))[0, column])
+        if not np.isfinite(score):
+            raise InputError(f"the image has no finite score: {_BEYOND}")
+
+        def logit(embeddings: torch.Tensor) -> torch.Tensor:
+            return self.head(embeddings.to("cpu", torch.float32))[:, column]
+
+        heat, used = heat_map(self.encoder, logit, pixels, method)
+        return Explanation(heat=heat, method=used, category=category, score=score, image=pixels)
+
     def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(n, d) embeddings, on any device -> (n,) float32 logits of unsafe on the CPU, differentiable."""
         logits = self.head(embeddings.to("cpu", torch.float32))[:, 0]
@@ -292,8 +326,7 @@ class GuardClassifier:
         decisions = []
         for values in self._rows(embeddings):
             if not np.isfinite(values).all():
-                reason = "not a finite score: the guard's weights or the image's embedding are beyond all bounds"
-                decisions.append(undecided(thresholds, reason))
+                decisions.append(undecided(thresholds, f"not a finite score: {_BEYOND}"))
                 continue
             score, *categories = (float(value) for value in values)
             decisions.append(thresholds.decide(score, dict(zip(self.policy.category_names, categories, strict=True)), scope))

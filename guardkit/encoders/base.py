@@ -287,12 +287,10 @@ def prepare_image(image: np.ndarray, preprocessing: Mapping[str, Any]) -> torch.
 
     picture = Image.fromarray(image)
     height, width = preprocessing["size"]
-    new = resized(picture.height, picture.width, preprocessing.get("resize", preprocessing["size"]), preprocessing["resize_mode"])
+    new, top, left = placement(picture.height, picture.width, preprocessing)
     if new != (picture.height, picture.width):
         picture = picture.resize((new[1], new[0]), Image.Resampling[preprocessing["interpolation"].upper()])
-    spare_y, spare_x = new[0] - height, new[1] - width
     # beyond the edge, where the picture is smaller, it is black
-    top, left = (-(-spare // 2) if spare < 0 else round(spare / 2) for spare in (spare_y, spare_x))
     picture = picture.crop((left, top, left + width, top + height))
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div(255)
     mean, std = (torch.tensor(preprocessing[key], dtype=torch.float32).view(3, 1, 1) for key in ("mean", "std"))
@@ -314,6 +312,21 @@ def _fitted(pixels: torch.Tensor, preprocessing: Mapping[str, Any], crop_rounds_
     half = math.floor if crop_rounds_down else round
     top, left = half(max(0, spare_y) / 2), half(max(0, spare_x) / 2)
     return pixels[:, :, top : top + height, left : left + width]
+
+
+def placement(rows: int, columns: int, preprocessing: Mapping[str, Any]) -> tuple[tuple[int, int], int, int]:
+    """Where an image lies in what a model sees: what it is resized to, and what is cropped from that.
+
+    Args:
+        rows, columns: of the image.
+        preprocessing: see `prepare_pixels`.
+    Returns:
+        Height and width after resizing; the row and the column of it where the model's view begins, below 0 where it is padded.
+    """
+    height, width = preprocessing["size"]
+    new = resized(rows, columns, preprocessing.get("resize", preprocessing["size"]), preprocessing["resize_mode"])
+    top, left = (-(-spare // 2) if spare < 0 else round(spare / 2) for spare in (new[0] - height, new[1] - width))
+    return new, top, left
 
 
 def resized(rows: int, columns: int, size: Sequence[int], resize_mode: str) -> tuple[int, int]:
