@@ -13,13 +13,8 @@ from conftest import ROOT
 import guardkit
 
 LEVELS = {
-<<<<<<< HEAD
     "schema": 0, "_entry": 0, "artifacts": 0, "folders": 0, "terminal": 0, "policy": 0, "progress": 0, "reading": 0, "stores": 0, "colour": 0, "limits": 0, "kinds": 0, "hub": 0, "checks": 0, "pages": 0, "charts": 0, "thresholds": 0, "score_maps": 0, "embedding_blocks": 0,
-    "pixels": 1, "images": 1, "inputs": 1, "scenes": 1, "encoders": 1, "editors": 1, "heads": 1, "metrics": 1, "vlm": 1, "seen": 1,
-=======
-    "schema": 0, "_entry": 0, "artifacts": 0, "folders": 0, "terminal": 0, "policy": 0, "progress": 0, "reading": 0, "stores": 0, "colour": 0, "limits": 0, "kinds": 0, "hub": 0, "checks": 0, "pages": 0, "charts": 0, "thresholds": 0, "score_maps": 0,
     "pixels": 1, "images": 1, "inputs": 1, "scenes": 1, "encoders": 1, "editors": 1, "heads": 1, "metrics": 1, "vlm": 1, "seen": 1, "explaining": 1,
->>>>>>> cedd496 (explain: where in an image a score comes from)
     "embeddings": 2, "embedding_folder": 2, "counterfactual": 2, "classifier": 2, "guard_folder": 2, "guard_parts": 2, "guard_config": 2, "baselines": 2,
     "data": 3, "integrations": 3,
     "evaluation": 4, "moderation": 4, "robustness": 4,

@@ -274,7 +274,7 @@ def test_every_preprocessing_is_undone(scenes_policy, how):
 def test_in_drawn_scenes_the_box_of_the_feature_is_hotter_than_chance(guard, method):
     pool = ScenePool("test")
     lifts, hits, areas = [], [], []
-    for i in range(12):
+    for i in range(8):
         scene = pool.scene(1, i)
         heat = guard.explain(SceneContent(scene, 96).load(), method=method).heat
         x_min, y_min, x_max, y_max = (round(96 * one) for one in find_region(scene))

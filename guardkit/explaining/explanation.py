@@ -10,6 +10,12 @@ _COLD_TO_HOT = ((60, 20, 110), (190, 40, 95), (245, 125, 30), (255, 235, 120))  
 _MOST_COLOUR = 0.8  # of the hottest place, so that the picture is still seen in it
 _GREY = (0.299, 0.587, 0.114)  # light of red, green and blue, ITU-R BT.601
 _STRIP_PX = 1 << 20  # at once
+_LEVELS = 256
+_HEAT = np.linspace(0, 1, _LEVELS, dtype=np.float32)
+_SEEN = 1 - _MOST_COLOUR * _HEAT  # of the image
+_COLOURS = (1 - _SEEN)[:, None] * np.stack(  # that are added, by level of heat
+    [np.interp(_HEAT, np.linspace(0, 1, len(_COLD_TO_HOT)), channel) for channel in zip(*_COLD_TO_HOT, strict=True)], axis=1
+).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +45,8 @@ class Explanation:
         height, width = self.heat.shape
         picture = np.empty((height, width, 3), np.uint8)
         step = max(1, _STRIP_PX // width)
-        stops = np.linspace(0, 1, len(_COLD_TO_HOT))
         for top in range(0, height, step):
-            heat = self.heat[top : top + step, :, None]
+            levels = np.rint(self.heat[top : top + step] * (_LEVELS - 1)).astype(np.intp)
             grey = self.image[top : top + step] @ np.array(_GREY, np.float32)
-            colour = np.stack([np.interp(heat[..., 0], stops, channel) for channel in zip(*_COLD_TO_HOT, strict=True)], axis=2)
-            covered = _MOST_COLOUR * heat
-            picture[top : top + step] = np.rint((1 - covered) * grey[..., None] + covered * colour)
+            picture[top : top + step] = np.rint(_COLOURS[levels] + _SEEN[levels, None] * grey[..., None])
         return picture

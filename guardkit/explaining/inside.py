@@ -83,7 +83,6 @@ class Inside:
 
     @cached_property
     def _survey(self) -> tuple[Tensor, _Survey]:
-        self._run()  # what a model does only the first time is not counted
         with torch.no_grad(), _Survey(self._pixels) as survey:
             return self._run(), survey
 
