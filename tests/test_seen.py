@@ -124,7 +124,7 @@ def _columns(**changed):
         (_columns().drop_columns("perceptual_hash"), "is no list of training images"),
         (_columns().replace_schema_metadata({"format": "1", "near": "64"}), "is no list of training images"),
         (_columns().replace_schema_metadata({"format": "1"}), "is no list of training images"),
-        (_columns(split=["test"]), r"has the split 'test', expected train, validation, unlabelled"),
+        (_columns(split=["test"]), r"has the split 'test', expected train, validation, calibration, unlabelled"),
         (_columns(split=[None]), r"has the split 'None'"),
         (_columns(content=[None]), r"has a row by which no image can be known again"),
         (_columns().set_column(2, "perceptual_hash", pa.array(["1"])), "is no list of training images"),
