@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -523,6 +524,20 @@ def process_of(*arguments, folder):
         process.join()
 
 
+def refused_while_sending(port):
+    """The answer to a request that is refused by its headers, and whose body comes only then: it must not be lost."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        body = bytes(3_000_000)
+        head = f"POST /v1/moderate HTTP/1.1\r\nhost: localhost:{port}\r\ncontent-length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode())
+        time.sleep(0.5)
+        connection.sendall(body)
+        answer = b""
+        while part := connection.recv(1 << 16):
+            answer += part
+    return answer.decode("ascii")
+
+
 def test_a_real_process_answers_reads_anew_at_a_signal_and_ends_within_seconds(guard, saved, tmp_path):
     folder = guard.save_pretrained(tmp_path / "guard")
     key = tmp_path / "key"
@@ -534,6 +549,7 @@ def test_a_real_process_answers_reads_anew_at_a_signal_and_ends_within_seconds(g
             assert [one["score"] for one in found] == pytest.approx([one.score for one in guard.predict(PNGS)], abs=1e-4)
             assert client.get("/healthz", headers={"host": "evil.example"}).status_code == 403
             assert client.post("/v1/moderate", content=PNGS[0], headers={"x-api-key": "wrong"}).status_code == 401
+            assert refused_while_sending(int(address.split(":")[-1].strip("/"))).startswith("HTTP/1.1 401 ")
             changed = GuardClassifier(guard.head, guard.encoder, guard.policy, threshold=0.0)
             changed.save_pretrained(folder)
             os.kill(process.pid, signal.SIGHUP)

@@ -196,7 +196,7 @@ def _with_headers(send: Send) -> Send:
 
 async def _answer(send: Send, refusal: Refused) -> None:
     body = json.dumps({"detail": str(refusal)}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     send = _with_headers(send)
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -22,6 +22,7 @@ from guardkit.checks import check_whole
 from guardkit.counterfactual.pair_dataset import read_pair_dataset, write_reviews
 from guardkit.counterfactual.review import MAX_NAME, MAX_REASON, VERDICTS, ReviewQueue, agreement, image_file, reviewer_name
 from guardkit.images import encode_png, read_image
+from guardkit.moderation.draining import Drained
 from guardkit.moderation.gate import Gate, page_address
 from guardkit.moderation.listening import listener, until_stopped
 from guardkit.pages import fragments
@@ -108,7 +109,7 @@ def serve(queue: ReviewQueue, *, title: str, reviewer: str | None, host: str, po
         )
         bound = heard.getsockname()[1]
         # the browser holds a connection open for as long as the page is shown
-        settings = uvicorn.Config(Gate(server, host, bound, events), log_level="critical", timeout_graceful_shutdown=1)
+        settings = uvicorn.Config(Drained(Gate(server, host, bound, events)), log_level="critical", timeout_graceful_shutdown=1)
         announce(page_address(host, bound))
         with until_stopped():
             uvicorn.Server(settings).run(sockets=[heard])

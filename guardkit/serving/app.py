@@ -18,6 +18,7 @@ from fastapi.security.http import HTTPAuthorizationCredentials
 from starlette.exceptions import HTTPException
 
 from guardkit import __version__
+from guardkit.moderation.draining import Drained
 from guardkit.moderation.gate import Refused
 from guardkit.schema import InputError
 from guardkit.serving import described
@@ -151,6 +152,7 @@ def create_app(
     app.add_exception_handler(Exception, _failed)
     paths = ("/v1/moderate", "/v1/guard", "/v1/reload", "/healthz", "/metrics", "/openapi.json")
     app.add_middleware(Door, figures=service.figures, paths=paths, hosts=allowed_hosts)
+    app.add_middleware(Drained)
     return app
 
 

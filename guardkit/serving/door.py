@@ -37,21 +37,13 @@ class Door:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        started, status, is_read = time.perf_counter(), 500, False
-
-        async def received() -> Message:
-            nonlocal is_read
-            message = await receive()
-            is_read = is_read or not message.get("more_body", False)
-            return message
+        started, status = time.perf_counter(), 500
 
         async def sent(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                # the rest of a body that was refused is not waited for
-                extra = () if is_read or not _has_body(scope) else ((b"connection", b"close"),)
-                message = {**message, "headers": [*message.get("headers", ()), *_HEADERS, *extra]}
+                message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
             await send(message)
 
         try:
@@ -59,7 +51,7 @@ class Door:
         except Refused as refusal:
             await _answer(sent, refusal)
         else:
-            await self._app(scope, received, sent)
+            await self._app(scope, receive, sent)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._figures.add("guardkit_requests_total", path=path, status=str(status))
@@ -88,10 +80,6 @@ def said(why: object) -> dict[str, str]:
 
 def _header(scope: Message, name: str) -> list[str]:
     return [value.decode("latin-1").strip().lower() for key, value in scope["headers"] if key.decode("latin-1").lower() == name]
-
-
-def _has_body(scope: Message) -> bool:
-    return bool(_header(scope, "transfer-encoding")) or _header(scope, "content-length") not in ([], ["0"])
 
 
 def _name(host: str) -> str:
