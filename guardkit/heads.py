@@ -430,8 +430,12 @@ class PromptHead(Head):
 
     @classmethod
     def build(cls, encoder: Encoder, policy: Policy, *, scale: float = 30.0) -> PromptHead:
-        """A head whose vectors are the policy's texts, encoded. Raises InputError for an encoder without texts."""
-        encoded, members, notes = _texts(encoder, policy, needed_by="head=prompt", instead="head=linear")
+        """A head whose vectors are the policy's texts, encoded.
+
+        Raises:
+            InputError: the encoder has no texts, or reads every unsafe one as it reads a safe one.
+        """
+        encoded, members, notes = _texts(encoder, policy, needed_by="head=prompt", instead="head=linear", may_tie=True)
         head = cls(encoder.dim, len(policy.categories), n_prompts=len(encoded), scale=scale)
         head.notes = notes
         head.members.copy_(members)
@@ -515,10 +519,12 @@ class JoinedHead(Head):
         return torch.cat([decision[:, None], *(logits[:, 1:] for logits in each)], dim=1)
 
 
-def _texts(encoder: Encoder, policy: Policy, *, needed_by: str, instead: str) -> tuple[np.ndarray, Tensor, tuple[str, ...]]:
+def _texts(
+    encoder: Encoder, policy: Policy, *, needed_by: str, instead: str, may_tie: bool = False
+) -> tuple[np.ndarray, Tensor, tuple[str, ...]]:
     """(m, d) encoded texts of a policy, and (2 + k, m) bool: all unsafe texts, all safe ones, each category's unsafe ones; and notes.
 
-    Raises InputError for an encoder without texts, or one that reads an unsafe text as it reads a safe one.
+    Raises InputError for an encoder without texts, or one that reads an unsafe text as it reads a safe one; with may_tie, every unsafe one.
     """
     reader = require_texts(encoder, needed_by=needed_by, instead=instead)
     texts: list[str] = list(policy.safe_texts)
@@ -529,10 +535,10 @@ def _texts(encoder: Encoder, policy: Policy, *, needed_by: str, instead: str) ->
     encoded = reader.encode_texts(texts)
     sides = [[i for i, row in enumerate(rows) if (row >= 2) == is_unsafe] for is_unsafe in (False, True)]
     safe, unsafe = ([texts[i] for i in side] for side in sides)
-    _check_sides(safe, encoded[sides[0]], unsafe, encoded[sides[1]])
+    tied = _check_sides(safe, encoded[sides[0]], unsafe, encoded[sides[1]], may_tie=may_tie)
     row = torch.tensor(rows)
     members = torch.stack([row >= 2, *(row == i for i in range(1, 2 + len(policy.categories)))])
-    return encoded, members, cut_off(encoder, texts)
+    return encoded, members, (*cut_off(encoder, texts), *tied)
 
 
 def _log_odds(logits: Tensor, members: Tensor) -> Tensor:
@@ -542,13 +548,26 @@ def _log_odds(logits: Tensor, members: Tensor) -> Tensor:
     return torch.cat([against_safe[:, :1], against_safe[:, 2:]], dim=1)
 
 
-def _check_sides(safe: Sequence[str], safe_vectors: np.ndarray, unsafe: Sequence[str], unsafe_vectors: np.ndarray) -> None:
-    """Raises InputError where the encoder reads an unsafe text as it reads a safe one: it would pull both ways."""
+def _check_sides(
+    safe: Sequence[str], safe_vectors: np.ndarray, unsafe: Sequence[str], unsafe_vectors: np.ndarray, *, may_tie: bool = False
+) -> tuple[str, ...]:
+    """Raises InputError where the encoder reads an unsafe text as it reads a safe one: a head that starts there would be pulled both ways.
+
+    Among texts that are compared side by side such a pair weighs nothing: with may_tie it is an error only where no unsafe text is left, and
+    noted otherwise.
+    """
     same = np.argwhere(safe_vectors @ unsafe_vectors.T > 1 - _SAME_TEXT)
-    if len(same):
-        first, second = unsafe[same[0, 1]], safe[same[0, 0]]
-        raise InputError(
-            f"the policy's unsafe text {shortened(first)!r} and its safe text {shortened(second)!r} are the same to the encoder "
-            f"({len(same)} such pair(s)): it knows too few of their words, as the small encoders that come along do, or they differ only beyond its "
-            "context length; leave out, shorten or reword such texts, or choose another encoder"
+    if not len(same):
+        return ()
+    first, second = shortened(unsafe[same[0, 1]]), shortened(safe[same[0, 0]])
+    n_tied = len(set(same[:, 1]))
+    if may_tie and n_tied < len(unsafe):
+        return (
+            f"{n_tied} of the policy's {len(unsafe)} unsafe texts are the same to the encoder as a safe one, such as {first!r} and {second!r}: "
+            "they say nothing here; reword them, or choose another encoder",
         )
+    raise InputError(
+        f"the policy's unsafe text {first!r} and its safe text {second!r} are the same to the encoder "
+        f"({len(same)} such pair(s)): it knows too few of their words, as the small encoders that come along do, or they differ only beyond its "
+        "context length; leave out, shorten or reword such texts, or choose another encoder"
+    )

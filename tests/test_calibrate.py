@@ -99,7 +99,7 @@ def test_images_that_it_was_trained_on_are_left_out(guard, compose, scenes_polic
     own = ScenesSource(scenes_policy, n_train=120, n_test=27)
     report = guardkit.calibrate(guard, own, max_fpr=0.2)
     assert report.figures["images"]["trained_on"] >= 24
-    assert any("left out for all, because a guard was trained or validated on them" in note for note in report.figures["notes"])
+    assert any("left out because the guard was trained or validated on them" in note for note in report.figures["notes"])
 
 
 def test_images_of_a_calibration_are_not_tested_on_and_may_be_calibrated_on_again(report, fresh, tmp_path):

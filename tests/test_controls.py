@@ -17,7 +17,7 @@ from guardkit.data.views import ViewMaker
 from guardkit.editors.base import EditResult
 from guardkit.editors.scenes import ScenesEditor
 from guardkit.embeddings import EmbeddingStore
-from guardkit.evaluation.verdicts import editor_trace, texts, unused
+from guardkit.evaluation.verdicts import editor_trace, texts, unusable, unused
 from guardkit.metrics.probe import edited_vs_original_auroc
 
 
@@ -118,10 +118,20 @@ def test_what_the_texts_do_alone_is_said_where_they_mislead_or_do_better(alone, 
         assert re.search(is_said, found[0])
 
 
+def test_inputs_that_could_not_be_used_are_said_with_the_commonest_reasons():
+    assert unusable({"given": 9, "rejected": []}) == []
+    reasons = ["no label"] * 2 + ["truncated"] * 3 + ["too large", "empty", "a folder"]
+    assert unusable({"given": 9, "rejected": [{"id": str(i), "reason": one} for i, one in enumerate(reasons)]}) == [
+        "of 9 inputs 8 could not be used (3 x truncated; 2 x no label; 1 x too large; 2 other reasons); metrics.json names each"
+    ]
+
+
 def test_labelled_images_that_are_left_over_are_said():
     (note,) = unused({"n_unsafe": 10, "n_safe": 10}, 10, 30)
     assert note.startswith("of 30 labelled safe images for training 10 are used; data.safe_per_unsafe=4 takes up to 30")
-    assert unused({"n_unsafe": 10, "n_safe": 40}, 10, 100) == []
+    assert unused({"n_unsafe": 10, "n_safe": 40}, 10, 100) == [
+        "of 100 labelled safe images for training 40 are used; data.safe_per_unsafe=all takes all"
+    ]
     assert unused({"n_unsafe": 10, "n_safe": 10}, 10, 10) == []
     assert unused({"n_unsafe": 10, "n_safe": 0}, 10, 100) == []  # an arm without natural safe images
     assert unused({"n_unsafe": 10, "n_safe": 0}, 25, 0) == [

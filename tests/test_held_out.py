@@ -137,9 +137,7 @@ def test_no_training_image_is_tested(trained, album, compose, tmp_path, learned,
         assert len(measured) == 20
     by_vectors = "embeddings" in (learned, tested)
     assert about["seen_left_out_by"] == {"embedding" if by_vectors else "content": facts["n_seen_left_out"]}
-    sentence = (
-        f"{facts['n_seen_left_out']} of {facts['given']} images are left out for all, because a guard was trained or validated on them"
-    )
+    sentence = f"{facts['n_seen_left_out']} of {facts['given']} images are left out because the guard was trained or validated on them"
     for text in (report.table, (tmp_path / "out/report.md").read_text(), (tmp_path / "out/report.html").read_text()):
         assert sentence in text
 

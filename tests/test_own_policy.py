@@ -31,6 +31,7 @@ def test_class_folders_and_policy_file(compose, tmp_path):
             image = picture(100 * number + i, (32, 32))
             shown = image.point(lambda value: value // 3) if dark else image
             shown.save(tmp_path / "data" / folder / f"{i}.png")
+    (tmp_path / "data/bird/broken.png").write_bytes(b"no image")
     (tmp_path / "policy.yaml").write_text(POLICY)
     overrides = ["experiment=unpaired", "source=folder", f"source.root={tmp_path / 'data'}", f"policy_file={tmp_path / 'policy.yaml'}"]
     overrides += [
@@ -38,8 +39,10 @@ def test_class_folders_and_policy_file(compose, tmp_path):
         "data.n_unsafe=12",
         "trainer.max_epochs=30",
     ]
-    metrics = run(compose("train", *overrides), {}, tmp_path / "run").metrics
-    assert metrics["inputs"]["given"] == 48
+    report = run(compose("train", *overrides), {}, tmp_path / "run")
+    metrics = report.metrics
+    assert metrics["inputs"]["given"] == 49
+    assert "  note: of 49 inputs 1 could not be used (1 x " in report.table
     assert list(metrics["test"]["by_category"]) == ["motor_vehicles"]
     assert metrics["test"]["auroc"] > 0.7  # dark pictures are easy, whatever the encoder knows of cars
     assert GuardClassifier.from_pretrained(tmp_path / "run/guard").policy.name == "no_vehicles"

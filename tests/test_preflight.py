@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import picture
 
 from guardkit.encoders.base import cut_texts
@@ -68,6 +69,15 @@ def long_policy(scenes_policy, **texts):
     data = scenes_policy.to_dict()
     data["categories"] = [{**data["categories"][0], **texts}]
     return Policy.from_dict(data)
+
+
+def test_texts_that_are_compared_side_by_side_may_be_the_same(scenes_encoder, scenes_policy):
+    texts = {"unsafe_texts": [f"{LONG} and {LONG} a rifle", "a rifle"], "safe_texts": [f"{LONG} and {LONG} a spoon"]}
+    head = PromptHead.build(scenes_encoder, long_policy(scenes_policy, **texts))
+    assert any(
+        note.startswith("1 of the policy's 2 unsafe texts are the same to the encoder as a safe one, such as ") for note in head.notes
+    )
+    assert torch.isfinite(head(torch.from_numpy(scenes_encoder.encode_texts(["a rifle", "a spoon"])))).all()
 
 
 @pytest.mark.parametrize("build", [PromptHead.build, LinearHead.from_texts, AnchoredHead.build])

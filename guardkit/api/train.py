@@ -27,7 +27,7 @@ from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.encoders.known import MAX_IMAGES, unknown_images
 from guardkit.evaluation.training import measure, out_of_fold_figures
-from guardkit.evaluation.verdicts import editor_trace, lacks_a_label, no_better, texts, unused
+from guardkit.evaluation.verdicts import editor_trace, lacks_a_label, no_better, texts, unusable, unused
 from guardkit.fitting.cross_validation import N_FOLDS, cross_validate
 from guardkit.fitting.module import DEFAULT_THRESHOLD, EpochProgress, check_checkpoint, scalars
 from guardkit.fitting.objective import Objective
@@ -196,7 +196,7 @@ def train_guard(
                 metrics["cross_validated"] = {"n_folds": N_FOLDS, **figures}
             except InputError as error:
                 out_of_fold, metrics["cross_validated"] = None, {"n_folds": None, "reason": str(error)}
-            metrics["notes"] = [*idle, *parts.data.notes, *parts.unlabelled.notes, *made.notes]
+            metrics["notes"] = [*unusable(metrics["inputs"]), *idle, *parts.data.notes, *parts.unlabelled.notes, *made.notes]
             if metrics["test"]["safe_images_are_counterfactuals"]:
                 metrics["notes"].append(
                     f"source={source.name} has no natural safe images to test on: counterfactuals stand for them, and test AUROC and F1 "
@@ -208,7 +208,7 @@ def train_guard(
             if extend is not None:
                 metrics["notes"].append(
                     f"these figures are of {', '.join(policy.category_names)} alone, which were added to {', '.join(extend.policy.category_names)}; "
-                    "calibrate the guard for thresholds of the decision"
+                    "calibrate the guard for thresholds of the decision, and measure what both decide together with python -m guardkit.evaluate guard=GUARD"
                 )
             metrics["notes"] += [
                 *(unused(metrics, n_of[UNSAFE], n_of[SAFE]) if recipe.trains else []),

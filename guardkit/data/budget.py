@@ -45,7 +45,7 @@ def chosen_in_budget(
         )
     n, notes = min(n_unsafe, len(unsafe) - orders.n_corrected(1)), []
     if n < n_unsafe:
-        notes.append(f"asked for {n_unsafe} unsafe images, {where} has {n} for training: using {n} (set data.n_unsafe)")
+        notes.append(f"asked for {n_unsafe} unsafe images (data.n_unsafe), {where} has {n} for training: using all of them")
     n_safe = n_natural(n, safe_per_unsafe, orders)
     choice = choose(orders, n, kinds, safe_per_unsafe)
     n_chosen = len(choice.of("natural"))

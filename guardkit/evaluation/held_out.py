@@ -80,9 +80,8 @@ def sentences(benchmark: Benchmark, seen: Mapping[str, Seen]) -> list[str]:
         who = "; ".join(
             f"{name} {one.n} ({', '.join(f'{count} by {way}' for way, count in one.by.items())})" for name, one in seen.items() if one.n
         )
-        said.append(
-            f"{benchmark.n_left_out} of {n_all} images are left out for all, because a guard was trained or validated on them: {who}."
-        )
+        why = "for all, because a guard was" if len(seen) > 1 else "because the guard was"
+        said.append(f"{benchmark.n_left_out} of {n_all} images are left out {why} trained or validated on them: {who}.")
     said += [
         f"{name} saw {one.n_unlabelled} of the images without their labels; they are tested on."
         for name, one in seen.items()

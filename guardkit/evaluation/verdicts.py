@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from guardkit.data.arms import Arm
 # at 0.79 and 0.90 taught guards on photographs the paint. Said is what is surely above the first: with few images the interval
 # is wide, and only a strong trace reaches that far.
 _TRACE = 0.6
+_N_REASONS = 3  # that are spelled out
 
 
 def untested(n_unsafe: int, n_safe: int) -> str:
@@ -98,18 +100,37 @@ def unused(metrics: Mapping[str, Any], n_unsafe: int, n_safe: int) -> list[str]:
         metrics: "n_unsafe" and "n_safe" as metrics.json has them.
         n_unsafe, n_safe: images to train on that the source has.
     Returns:
-        A sentence for each label; none where all are used, of safe ones also where an arm uses none, or four for each unsafe one.
+        A sentence for each label; none where all are used, of safe ones also where an arm uses none.
     """
     labelled, used, wanted = metrics["n_unsafe"], metrics["n_safe"], 4 * metrics["n_unsafe"]
     notes = []
     if labelled < n_unsafe:
         notes.append(f"of {n_unsafe} labelled unsafe images for training {labelled} are used; data.n_unsafe={n_unsafe} takes all")
-    if used and used < min(wanted, n_safe):
+    if used and min(wanted, n_safe) <= used < n_safe:
+        notes.append(f"of {n_safe} labelled safe images for training {used} are used; data.safe_per_unsafe=all takes all")
+    elif used and used < n_safe:
         notes.append(
             f"of {n_safe} labelled safe images for training {used} are used; data.safe_per_unsafe=4 takes up to {min(wanted, n_safe)}, which on photographs "
             "was worth as much as twice the labels of unsafe ones (docs/photographs.md)"
         )
     return notes
+
+
+def unusable(inputs: Mapping[str, Any]) -> list[str]:
+    """What the source had to leave out, and why.
+
+    Args:
+        inputs: "given" and "rejected" as metrics.json has them.
+    Returns:
+        One sentence, or none.
+    """
+    rejected = inputs["rejected"]
+    if not rejected:
+        return []
+    reasons = Counter(one["reason"] for one in rejected)
+    first = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(_N_REASONS))
+    more = f"; {len(reasons) - _N_REASONS} other reasons" if len(reasons) > _N_REASONS else ""
+    return [f"of {inputs['given']} inputs {len(rejected)} could not be used ({first}{more}); metrics.json names each"]
 
 
 def texts(metrics: Mapping[str, Any]) -> list[str]:

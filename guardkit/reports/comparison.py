@@ -19,7 +19,10 @@ def short_table(facts: Mapping[str, Any]) -> str:
     lines = [
         f"  {images['n']} images that neither guard has seen, {images['n_unsafe']} unsafe ({images['trained_on']} left out, {len(images['rejected'])} rejected)"
     ]
-    rows = [(_title(row), _number(row["old"]), _number(row["new"]), _difference(row), row["verdict"]) for row in facts["figures"]]
+    rows = [
+        (_title(row, facts["prevalence"]), _number(row["old"]), _number(row["new"]), _difference(row), row["verdict"])
+        for row in facts["figures"]
+    ]
     rows.insert(0, ("", "old", "new", "difference (95 % interval)", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines += ["  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, (*widths, 0), strict=True)).rstrip() for row in rows]
@@ -44,14 +47,21 @@ def page(facts: Mapping[str, Any], changes: Sequence[Change]) -> str:
         shown = [picture(one.record, one.new.score) | {"source": f"was {one.old.score:.3g}"} for one in mine[:N_SHOWN]]
         parts.append({"title": title, "about": about, "n": len(mine), "shown": shown})
     rows = [
-        {**row, "title": _title(row), "old": _number(row["old"]), "new": _number(row["new"]), "difference": _difference(row)}
+        {
+            **row,
+            "title": _title(row, facts["prevalence"]),
+            "old": _number(row["old"]),
+            "new": _number(row["new"]),
+            "difference": _difference(row),
+        }
         for row in facts["figures"]
     ]
     return render("comparison.html", facts=facts, rows=rows, parts=parts)
 
 
-def _title(row: Mapping[str, Any]) -> str:
+def _title(row: Mapping[str, Any], prevalence: float) -> str:
     where = "" if row["part"] == ALL else f" of {row['part']}"
+    where += f" where {prevalence:.3g} are unsafe" if row["metric"] == "precision_at_prevalence" else ""
     return f"{_TITLES[row['metric']]}{where}" + ("" if row["metric"] == "auroc" else f", {row['at']}") + f" (n={row['n']})"
 
 

@@ -73,11 +73,11 @@ def learning(curve: list[dict[str, Any]], best_epoch: int, path: Path) -> None:
         return
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
-    epochs = [point["epoch"] + 1 for point in curve]
+    epochs = [point["epoch"] for point in curve]  # from 0, as Lightning and metrics.json count them
     axis.plot(epochs, [point["train_loss"] for point in curve], color=_SAFE, label="training")
     axis.plot(epochs, [point["validation_loss"] for point in curve], color=_UNSAFE, label="validation")
-    axis.axvline(best_epoch + 1, color=_GREY, linestyle=":", label=f"kept: epoch {best_epoch + 1}")
-    axis.set_xlabel("epoch")
+    axis.axvline(best_epoch, color=_GREY, linestyle=":", label=f"kept: epoch {best_epoch}")
+    axis.set_xlabel("epoch, from 0")
     axis.set_ylabel("loss")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
