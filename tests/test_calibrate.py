@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from commands import call
@@ -11,6 +13,11 @@ import guardkit
 from guardkit import Band, GuardClassifier, InputError, ScenesSource
 
 FRESH = ["source=scenes", "source.n_train=100", "source.n_test=100", "source.seed=7"]
+
+
+def calibrate(guard, source, **asked):
+    """With the session's cache, so that an image is embedded once."""
+    return guardkit.calibrate(guard, source, cache_dir=os.environ["GUARDKIT_CACHE"], **asked)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +40,7 @@ def fresh(scenes_policy):
 
 @pytest.fixture(scope="module")
 def report(guard, fresh, tmp_path_factory):
-    return guardkit.calibrate(guard, fresh, max_fpr=0.05, min_recall=0.9, output_dir=tmp_path_factory.mktemp("calibrated"))
+    return calibrate(guard, fresh, max_fpr=0.05, min_recall=0.9, output_dir=tmp_path_factory.mktemp("calibrated"))
 
 
 def test_the_new_guard_has_thresholds_that_say_what_they_promise(guard, report):
@@ -91,30 +98,30 @@ def test_the_same_promises_hold_for_categories_as_far_as_they_can(report, scenes
 def test_too_few_images_are_a_refusal_that_says_how_many_it_takes(guard, scenes_policy, tmp_path):
     few = ScenesSource(scenes_policy, n_train=40, n_test=20, seed=8)
     with pytest.raises(InputError, match="a false-positive rate of at most 1 % with 90 % confidence needs 230 safe images; with "):
-        guardkit.calibrate(guard, few, max_fpr=0.01, output_dir=tmp_path)
+        calibrate(guard, few, max_fpr=0.01, output_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_images_that_it_was_trained_on_are_left_out(guard, compose, scenes_policy, tmp_path):
     own = ScenesSource(scenes_policy, n_train=120, n_test=27)
-    report = guardkit.calibrate(guard, own, max_fpr=0.2)
+    report = calibrate(guard, own, max_fpr=0.2)
     assert report.figures["images"]["trained_on"] >= 24
     assert any("left out because the guard was trained or validated on them" in note for note in report.figures["notes"])
 
 
 def test_images_of_a_calibration_are_not_tested_on_and_may_be_calibrated_on_again(report, fresh, tmp_path):
-    again = guardkit.calibrate(report.guard, fresh, max_fpr=0.1)
+    again = calibrate(report.guard, fresh, max_fpr=0.1)
     assert again.figures["images"]["trained_on"] == 0
     assert len(again.guard.history) == 2
     with pytest.raises(InputError, match="nothing is left to test on"):
-        guardkit.evaluate(report.guard, fresh, output_dir=tmp_path, split="all")
+        guardkit.evaluate(report.guard, fresh, output_dir=tmp_path, split="all", cache_dir=os.environ["GUARDKIT_CACHE"])
 
 
 def test_a_guard_of_no_use_is_called_that(guard, fresh):
     """It flags whatever it likes, and keeps its promise."""
     idle = GuardClassifier(guardkit.LinearHead.build(guard.encoder, guard.policy), guard.encoder, guard.policy)
     idle.head.linear.weight.data.copy_(-guard.head.linear.weight.data[:, : guard.encoder.dim])
-    report = guardkit.calibrate(idle, fresh, max_fpr=0.1)
+    report = calibrate(idle, fresh, max_fpr=0.1)
     assert any("no better than chance at its new thresholds" in note for note in report.figures["notes"])
     low, high = report.figures["columns"]["decision"]["on_these_images"]["precision_of_blocked"]["ci"]
     assert low < high
@@ -122,9 +129,9 @@ def test_a_guard_of_no_use_is_called_that(guard, fresh):
 
 def test_one_promise_sets_one_threshold(guard, fresh):
     for asked in ({"max_fpr": 0.05}, {"min_recall": 0.9}):
-        band = guardkit.calibrate(guard, fresh, **asked).guard.thresholds.decision
+        band = calibrate(guard, fresh, **asked).guard.thresholds.decision
         assert band.review == band.block
-    queue = guardkit.calibrate(guard, fresh, max_fpr=0.05, queue_per_day=20_000, volume_per_day=100_000)
+    queue = calibrate(guard, fresh, max_fpr=0.05, queue_per_day=20_000, volume_per_day=100_000)
     band = queue.guard.thresholds.decision
     assert band.review < band.block
     assert "at most 20000 images a day are reviewed" in queue.table
@@ -144,14 +151,14 @@ def test_one_promise_sets_one_threshold(guard, fresh):
 )
 def test_a_wrong_wish_is_one_line(guard, fresh, asked, message):
     with pytest.raises(InputError, match=message):
-        guardkit.calibrate(guard, fresh, **asked)
+        calibrate(guard, fresh, **asked)
 
 
 def test_the_command_does_the_same(trained, guard, scenes_policy, tmp_path):
     ran = call("guardkit.calibrate", f"guard={trained}", *FRESH, "max_fpr=0.1", f"output_dir={tmp_path / 'out'}")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines()[-1] == str(tmp_path / "out")
-    by_function = guardkit.calibrate(guard, ScenesSource(scenes_policy, n_train=100, n_test=100, seed=7), max_fpr=0.1)
+    by_function = calibrate(guard, ScenesSource(scenes_policy, n_train=100, n_test=100, seed=7), max_fpr=0.1)
     assert GuardClassifier.from_pretrained(tmp_path / "out/guard").thresholds == by_function.guard.thresholds
     refused = call("guardkit.calibrate", f"guard={trained}", *FRESH, "max_fpr=0.001", f"output_dir={tmp_path / 'none'}")
     assert refused.returncode == 2

@@ -91,7 +91,7 @@ def test_an_encoder_that_does_not_know_the_words_of_a_policy_is_named(scenes_enc
     with pytest.raises(
         InputError, match="it knows too few of their words, as the small encoders that come along do, .* or choose another encoder"
     ):
-        PromptHead.build(scenes_encoder, Policy.load("guardkit:handled_objects"))
+        AnchoredHead.build(scenes_encoder, Policy.load("guardkit:handled_objects"))
 
 
 def test_texts_that_are_cut_are_named_once(scenes_policy, caplog):
