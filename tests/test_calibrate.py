@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from conftest import strict_json
 
 import guardkit
 from guardkit import Band, GuardClassifier, InputError, ScenesSource
+from guardkit.embeddings import EmbeddingStore
 
 FRESH = ["source=scenes", "source.n_train=100", "source.n_test=100", "source.seed=7"]
 
@@ -93,6 +95,18 @@ def test_the_same_promises_hold_for_categories_as_far_as_they_can(report, scenes
         assert 0 <= columns[name]["review"] <= columns[name]["block"] <= 1
         kept = [one["threshold"] for one in columns[name]["promises"] if one["threshold"] is not None]
         assert {columns[name]["review"], columns[name]["block"]} <= {*kept, columns[name]["review_before"], columns[name]["block_before"]}
+
+
+def test_what_violates_one_category_is_not_taken_for_another(report, fresh, scenes_policy):
+    """On the images of the calibration the promise holds for certain; on others with the stated confidence."""
+    unsafe = [record for record in fresh.load().train if record.label]
+    cache = EmbeddingStore(report.guard.encoder, Path(os.environ["GUARDKIT_CACHE"]))
+    scores = report.guard.probabilities(cache.embed([record.content for record in unsafe]))
+    for i, name in enumerate(scenes_policy.category_names, 1):
+        kinds = {one["kind"]: one for one in report.figures["columns"][name]["promises"]}
+        assert "at most 0.05 of unsafe images of other categories are blocked for" in kinds["max_fpr_of_others"]["says"]
+        others = np.array([record.category != name for record in unsafe])
+        assert (scores[others, i] >= report.guard.thresholds.categories[name].block).mean() <= 0.05
 
 
 def test_too_few_images_are_a_refusal_that_says_how_many_it_takes(guard, scenes_policy, tmp_path):

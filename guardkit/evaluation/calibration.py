@@ -141,11 +141,11 @@ def calibrated(
         share = max(int(own.sum()), 1) / max(int((known & (labels == UNSAFE)).sum()), 1)
         found = fit_score_map(logits[known, i], own[known].astype(int), trained_for=_USUAL_PREVALENCE, prevalence=asked.prevalence * share)
         maps[name] = found.map
+        scores = _scores(found, logits[:, i])
         mine = own | (labels == SAFE)
         before = _moved_band(guard.thresholds.categories[name], old_maps.get(name), found.map)
-        columns.append(
-            _column(name, found, _scores(found, logits[mine, i]), own[mine].astype(int), before, asked if asked.by_category else None)
-        )
+        wanted = asked if asked.by_category else None
+        columns.append(_column(name, found, scores[mine], own[mine].astype(int), before, wanted, others=scores[known & ~mine]))
     thresholds = Thresholds(decision.band, {column.name: column.band for column in columns[1:]})
     promised = [[sentence(promise, column.name) for promise in column.promises if promise.threshold is not None] for column in columns]
     made = copy.copy(guard)
