@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from guardkit.api.corrections import collect_corrections
     from guardkit.api.embed import embed
     from guardkit.api.evaluate import EvaluationReport, evaluate
+    from guardkit.api.export import ExportReport, export_guard
     from guardkit.api.fetch import fetch_encoder
     from guardkit.api.moderate import ModerationReport, moderate
     from guardkit.api.sweep import SweepReport, sweep
@@ -93,6 +94,8 @@ _HOMES = {
     "ComparisonReport": "guardkit.api.compare",
     "moderate": "guardkit.api.moderate",
     "collect_corrections": "guardkit.api.corrections",
+    "export_guard": "guardkit.api.export",
+    "ExportReport": "guardkit.api.export",
     "ModerationReport": "guardkit.api.moderate",
     "sweep": "guardkit.api.sweep",
     "SweepReport": "guardkit.api.sweep",

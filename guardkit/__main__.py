@@ -19,6 +19,7 @@ COMMANDS = {
     "calibrate": "sets a guard's thresholds with a promise",
     "moderate": "decides over a folder, shards or Parquet files of images",
     "compare": "an old and a new guard on the same images",
+    "export": "writes a guard as ONNX for other runtimes",
     "serve": "a guard as a web service",
     "app": "a local web page on which people judge pairs",
 }

@@ -24,6 +24,7 @@ from guardkit.guard_folder import read_guard, write_guard
 from guardkit.heads import Head, JoinedHead
 from guardkit.images import read_image
 from guardkit.inputs import each_image, readable
+from guardkit.licences import all_licences, check_licences
 from guardkit.metrics.operating_points import operating_threshold
 from guardkit.policy import Policy
 from guardkit.schema import Decision, ImageError, InputError
@@ -49,6 +50,7 @@ class GuardClassifier:
         training_images: those it was trained and validated on, so that it is tested on others; None: nobody knows.
         calibration: makes its scores probabilities; None: they are the head's own.
         history: earlier thresholds and calibrations, and why they were changed; oldest first, plain JSON.
+        licences: of head, data and encoder, as far as somebody states them, such as {"head": "mit", "data": "cc-by-4.0"}.
 
     Raises:
         InputError: a threshold is no number in [0, 1], or of a category that the policy does not have.
@@ -72,6 +74,7 @@ class GuardClassifier:
         training_images: SeenImages | None = None,
         calibration: Calibration | None = None,
         history: Sequence[Mapping[str, Any]] = (),
+        licences: Mapping[str, str] | None = None,
     ) -> None:
         self.head = head.eval()
         self.encoder = encoder
@@ -83,6 +86,7 @@ class GuardClassifier:
         self.training_images = training_images
         self.calibration = calibration
         self.history = list(history)
+        self.licences = check_licences(licences or {})
         self.name = str(self.training.get("experiment", head.kind))
 
     def __repr__(self) -> str:
@@ -115,6 +119,11 @@ class GuardClassifier:
     def covers(self) -> frozenset[str] | None:
         """The categories of its policy."""
         return frozenset(self.policy.category_names)
+
+    @property
+    def all_licences(self) -> dict[str, str]:
+        """Of code, head, encoder and data: as stated in `licences`, of an encoder's preset as known, "unknown" otherwise."""
+        return all_licences(check_licences(self.licences), self.encoder.config)
 
     # --- deciding -----------------------------------------------------------------------------------------------------
 
@@ -386,6 +395,7 @@ class GuardClassifier:
             training_images=seen[0].joined(seen[1]) if len(seen) == 2 else None,
             calibration=Calibration(ScoreMap.line("none", 1.0, 0.0), maps) if before else None,
             history=[*self.history, {"thresholds": self.thresholds.to_dict(), "reason": reason}],
+            licences={part: name for part, name in self.licences.items() if other.licences.get(part) == name},
         )
 
     # --- keeping ------------------------------------------------------------------------------------------------------
@@ -405,6 +415,7 @@ class GuardClassifier:
             "thresholds": self.thresholds.to_dict(),
             "calibration": None if self.calibration is None else self.calibration.to_dict(),
             "history": self.history,
+            "licences": check_licences(self.licences),
             "operating_points": self.operating_points,
             "training": self.training,
             "encoder": {
@@ -462,6 +473,7 @@ class GuardClassifier:
             training_images=stored.training_images,
             calibration=None if config["calibration"] is None else Calibration.from_dict(config["calibration"]),
             history=config["history"],
+            licences=config.get("licences"),
         )
 
 

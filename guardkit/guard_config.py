@@ -10,6 +10,7 @@ from typing import Any
 from guardkit.encoders.lookup import ENCODER_KINDS
 from guardkit.heads import HEAD_KINDS
 from guardkit.kinds import MAX_WIDTH, is_width
+from guardkit.licences import check_licences
 from guardkit.schema import shortened
 from guardkit.score_maps import Calibration
 
@@ -58,6 +59,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             if name not in names:
                 raise ValueError(f"calibration has the category {name!r}, which the guard does not have")
     _expect(config, "history", lambda one: isinstance(one, list) and all(isinstance(step, dict) for step in one), "a list of objects")
+    check_licences(config.get("licences", {}))  # guards of earlier versions say nothing of them
     for name, point in _object(config, "operating_points", "").items():
         where = f"operating_points.{name}."
         point = _object(config["operating_points"], name, "operating_points.")

@@ -18,6 +18,7 @@ from torch import Tensor
 KINDS = ("none", "temperature", "platt", "isotonic")
 MAX_KNOTS = 1000
 _LARGEST = 1e6  # of a logit or slope in a file
+_AT_ONCE = 16  # pieces between knots: few steps for programs that trace this, and little memory where there are millions of logits
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,11 @@ class ScoreMap:
         """Of any shape, elementwise."""
         first, last = self.knots[0], self.knots[-1]
         mapped = self.values[0] + self.slopes[0] * (logits - first).clamp(max=0) + self.slopes[1] * (logits - last).clamp(min=0)
-        for (left, right), (low, high) in zip(pairwise(self.knots), pairwise(self.values), strict=True):
-            mapped = mapped + (high - low) / (right - left) * (logits - left).clamp(0, right - left)
+        for start in range(0, len(self.knots) - 1, _AT_ONCE):
+            part = slice(start, start + _AT_ONCE + 1)
+            knots, values = (torch.tensor(row[part], dtype=logits.dtype, device=logits.device) for row in (self.knots, self.values))
+            within = torch.minimum((logits.unsqueeze(-1) - knots[:-1]).clamp(min=0), knots.diff())
+            mapped = mapped + (within * (values.diff() / knots.diff())).sum(dim=-1)
         return mapped
 
     def of_score(self, score: float) -> float:

@@ -134,6 +134,15 @@ class Portable(Protocol):
         ...
 
 
+@runtime_checkable
+class Traceable(Encoder, Protocol):
+    """An encoder whose model is one of torch, so that torch can export it."""
+
+    def image_module(self) -> torch.nn.Module:
+        """A module on the processor: (n, 3, height, width) float32 of `preprocess` -> (n, d) vectors as the model gives them."""
+        ...
+
+
 def reads_texts(encoder: object) -> bool:
     """Whether an encoder is an `EncodesTexts`."""
     # not isinstance: where the weights decide, a class has a property that is there or not

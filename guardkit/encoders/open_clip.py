@@ -246,6 +246,12 @@ class OpenClipEncoder(FrozenEncoder):
         """(n, 3, h, w) float in [0, 1] -> (n, d), differentiable with respect to the pixels; see `Differentiable`."""
         return self._encode_pixels(pixels, normalize=normalize, prepared=prepared)
 
+    def image_module(self) -> torch.nn.Module:
+        """See `Traceable`."""
+        from guardkit.encoders.tracing import ImageTower
+
+        return ImageTower(self.model, lambda model, pixels: model.encode_image(pixels))  # type: ignore[operator]
+
     def encode_texts(self, texts: list[str]) -> np.ndarray:
         """(n, d) float32 unit vectors. A warning names, once, texts that are longer than the model reads.
 

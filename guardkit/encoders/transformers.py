@@ -208,6 +208,18 @@ class TransformersEncoder(FrozenEncoder):
         """(n, 3, h, w) float in [0, 1] -> (n, d), differentiable with respect to the pixels; see `Differentiable`."""
         return self._encode_pixels(pixels, normalize=normalize, prepared=prepared, crop_rounds_down=True)
 
+    def image_module(self) -> torch.nn.Module:
+        """See `Traceable`."""
+        from guardkit.encoders.tracing import ImageTower
+
+        has_texts = self._family.texts is not None
+
+        def encode(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+            vectors: torch.Tensor = (model.get_image_features if has_texts else model)(pixel_values=pixels).pooler_output
+            return vectors
+
+        return ImageTower(self.model, encode)
+
     @property
     def encode_texts(self) -> Callable[[list[str]], np.ndarray]:
         """See `EncodesTexts`. DINO's encoders have no such attribute.
