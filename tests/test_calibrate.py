@@ -97,16 +97,21 @@ def test_the_same_promises_hold_for_categories_as_far_as_they_can(report, scenes
         assert {columns[name]["review"], columns[name]["block"]} <= {*kept, columns[name]["review_before"], columns[name]["block_before"]}
 
 
-def test_what_violates_one_category_is_not_taken_for_another(report, fresh, scenes_policy):
-    """On the images of the calibration the promise holds for certain; on others with the stated confidence."""
+def test_what_violates_one_category_is_not_taken_for_another(guard, report, fresh, scenes_policy):
+    """On the images of the calibration it holds for certain; on others as promised, where there are images enough for a promise."""
     unsafe = [record for record in fresh.load().train if record.label]
-    cache = EmbeddingStore(report.guard.encoder, Path(os.environ["GUARDKIT_CACHE"]))
-    scores = report.guard.probabilities(cache.embed([record.content for record in unsafe]))
-    for i, name in enumerate(scenes_policy.category_names, 1):
-        kinds = {one["kind"]: one for one in report.figures["columns"][name]["promises"]}
-        assert "at most 0.05 of unsafe images of other categories are blocked for" in kinds["max_fpr_of_others"]["says"]
-        others = np.array([record.category != name for record in unsafe])
-        assert (scores[others, i] >= report.guard.thresholds.categories[name].block).mean() <= 0.05
+    embeddings = EmbeddingStore(guard.encoder, Path(os.environ["GUARDKIT_CACHE"])).embed([record.content for record in unsafe])
+    for made, max_fpr in ((report, 0.05), (calibrate(guard, fresh, max_fpr=0.008), 0.008)):
+        scores = made.guard.probabilities(embeddings)
+        for i, name in enumerate(scenes_policy.category_names, 1):
+            promises = {one["kind"]: one["says"] for one in made.figures["columns"][name]["promises"]}
+            assert ("max_fpr_of_others" in promises) == (max_fpr == 0.05)
+            others = np.array([record.category != name for record in unsafe])
+            columns = made.figures["columns"]
+            n_others = columns["decision"]["n_unsafe"] - columns[name]["n_unsafe"]
+            assert (scores[others, i] >= made.guard.thresholds.categories[name].block).sum() <= max_fpr * n_others
+        if max_fpr == 0.05:
+            assert "at most 0.05 of unsafe images of other categories are blocked for" in promises["max_fpr_of_others"]
 
 
 def test_too_few_images_are_a_refusal_that_says_how_many_it_takes(guard, scenes_policy, tmp_path):

@@ -142,6 +142,7 @@ def test_a_wheel_runs_from_any_folder(tmp_path):
 SHARPER = {
     "01_first_guard": {"n_test=90": "n_test=27"},
     "02_sample_efficiency": {"n_train=512": "n_train=256", "n_test=90": "n_test=27", "seeds=5": "seeds=2"},
+    "03_use_a_guard": {"n_test=45": "n_test=27"},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -195,18 +196,23 @@ def _column(
 ) -> Column:
     safe, unsafe = scores[labels == SAFE], scores[labels == UNSAFE]
     promises: list[Promise] = []
+    floor = 0.0
     if asked is not None and asked.max_fpr is not None:
         promises.append(promise_fpr(safe, asked.max_fpr, asked.confidence))
-        if others is not None:
-            # what violates another category is not to be taken for this one either, as far as there are images enough to tell
+        if others is not None and len(others):
+            # what violates another category is not to be taken for this one either
             of_others = promise_fpr(others, asked.max_fpr, asked.confidence)
-            promises += [replace(of_others, kind="max_fpr_of_others")] if of_others.threshold is not None else []
+            if of_others.threshold is not None:
+                promises.append(replace(of_others, kind="max_fpr_of_others"))
+            else:  # too few for a promise: the share is kept on these images
+                floor = math.nextafter(float(np.quantile(others, 1 - asked.max_fpr, method="higher")), 2.0)
     if asked is not None and asked.min_recall is not None:
         promises.append(promise_recall(unsafe, asked.min_recall, asked.confidence))
     found = {promise.kind: promise.threshold for promise in promises}
-    if "max_fpr_of_others" in found and found["max_fpr"] is not None:
-        found["max_fpr"] = max(found["max_fpr"], found.pop("max_fpr_of_others") or 0.0)
+    floor = max(floor, found.pop("max_fpr_of_others", None) or 0.0)
     block = found.get("max_fpr")
+    if block is not None:
+        block = found["max_fpr"] = max(block, floor)
     if asked is not None and asked.queue_per_day is not None and block is not None and name == DECISION:
         assert asked.volume_per_day is not None
         promises.append(
