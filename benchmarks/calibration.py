@@ -91,7 +91,10 @@ def scenes(guard: GuardClassifier, n: int) -> tuple[list[Record], np.ndarray]:
         for start in range(0, count, 256):
             block = [pool.scene(label, i) for i in range(start, min(count, start + 256))]
             vectors.append(guard.encoder.encode_images([SceneContent(scene).load() for scene in block]))
-            records += [Record(f"{label}-{start + i}", label, None, "scenes", f"{label}-{start + i}", None) for i in range(len(block))]
+            records += [
+                Record(f"{label}-{i}", label, scene.category if label else None, "scenes", f"{label}-{i}", None)
+                for i, scene in enumerate(block, start)
+            ]
     return records, np.concatenate(vectors)
 
 
