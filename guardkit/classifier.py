@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,9 @@ from guardkit.encoders.base import Encoder
 from guardkit.encoders.lookup import ENCODER_KINDS, find_encoder
 from guardkit.explaining.explanation import Explanation
 from guardkit.explaining.methods import heat_map
-from guardkit.guard_folder import read_guard, write_guard
+from guardkit.guard_folder import FILES, read_guard, write_guard
 from guardkit.heads import Head, JoinedHead
+from guardkit.hub import upload_folder
 from guardkit.images import read_image
 from guardkit.inputs import each_image, readable
 from guardkit.licences import all_licences, check_licences
@@ -410,6 +412,46 @@ class GuardClassifier:
         Raises:
             InputError: the folder holds something else, or head or encoder could not be built again.
         """
+        return self._save(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload a guard",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Puts the guard on the Hugging Face Hub, as one commit of the files that `save_pretrained` writes, and nothing else.
+
+        It is what huggingface_hub's `ModelHubMixin` has under this name, without its base class: that one takes the old config.json away
+        before the new one is written, fills constructor arguments from its keys, and copies every argument at construction, the hashes of all
+        training images among them.
+
+        State the licences first: `guard.licences = {"head": "mit", "data": "cc-by-4.0"}`. The encoder does not go with it: it is named as it
+        was given, so that a guard for others is best trained on an encoder of the Hub.
+
+        Args:
+            repo_id: "ORG/NAME"; made where there is none.
+            commit_message: what the commit is called.
+            private: whether a new repository is; None: as its owner has set it, which is mostly public.
+            token: to write with; None: HF_TOKEN or that of `hf auth login`.
+            revision: a branch, which is made where there is none; None: the main branch.
+            create_pr: ask for the change instead of making it.
+        Returns:
+            The address of the commit.
+        Raises:
+            InputError: head or encoder could not be built again, or the Hub refuses the guard or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as place:
+            folder = self._save(Path(place) / "guard", called=str(repo_id))
+            return upload_folder(
+                folder, repo_id, FILES, message=commit_message, private=private, token=token, revision=revision, create_pr=create_pr
+            )
+
+    def _save(self, folder: str | Path, **said: str) -> Path:
         kind, built_of = ENCODER_KINDS.describe(self.encoder)
         config = {
             "thresholds": self.thresholds.to_dict(),
@@ -428,7 +470,7 @@ class GuardClassifier:
             },
             "metrics": self.metrics,
         }
-        return write_guard(folder, self.head, self.policy, config, self.training_images)
+        return write_guard(folder, self.head, self.policy, config, self.training_images, **said)
 
     @classmethod
     def from_pretrained(
@@ -440,6 +482,8 @@ class GuardClassifier:
         trust: Sequence[str] = (),
         device: str | None = None,
         batch_size: int | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> GuardClassifier:
         """Loads a guard from a folder, or from the Hugging Face Hub by its id.
 
@@ -452,12 +496,14 @@ class GuardClassifier:
                 What is imported runs, with arguments that the guard holds: name only packages that you installed yourself.
             device: to build the encoder on, like "cpu" or "cuda"; by default a GPU if there is one.
             batch_size: images that the encoder takes at once.
+            revision: of a guard on the Hub: a branch, tag or commit; None: the main branch. A commit is the one that stays the same.
+            token: to ask the Hub with; None: HF_TOKEN or that of `hf auth login`, False: none.
         Raises:
             InputError: not a guard folder, a damaged file, code of a package that is not trusted, an encoder that is not
                 found, or one with other weights or preprocessing.
         """
         is_built = encoder is not None and not isinstance(encoder, (str, os.PathLike))
-        stored = read_guard(folder, trust=trust, head=head, needs_encoder=not is_built)
+        stored = read_guard(folder, trust=trust, head=head, needs_encoder=not is_built, revision=revision, token=token)
         config = stored.config
         found = find_encoder(
             config["encoder"], encoder, needed_by=f"guard {stored.folder}", trust=trust, device=device, batch_size=batch_size

@@ -1,4 +1,4 @@
-"""A guard on disk: what its configuration must hold, its weights, and its model card. Nothing in it is believed unchecked."""
+"""A guard on disk: its configuration, its weights, and what lies beside them. Nothing in it is believed unchecked."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from guardkit import __version__
 from guardkit.artifacts import fingerprint, hash_file, read_json, written
 from guardkit.checks import check_path
 from guardkit.encoders.lookup import ENCODER_KINDS
+from guardkit.guard_card import model_card
 from guardkit.guard_config import check_config
 from guardkit.guard_parts import check_logits, filled, head_class, outlines, reason_of, tensors
 from guardkit.heads import HEAD_KINDS, Head
@@ -58,7 +59,13 @@ class Stored:
 
 
 def read_guard(
-    folder: str | Path, *, trust: Sequence[str] = (), head: Head | type[Head] | None = None, needs_encoder: bool = True
+    folder: str | Path,
+    *,
+    trust: Sequence[str] = (),
+    head: Head | type[Head] | None = None,
+    needs_encoder: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> Stored:
     """Reads a guard from its folder, from a training run's folder, or from the Hugging Face Hub.
 
@@ -67,11 +74,12 @@ def read_guard(
         trust: packages of other people that its head and encoder may be imported from.
         head: the class of its head, or a head of that class, instead of an import.
         needs_encoder: whether the encoder that it names will be built.
+        revision, token: of a guard on the Hub, see `hub_folder`.
     Raises:
         InputError: there is none, a file is damaged, was changed, or holds what no guard can have; or it needs code from
             a package that is not trusted.
     """
-    path = _locate(folder)
+    path = _locate(folder, revision, token)
     config = _read_config(path / CONFIG)
     policy = Policy.load(path / POLICY)
     if policy.digest != config["policy"]["digest"]:
@@ -87,12 +95,14 @@ def read_guard(
     return Stored(path, config, policy, _read_head(path, config, kind), _read_seen(path, config.get("training_images_sha256")))
 
 
-def _locate(folder: str | Path) -> Path:
+def _locate(folder: str | Path, revision: str | None, token: str | bool | None) -> Path:
     path = check_path("the guard's folder", folder)
     name = os.fsdecode(folder)
     if path.exists():
         if not path.is_dir():
             raise InputError(f"{name} is a file; give the folder `guard/` that training wrote")
+        if revision is not None:
+            raise InputError(f"{name} is a folder here and has no revision {revision!r}; that is for guards on the Hub")
         if (path / CONFIG).exists():
             return path
         if not (path / "guard" / CONFIG).exists():
@@ -104,6 +114,8 @@ def _locate(folder: str | Path) -> Path:
             sorted(FILES - {CARD}),
             refusal=f"{name!r} is no folder here, and no guard of that name can be had from the Hub",
             remedy="without a network give its folder",
+            revision=revision,
+            token=token,
         )
     raise InputError(f"guard folder {name!r} does not exist; give the folder `guard/` that training wrote, or a Hub id like org/name")
 
@@ -171,7 +183,15 @@ def _read_seen(folder: Path, sha256: str | None) -> SeenImages | None:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_guard(folder: str | Path, head: Head, policy: Policy, config: Mapping[str, Any], training_images: SeenImages | None) -> Path:
+def write_guard(
+    folder: str | Path,
+    head: Head,
+    policy: Policy,
+    config: Mapping[str, Any],
+    training_images: SeenImages | None,
+    *,
+    called: str = "THIS_FOLDER",
+) -> Path:
     """Writes a guard's files; an older guard in the folder is replaced as a whole.
 
     Args:
@@ -179,6 +199,7 @@ def write_guard(folder: str | Path, head: Head, policy: Policy, config: Mapping[
         head, policy: what the guard decides with.
         config: everything else that config.json says.
         training_images: those it has seen, if they are known.
+        called: where the card says that it is loaded from.
     Returns:
         The folder.
     Raises:
@@ -206,7 +227,7 @@ def write_guard(folder: str | Path, head: Head, policy: Policy, config: Mapping[
             "training_images_sha256": hash_file(new[SEEN]) if SEEN in new else None,
         }
         whole["digest"] = fingerprint(whole)
-        new[CARD].write_text(_model_card(whole, policy), encoding="utf-8")
+        new[CARD].write_text(model_card(whole, policy, called), encoding="utf-8")
         new[CONFIG].write_text(json.dumps(whole, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         for name in FILES - new.keys():
             (folder / name).unlink(missing_ok=True)
@@ -233,99 +254,3 @@ def _check_free(folder: Path) -> None:
         raise InputError(
             f"{folder} holds {foreign[0]!r}, which is not a guard's; save the guard in a new or empty folder, or in one that holds nothing but a guard"
         )
-
-
-def _promised(config: Mapping[str, Any]) -> str:
-    """Of its thresholds, where they were calibrated; and what its older figures mean then."""
-    if config["calibration"] is None:
-        return "They were not calibrated, and promise nothing: `python -m guardkit.calibrate guard=THIS_FOLDER source=... max_fpr=0.01`.\n"
-    about = config["calibration"]["about"]
-    if not about:
-        return "Some categories were calibrated; the decision was not since the guard was extended, and promises nothing.\n"
-    promises = "".join(
-        f"- {' '.join(str(promise).split())}\n" for name in ("promises", "promises_by_category") for promise in about.get(name, [])
-    )
-    fitted = (
-        "probabilities" if config["calibration"]["decision"]["kind"] != "none" else "the head's own, not fitted to images, and restated"
-    )
-    return (
-        f"Scores are {fitted} where {about.get('prevalence')} of the images are unsafe. Promised, each by itself, for images like the {about.get('n_safe')} safe and "
-        f"{about.get('n_unsafe')} unsafe ones that the thresholds were chosen on:\n\n{promises}\nThe figures below were measured before, on the scores and at the threshold of then.\n"
-    )
-
-
-def _model_card(config: Mapping[str, Any], policy: Policy) -> str:
-    """A Hugging Face model card: what the guard decides, on what it was trained, what was measured."""
-    test, pairs = config["metrics"].get("test") or {}, config["metrics"].get("pairs") or {}
-
-    def figure(value: Any) -> str:
-        return "not measured" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    def shown(value: float | None, digits: int = 3) -> str:
-        return "none" if value is None else f"{value:.{digits}f}"
-
-    rows = [(name, test.get(name)) for name in ("auroc", "average_precision", "f1", "recall", "fpr", "n")]
-    rows.insert(2, ("threshold of the next three", test.get("threshold")))  # it may have been set anew since
-    rows += [(name, pairs.get(name)) for name in ("pair_accuracy", "ranking_accuracy")] + [("test pairs", pairs.get("n"))]
-    table = "\n".join(f"| {name} | {figure(value)} |" for name, value in rows)
-    packages = dict.fromkeys(kinds.package(config[kinds.part]["kind"]) for kinds in (HEAD_KINDS, ENCODER_KINDS))
-    foreign = [package for package in packages if package is not None]
-    trusted = f", trust={json.dumps(foreign)}" if foreign else ""
-    points = "\n".join(
-        f"| {name} | {shown(point['threshold'], 4)} | {shown(point['recall'])} | {shown(point['fpr'])} (95 % upper bound "
-        f"{shown(point['fpr_ci_high'])}, {point['n_safe']} safe images) | {point.get('reason', '')} |"
-        for name, point in config["operating_points"].items()
-    )
-    decision = config["thresholds"]["decision"]
-    named = {"unsafe (the decision)": decision, **config["thresholds"]["categories"]}
-    bands = "\n".join(f"| {name} | {band['review']:.4g} | {band['block']:.4g} |" for name, band in named.items())
-    promised = _promised(config)
-    notes = "".join(f"{' '.join(note.split())}\n\n" for note in config["metrics"].get("notes") or ())
-    categories = "\n".join(f"- **{category.name}**: {category.definition}" for category in policy.categories)
-    return f"""---
-library_name: guardkit
-tags: [image-safety, image-classification]
----
-
-# Image guard for the policy `{policy.name}`
-
-A `{config["head"]["kind"]}` head on frozen embeddings of {config["encoder"]["name"]} ({config["encoder"]["dim"]}-d). Label 1 is unsafe; flagged means score >= {decision["review"]:.4g}.
-
-```python
-from guardkit import GuardClassifier
-
-decisions = GuardClassifier.from_pretrained("THIS_FOLDER"{trusted}).predict(["image.jpg"])
-```
-
-## What it was trained to flag
-
-{categories}
-
-Policy digest `{config["policy"]["digest"][:16]}`, encoder fingerprint `{config["encoder"]["fingerprint"][:16]}`, guardkit {config["guardkit_version"]}.
-Training: {json.dumps(config["training"])}.
-
-## Thresholds
-
-Below `review` an image is allowed, from `review` on a person should look at it, from `block` on it is blocked. Where both are the same nothing is reviewed.
-
-| score of | review | block |
-|---|---|---|
-{bands}
-
-{promised}
-## Measured on its test set
-
-| metric | value |
-|---|---|
-{table}
-
-{notes}## Operating points, chosen on validation images
-
-| name | threshold | recall | false-positive rate | cannot be promised, because |
-|---|---|---|---|---|
-{points}
-
-## Limits
-
-The figures hold for images like those of the test set. A guard this small sees only what its encoder sees; measure it on your own images before you rely on it, and let people review what it decides.
-"""

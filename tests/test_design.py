@@ -15,7 +15,7 @@ import guardkit
 LEVELS = {
     "schema": 0, "_entry": 0, "artifacts": 0, "folders": 0, "terminal": 0, "policy": 0, "progress": 0, "reading": 0, "stores": 0, "colour": 0, "limits": 0, "kinds": 0, "hub": 0, "checks": 0, "pages": 0, "charts": 0, "thresholds": 0, "score_maps": 0, "embedding_blocks": 0, "licences": 0,
     "pixels": 1, "images": 1, "inputs": 1, "scenes": 1, "encoders": 1, "editors": 1, "heads": 1, "metrics": 1, "vlm": 1, "seen": 1, "explaining": 1,
-    "embeddings": 2, "embedding_folder": 2, "counterfactual": 2, "classifier": 2, "guard_folder": 2, "guard_parts": 2, "guard_config": 2, "baselines": 2,
+    "embeddings": 2, "embedding_folder": 2, "counterfactual": 2, "classifier": 2, "guard_folder": 2, "guard_parts": 2, "guard_config": 2, "guard_card": 2, "baselines": 2,
     "data": 3, "integrations": 3, "exporting": 3,
     "evaluation": 4, "moderation": 4, "robustness": 4,
     "fitting": 5, "serving": 5,
@@ -31,7 +31,7 @@ ALLOWED = {
     ("limits", "schema"), ("images", "pixels"),  # a file is opened, then its pixels are shown
     ("vlm", "images"),  # images travel as PNG
     ("inputs", "images"),  # whatever it is, the reader reads it
-    ("classifier", "embedding_folder"), ("classifier", "guard_folder"), ("guard_folder", "guard_config"), ("guard_folder", "guard_parts"), ("guard_parts", "guard_config"),  # a guard on disk
+    ("classifier", "embedding_folder"), ("classifier", "guard_folder"), ("guard_folder", "guard_config"), ("guard_folder", "guard_card"), ("guard_folder", "guard_parts"), ("guard_parts", "guard_config"),  # a guard on disk
     ("heads", "encoders"),  # a head may start from texts, which not every encoder reads
     ("explaining", "encoders"),  # a map is one of what an encoder sees
     ("editors", "scenes"),  # the exact editor belongs to the world it edits

@@ -198,7 +198,7 @@ def test_a_write_that_fails_leaves_the_old_guard_whole(guard, folder, scenes_enc
     import guardkit.guard_folder
 
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(guardkit.guard_folder, "_model_card", lambda *_: 1 / 0)
+    monkeypatch.setattr(guardkit.guard_folder, "model_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         guard.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

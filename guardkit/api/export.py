@@ -42,7 +42,8 @@ class ExportReport:
     def table(self) -> str:
         """A line for each file, to print."""
         return "\n".join(
-            f"  {path.name:<11} {path.stat().st_size / 1e6:.1f} MB, differs from torch by at most {self.differences[part]:.0e} (allowed: {TOLERANCE:g})"
+            f"  {path.name:<11} {path.stat().st_size / 1e6:.1f} MB, differs from torch by at most {self.differences[part]:.0e} "
+            f"(allowed: {TOLERANCE:g})"
             for part, path in self.files.items()
         )
 
@@ -57,10 +58,11 @@ def export_guard(
 ) -> ExportReport:
     """Writes a guard as ONNX for other runtimes, and checks that ONNX Runtime gives the scores of `GuardClassifier.predict`.
 
-    The same as `python -m guardkit.export`. `head.onnx` takes `embeddings`, (n, d) float32 unit vectors of the guard's encoder; `guard.onnx` takes `pixels`,
-    (n, 3, height, width) float32, prepared as its metadata says. Both give `score`, (n,) probability of unsafe, and `categories`, (n, k), calibration
-    included; NaN is no score, and means an error. n is whatever the caller likes. The metadata, JSON each, says the rest: preprocessing, categories, thresholds, policy,
-    fingerprints, licences. Thresholds are not applied: docs/sharing.md shows how.
+    The same as `python -m guardkit.export`. `head.onnx` takes `embeddings`, (n, d) float32 unit vectors of the guard's encoder; `guard.onnx`
+    takes `pixels`, (n, 3, height, width) float32, prepared as its metadata says. Both give `score`, (n,) probability of unsafe, and
+    `categories`, (n, k), calibration included; NaN is no score, and means an error. n is whatever the caller likes. The metadata, JSON each,
+    says the rest: preprocessing, categories, thresholds, policy, fingerprints, licences. Thresholds are not applied: docs/sharing.md shows
+    how.
 
     Args:
         guard: a `GuardClassifier`, or the folder or Hub id of a saved one, which is loaded on the processor.
@@ -69,8 +71,8 @@ def export_guard(
         trust: packages that a saved guard may take its head and encoder from.
         settings: of a command, for the mark of the folder.
     Raises:
-        InputError: a package is missing, torch cannot export head or encoder, or the file gives scores that differ by more than 1e-4 from torch's; a
-            file that does is not kept.
+        InputError: a package is missing, torch cannot export head or encoder, or the file gives scores that differ by more than 1e-4 from
+            torch's; a file that does is not kept.
     """
     if not is_list(parts) or not parts or not set(parts) <= set(PARTS):
         raise InputError(f"parts must be a list of {' and '.join(PARTS)}, got {parts!r}")

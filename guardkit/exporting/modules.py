@@ -10,7 +10,9 @@ from guardkit.classifier import GuardClassifier
 
 
 class HeadScores(nn.Module):
-    """(n, d) unit vectors -> (n,) probability of unsafe, (n, k) of each category; NaN in rows that `GuardClassifier.decide` gives an error for.
+    """(n, d) unit vectors -> (n,) probability of unsafe, (n, k) of each category.
+
+    A row for which `GuardClassifier.decide` gives an error is NaN.
 
     Args:
         guard: whose head, calibration and categories it takes.

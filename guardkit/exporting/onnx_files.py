@@ -130,7 +130,8 @@ def _drift(
             largest = max(largest, _difference(np.column_stack([score, categories]), expected(inputs)))
             if largest > TOLERANCE:
                 raise InputError(
-                    f"{what} gives other scores in ONNX Runtime than in torch (by up to {largest:.2g} in a batch of {n}, allowed is {TOLERANCE:g}) and is not kept; {instead}"
+                    f"{what} gives other scores in ONNX Runtime than in torch (by up to {largest:.2g} in a batch of {n}, allowed is "
+                    f"{TOLERANCE:g}) and is not kept; {instead}"
                 )
         return largest
     except InputError:
