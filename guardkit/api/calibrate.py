@@ -115,7 +115,7 @@ def calibrate(
         )
     unreadable: dict[int, str] = {}
     vectors = np.zeros((len(benchmark.records), before.encoder.dim), np.float32)
-    for start in progress(range(0, len(vectors), _BLOCK), total=-(-len(vectors) // _BLOCK), what="embedding images"):
+    for start in progress(range(0, len(vectors), _BLOCK), total=-(-len(vectors) // _BLOCK), what=f"embedding images, {_BLOCK} at a time"):
         failed: dict[int, str] = {}
         vectors[start : start + _BLOCK] = embed(benchmark.records[start : start + _BLOCK], stores[before.encoder.fingerprint], failed)
         unreadable |= {start + row: reason for row, reason in failed.items()}

@@ -10,6 +10,7 @@ import stat
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -106,6 +107,8 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[
                 print(f"guardkit {__version__}")
                 return
             forgiving_streams()
+            # Lightning's, at every run. For good: threads that read images meanwhile may give back filters from before `quiet_lightning`
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
             with stoppable(), _readable_errors():
                 _settle_without_home()
                 sys.argv[1:] = mended(sys.argv[1:], CONF_DIR)
