@@ -46,6 +46,7 @@ def serve(
         app = make(allowed_hosts=LOOPBACK if allowed_hosts is None and host in LOOPBACK else allowed_hosts)
         settings = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_SHUTDOWN_S)
         server = uvicorn.Server(settings)
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # it starts and stops; the command says so itself
         announce(page_address(host, heard.getsockname()[1]))
         with until_stopped(), _at_hangup(app.state.service.reload_quietly):
             server.run(sockets=[heard])
