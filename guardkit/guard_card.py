@@ -102,7 +102,7 @@ def model_card(config: Mapping[str, Any], policy: Policy, called: str) -> str:
 
 # Image guard for the policy `{policy.name}`
 
-A `{config["head"]["kind"]}` head on frozen embeddings of {config["encoder"]["name"]} ({config["encoder"]["dim"]}-d). Label 1 is unsafe; flagged means score >= {decision["review"]:.4g}.
+A head of kind `{config["head"]["kind"]}` on frozen embeddings of {config["encoder"]["name"]} ({config["encoder"]["dim"]}-d). Label 1 is unsafe; flagged means score >= {decision["review"]:.4g}.
 
 ```python
 from guardkit import GuardClassifier

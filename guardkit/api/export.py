@@ -71,8 +71,8 @@ def export_guard(
         trust: packages that a saved guard may take its head and encoder from.
         settings: of a command, for the mark of the folder.
     Raises:
-        InputError: a package is missing, torch cannot export head or encoder, or the file gives scores that differ by more than 1e-4 from
-            torch's; a file that does is not kept.
+        InputError: a package is missing, torch cannot export head or encoder, or the file gives scores that differ by more than 1e-4,
+            or 1 %, from torch's; a file that does is not kept.
     """
     if not is_list(parts) or not parts or not set(parts) <= set(PARTS):
         raise InputError(f"parts must be a list of {' and '.join(PARTS)}, got {parts!r}")
