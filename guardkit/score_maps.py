@@ -68,11 +68,14 @@ class ScoreMap:
         """Of any shape, elementwise."""
         first, last = self.knots[0], self.knots[-1]
         mapped = self.values[0] + self.slopes[0] * (logits - first).clamp(max=0) + self.slopes[1] * (logits - last).clamp(min=0)
-        for start in range(0, len(self.knots) - 1, _AT_ONCE):
-            part = slice(start, start + _AT_ONCE + 1)
-            knots, values = (torch.tensor(row[part], dtype=logits.dtype, device=logits.device) for row in (self.knots, self.values))
-            within = torch.minimum((logits.unsqueeze(-1) - knots[:-1]).clamp(min=0), knots.diff())
-            mapped = mapped + (within * (values.diff() / knots.diff())).sum(dim=-1)
+        # widths and slopes in double precision: knots that are close may be one in the precision of the logits
+        pieces = [
+            (left, right - left, (high - low) / (right - left))
+            for (left, right), (low, high) in zip(pairwise(self.knots), pairwise(self.values), strict=True)
+        ]
+        for start in range(0, len(pieces), _AT_ONCE):
+            lefts, widths, slopes = torch.tensor(pieces[start : start + _AT_ONCE], dtype=logits.dtype, device=logits.device).unbind(1)
+            mapped = mapped + (torch.minimum((logits.unsqueeze(-1) - lefts).clamp(min=0), widths) * slopes).sum(dim=-1)
         return mapped
 
     def of_score(self, score: float) -> float:

@@ -173,6 +173,7 @@ def test_an_encoder_of_transformers_is_exported_and_its_weights_lie_beside_it_wh
     files = guardkit.export_guard(made, tmp_path / "out", parts=["guard"]).files
     assert list(files) == ["guard"]
     assert (tmp_path / "out/guard.onnx.data").stat().st_size > 10_000
+    assert str(tmp_path).encode() not in files["guard"].read_bytes()
     namespace = {}
     exec(SNIPPET.replace("exported/guard.onnx", str(files["guard"])), namespace)
     for i, size in enumerate(SIZES):

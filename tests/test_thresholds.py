@@ -152,6 +152,18 @@ def test_a_score_map_goes_through_its_knots_and_back():
     assert ScoreMap.from_dict(json.loads(json.dumps(one.to_dict()))) == one
 
 
+def test_a_score_map_of_many_knots_is_straight_between_them_and_finite_where_they_are_close():
+    rng = np.random.default_rng(0)
+    knots, values = np.sort(rng.normal(size=40)), np.sort(rng.normal(size=40))
+    one = ScoreMap("isotonic", tuple(knots), tuple(values), (1.0, 1.0))
+    logits = np.linspace(knots[0], knots[-1], 501)
+    np.testing.assert_allclose(one(torch.from_numpy(logits)).numpy(), np.interp(logits, knots, values), atol=1e-12)
+    close = ScoreMap("isotonic", (1.0, 1.0 + 1e-9, 2.0), (0.0, 0.5, 1.0), (1.0, 1.0))  # the first two are one in float32
+    mapped = close(torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=torch.float32))
+    assert mapped.isfinite().all()
+    assert mapped[3] == pytest.approx(1.0, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("knots", "values", "slopes", "message"),
     [

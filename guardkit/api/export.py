@@ -14,6 +14,7 @@ from guardkit.checks import is_list
 from guardkit.classifier import GuardClassifier
 from guardkit.encoders.base import Traceable
 from guardkit.encoders.lookup import ENCODER_KINDS
+from guardkit.encoders.places import LOCAL
 from guardkit.exporting.modules import HeadScores, ImageScores
 from guardkit.exporting.onnx_files import TOLERANCE, check_installed, standardised_pixels, unit_vectors, write_onnx
 from guardkit.folders import claim, refuse_others
@@ -140,7 +141,7 @@ def _metadata(guard: GuardClassifier) -> dict[str, Any]:
         "guardkit": __version__,
         "guard": {"name": guard.name, "fingerprint": guard.fingerprint, "head": guard.head.kind},
         "encoder": {
-            "name": encoder.name,
+            "name": _without_place(encoder.name),
             "kind": ENCODER_KINDS.name(type(encoder)),
             "dim": encoder.dim,
             "fingerprint": encoder.fingerprint,
@@ -152,6 +153,12 @@ def _metadata(guard: GuardClassifier) -> dict[str, Any]:
         "promises": [] if guard.calibration is None else guard.calibration.promises,
         "licences": guard.all_licences,
     }
+
+
+def _without_place(name: str) -> str:
+    """An encoder's name; of a folder or file of this machine the last part alone, because the exported file is for others."""
+    place = Path(name.removeprefix(LOCAL)).expanduser()
+    return place.name if name.startswith(LOCAL) or place.exists() else name
 
 
 def _preprocessing(said: Mapping[str, Any]) -> dict[str, Any]:
