@@ -15,7 +15,7 @@ from torch import Tensor
 
 _ROWS = 1 << 16  # of a block
 _NEAR = 1e-3  # of two logits that may be one but for rounding
-_CACHE_BYTES = 1 << 20  # of float32, which several operations pass over while one core's cache holds them
+_CACHE_BYTES = 2 << 20  # of float32, which several operations pass over while one core's cache holds them
 
 
 def decide_blocks(
@@ -50,16 +50,18 @@ def _decide(block: np.ndarray, decide: Callable[[Tensor], Tensor], normalize: bo
     block = np.asarray(block)  # views of a mapped array take long to make
     n, width = block.shape
     size = min(n, max(1, _CACHE_BYTES // (4 * max(1, width))))
-    # PyTorch takes no array that may not be written to, and converts float16 many times faster than NumPy
-    held = np.empty((size, width), np.float16 if block.dtype == np.float16 else np.float32)
+    whole = _shared(block)
+    held = np.empty((0 if whole is not None else size, width), np.float16 if block.dtype == np.float16 else np.float32)
     source, floats = torch.from_numpy(held), torch.empty((size, width))
     logits, sums = torch.empty(n), []
     with torch.inference_mode(), np.errstate(over="ignore"):  # of numbers that float32 does not hold
         for start in range(0, n, size):
             m = min(size, n - start)
             rows = slice(start, start + m)
-            np.copyto(held[:m], block[rows], casting="same_kind")
-            vectors = floats[:m].copy_(source[:m])
+            if whole is None:
+                np.copyto(held[:m], block[rows], casting="same_kind")
+            # PyTorch converts float16 many times faster than NumPy
+            vectors = floats[:m].copy_(source[:m] if whole is None else whole[rows])
             if normalize:
                 vectors /= torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
             logits[rows] = decide(vectors)
@@ -72,6 +74,21 @@ def _decide(block: np.ndarray, decide: Callable[[Tensor], Tensor], normalize: bo
             rest = block[odd].astype(np.float32)
             odd[odd] = ~(np.isfinite(rest).all(axis=1) & rest.any(axis=1))
     return logits, odd
+
+
+class _Readable:
+    """Lets PyTorch, which takes no array that may not be written to, look at one. Nobody writes to it."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array  # lives as long as this
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
+
+
+def _shared(block: np.ndarray) -> Tensor | None:
+    """The same numbers as a tensor, without a copy; None of an array that is laid out otherwise than PyTorch has it."""
+    is_plain = block.dtype in (np.float16, np.float32) and block.dtype.isnative and block.flags.c_contiguous and block.flags.aligned
+    return torch.from_numpy(np.asarray(_Readable(block))) if is_plain and len(block) else None
 
 
 def _give_back(array: np.ndarray) -> None:

@@ -339,6 +339,21 @@ class AnchoredHead(Head):
         """(n, d) -> (n, 1 + k) logits."""
         return self.linear(self.features(embeddings))
 
+    def decision(self, embeddings: Tensor) -> Tensor:
+        """(n, d) -> (n,) logits of unsafe: each text's exponential is taken once, not once a category."""
+        if type(self).forward is not AnchoredHead.forward:
+            return super().decision(embeddings)
+        cosine = embeddings @ self.prompts.to(embeddings).T
+        sums = (cosine - cosine.amax(dim=1, keepdim=True)).exp() @ self.members.to(embeddings).T  # (n, 2 + k)
+        if not (sums > torch.finfo(sums.dtype).tiny).all():  # a side so far below another that nothing is left of it
+            return super().decision(embeddings)
+        sides = sums.log()
+        texts = torch.cat([sides[:, :1], sides[:, 2:]], dim=1) - sides[:, 1:2]
+        d = embeddings.shape[1]
+        weights = self.linear.weight[0, :d] * d**0.5
+        probe = torch.addmv(self.linear.bias[:1], embeddings, weights if self.map is None else self.map @ weights)
+        return torch.addmv(probe, texts, self.linear.weight[0, d:] / self.spread)
+
     def features(self, embeddings: Tensor) -> Tensor:
         """(n, d) -> (n, d + 1 + k): what the weights are multiplied with."""
         return torch.cat([_scaled(embeddings, self.map), self.of_texts_alone(embeddings)], dim=1)
@@ -445,8 +460,17 @@ class PromptHead(Head):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(n, d) -> (n, 1 + k) logits."""
+        return self._of(embeddings, self.members) + self.bias
+
+    def decision(self, embeddings: Tensor) -> Tensor:
+        """(n, d) -> (n,) logits of unsafe: all unsafe texts against all safe ones."""
+        if type(self).forward is not PromptHead.forward:
+            return super().decision(embeddings)
+        return self._of(embeddings, self.members[:2])[:, 0] + self.bias[0]
+
+    def _of(self, embeddings: Tensor, members: Tensor) -> Tensor:
         cosine = embeddings @ functional.normalize(self.prompts, dim=1).T
-        return _log_odds(self.log_scale.exp() * cosine, self.members) + self.bias
+        return _log_odds(self.log_scale.exp() * cosine, members)
 
 
 def _scaled(embeddings: Tensor, by: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from conftest import picture
 
 from guardkit import GuardClassifier
 from guardkit.encoders.open_clip import OpenClipEncoder
-from guardkit.heads import LinearHead
+from guardkit.heads import AnchoredHead, LinearHead, PromptHead
 from guardkit.images import encode_png
 from guardkit.scenes.content import SceneContent
 from guardkit.scenes.world import ScenePool
@@ -152,6 +152,12 @@ def test_the_decision_alone_is_what_a_head_says_with_all_its_categories(scenes_e
             head.map.normal_()
         with torch.inference_mode():
             np.testing.assert_allclose(head.decision(vectors), head(vectors)[:, 0], rtol=1e-3)
+    for head in (PromptHead.build(scenes_encoder, scenes_policy), AnchoredHead.build(scenes_encoder, scenes_policy)):
+        head._n_images = None
+        torch.nn.init.normal_(head.prompts if isinstance(head, PromptHead) else head.linear.weight)
+        for given in (vectors, 1e4 * vectors):  # so far apart that exponentials vanish
+            with torch.inference_mode():
+                np.testing.assert_allclose(head.decision(given), head(given)[:, 0], rtol=1e-3, atol=1e-3)
 
 
 def test_saving_and_loading_keeps_every_score(guard, folder):
