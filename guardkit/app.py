@@ -1,4 +1,4 @@
-"""A local web page on which people judge the pairs of a dataset: python -m guardkit.app pairs=DIR"""
+"""A local web page: for people who judge pairs, python -m guardkit.app pairs=DIR; for a guard, python -m guardkit.app guard=DIR"""
 
 from __future__ import annotations
 
@@ -13,7 +13,29 @@ from guardkit.terminal import say
 
 @main("app")
 def app(cfg: DictConfig) -> None:
-    """Shows the page until Ctrl-C, then prints what was said and how far people agree."""
+    """Shows the page until Ctrl-C, then prints what was said."""
+    from guardkit.schema import InputError
+
+    if (cfg.pairs is None) == (cfg.guard is None):
+        raise InputError(
+            "give pairs=DIR, to judge the pairs of a dataset, or guard=DIR, to try a guard and review its queue, and one of the two"
+        )
+    if cfg.pairs is None:
+        _show_guard(cfg)
+    else:
+        _review_pairs(cfg)
+
+
+def _show_guard(cfg: DictConfig) -> None:
+    from guardkit.runs.app import run
+
+    counts = run(cfg, output_dir(), announce=lambda address: print(f"guard {cfg.guard} at {address} (Ctrl-C ends it)", flush=True))
+    if counts is not None:
+        say("  corrections: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
+        say(output_dir())
+
+
+def _review_pairs(cfg: DictConfig) -> None:
     from guardkit.artifacts import write_json
     from guardkit.counterfactual.review import REVIEWS
     from guardkit.folders import claim, refuse_others

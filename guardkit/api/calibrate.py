@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
 from guardkit.api.evaluate import load_contender
-from guardkit.artifacts import write_json, written
+from guardkit.artifacts import write_json, write_table, written
 from guardkit.classifier import GuardClassifier
 from guardkit.data.sources.base import Source
 from guardkit.evaluation.benchmark import read_benchmark
-from guardkit.evaluation.calibration import Asked, calibrated
+from guardkit.evaluation.calibration import SCORES, Asked, calibrated, scores_of
 from guardkit.evaluation.held_out import leave_out_seen, sentences
 from guardkit.evaluation.scoring import Contender, embed, embedding_stores
 from guardkit.folders import claim, refuse_others
@@ -26,7 +27,7 @@ from guardkit.seen import NEAR, SeenImages
 
 log = logging.getLogger(__name__)
 
-WRITTEN = ("guard", "calibration.json", "calibration.png")
+WRITTEN = ("guard", "calibration.json", "calibration.png", SCORES)
 _BLOCK = 512
 
 
@@ -141,6 +142,9 @@ def calibrate(
             made.save_pretrained(folder / "guard")
             with written(folder / "calibration.png") as temporary:
                 draw(columns[0], asked.prevalence, temporary)
+            # of a guard with these very scores: whose thresholds are is no matter
+            about = {"guard": made.fingerprint}
+            write_table(folder / SCORES, pa.table(scores_of(made, records, vectors[kept])).replace_schema_metadata(about))
             write_json(folder / "calibration.json", figures)
     return CalibrationReport(made, figures, table(figures), folder)
 

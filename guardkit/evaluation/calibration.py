@@ -21,6 +21,7 @@ from guardkit.score_maps import Calibration, ScoreMap
 from guardkit.thresholds import Band, Thresholds
 
 DECISION = "decision"
+SCORES = "scores.parquet"  # of the images that a guard was calibrated on
 _USUAL_PREVALENCE = 0.5  # that heads are trained for: of the decision unless somebody says otherwise, of categories always
 
 
@@ -176,6 +177,40 @@ def calibrated(
         for name, point in guard.operating_points.items()
     }
     return made, columns
+
+
+def scores_of(guard: GuardClassifier, records: Sequence[Record], embeddings: np.ndarray) -> dict[str, list[Any]]:
+    """What a calibrated guard makes of the images that it was calibrated on: `label`, `category`, and `score` of the decision and of each category.
+
+    Args:
+        guard: as `calibrated` gave it.
+        records, embeddings: as `calibrated` took them.
+    Returns:
+        Columns, a row for each image that was used.
+    """
+    rows = _one_of_each_group(records)
+    scores = guard.probabilities(embeddings[rows])
+    return {
+        "label": [records[row].label for row in rows],
+        "category": [records[row].category for row in rows],
+        **{score_column(name): scores[:, i].tolist() for i, name in enumerate((DECISION, *guard.policy.category_names))},
+    }
+
+
+def score_column(name: str) -> str:
+    """The column of `scores_of` that has the scores of the decision, or of a category."""
+    return "score" if name == DECISION else f"score_{name}"
+
+
+def at_band(safe: np.ndarray, unsafe: np.ndarray, band: Band, prevalence: float) -> dict[str, Any]:
+    """Shares of images at both thresholds of a band, with 95 % intervals, and precision at the prevalence; as calibration.json has them.
+
+    Args:
+        safe, unsafe: scores of both.
+        band: the thresholds.
+        prevalence: share of unsafe images among those the guard will see.
+    """
+    return _figures(safe, unsafe, band, prevalence)
 
 
 def sentence(promise: Promise, name: str) -> str:

@@ -36,6 +36,7 @@ class Batches:
         self._coming = 0
         self._is_ended = False
         self._thread: threading.Thread | None = None
+        self.at_work = threading.Lock()  # held while the encoder is: whoever looks into it meanwhile takes it first
 
     def expect(self, n: int) -> None:
         """So many more images are being read, or fewer where it is negative."""
@@ -80,7 +81,8 @@ class Batches:
         while batch := self._next():
             self._report(len(batch))
             try:
-                vectors = self.encoder.encode_preprocessed([pixels for pixels, _ in batch])
+                with self.at_work:
+                    vectors = self.encoder.encode_preprocessed([pixels for pixels, _ in batch])
             except Exception as error:  # whoever waits for it is told, and the next batch may be better
                 for _, found in batch:
                     _settle(found, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from guardkit.classifier import GuardClassifier
+from guardkit.explaining.explanation import Explanation
 from guardkit.images import read_frames
 from guardkit.moderation.frames import worst_frame
 from guardkit.moderation.gate import Refused
@@ -130,6 +132,40 @@ class Service:
                 verdicts[at].append(one)
                 self.figures.add("guardkit_images_total", guard=served.name, action=one.decision.action)
         return [one for each in verdicts for one in each]
+
+    async def explain(self, data: bytes, *, guard: str, category: str | None = None, frame: int | None = None) -> Explanation:
+        """Where in an image a score comes from, see `GuardClassifier.explain`; no image is encoded meanwhile.
+
+        Args:
+            data: an encoded image.
+            guard: its name.
+            category: whose score; None: that of the decision.
+            frame: of an animation, from 0; None: the first.
+        Raises:
+            Refused: no such guard, category or frame, an image that cannot be read (422), or a full queue (429).
+        """
+        with self._admitted(1, [guard], None if category is None else [category]) as ((served,), batches):
+            for one in batches.values():
+                one.expect(-1)
+            return await asyncio.to_thread(self._explained, served, batches[served.encoder], data, category, frame or 0)
+
+    def _explained(self, served: Served, batches: Batches, data: bytes, category: str | None, frame: int) -> Explanation:
+        seen = itertools.count()
+        try:
+            if len(data) > self.limits.max_bytes:
+                raise TooLargeError(f"{len(data)} encoded bytes are more than {self.limits.max_bytes}")
+            frames = read_frames(
+                data,
+                lambda image: image if next(seen) == frame else None,
+                max_pixels=self.limits.max_pixels,
+                max_frames=self.limits.max_frames,
+            )
+            if frame >= len(frames):
+                raise ImageError(f"it has {len(frames)} frames, and none of number {frame}")
+            with batches.at_work:
+                return served.guard.explain(frames[frame], category, max_pixels=self.limits.max_pixels)
+        except (ImageError, InputError) as error:
+            raise Refused(422, str(error)) from error
 
     @contextmanager
     def _admitted(self, n: int, guards: Sequence[str], scope: Sequence[str] | None) -> Iterator[tuple[list[Served], dict[str, Batches]]]:
