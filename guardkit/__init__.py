@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from guardkit.api.calibrate import CalibrationReport, calibrate
     from guardkit.api.compare import ComparisonReport, compare
-    from guardkit.api.corrections import collect_corrections
     from guardkit.api.embed import embed
     from guardkit.api.evaluate import EvaluationReport, evaluate
     from guardkit.api.export import ExportReport, export_guard
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
     from guardkit.integrations.reactions import UnsafeImageError
     from guardkit.integrations.safety_checker import safety_checker
     from guardkit.integrations.threatexchange import threatexchange_classifier
+    from guardkit.moderation.collecting import collect_corrections
     from guardkit.policy import Category, Policy
     from guardkit.schema import Decision, EmbeddingGuard, Guard, ImageError, ImageGuard, InputError, Judgment, Record, Rejected
     from guardkit.thresholds import Band, Thresholds
@@ -93,7 +93,7 @@ _HOMES = {
     "compare": "guardkit.api.compare",
     "ComparisonReport": "guardkit.api.compare",
     "moderate": "guardkit.api.moderate",
-    "collect_corrections": "guardkit.api.corrections",
+    "collect_corrections": "guardkit.moderation.collecting",
     "export_guard": "guardkit.api.export",
     "ExportReport": "guardkit.api.export",
     "ModerationReport": "guardkit.api.moderate",

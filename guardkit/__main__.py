@@ -21,7 +21,7 @@ COMMANDS = {
     "compare": "an old and a new guard on the same images",
     "export": "writes a guard as ONNX for other runtimes",
     "serve": "a guard as a web service",
-    "app": "a local web page on which people judge pairs",
+    "app": "a local web page: judge pairs, or try a guard and review its queue",
 }
 USER_ERROR = 2
 

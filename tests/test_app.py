@@ -69,7 +69,7 @@ def test_wrong_values_are_one_line(scenes_policy, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for arguments, environment, message in [
-            ([], {}, r"pairs must be given, as in pairs=VALUE"),
+            ([], {}, r"give pairs=DIR, to judge the pairs of a dataset, or guard=DIR, .*, and one of the two"),
             (["pairs=/no/such/folder"], {}, r"pairs=/no/such/folder is not a folder; give one that python -m guardkit.synthesize wrote"),
             ([f"pairs={tmp_path / 'plain'}"], {}, r"plain is no pair dataset: manifest.json is missing"),
             ([f"pairs={folder}", "port=many"], {}, r"port must be a whole number from 0 to 65535, got 'many'"),

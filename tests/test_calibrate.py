@@ -51,6 +51,7 @@ def test_the_new_guard_has_thresholds_that_say_what_they_promise(guard, report):
         "guard",
         "calibration.json",
         "calibration.png",
+        "scores.parquet",
     }
     made = GuardClassifier.from_pretrained(report.folder / "guard")
     assert made.thresholds == report.guard.thresholds != guard.thresholds

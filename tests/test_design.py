@@ -123,7 +123,7 @@ def test_heavy_libraries_have_one_place():
             "integrations/safety_checker.py",
         },
         "onnxruntime": {"encoders/onnx.py", "exporting/onnx_files.py"},
-        "fastapi": {"serving/app.py", "serving/uploads.py", "moderation/review_page.py"},
+        "fastapi": {"serving/app.py", "serving/uploads.py", "serving/page.py", "moderation/review_page.py"},
         "uvicorn": {"serving/server.py", "moderation/review_page.py"},
         "open_clip": {"encoders/open_clip.py"},
     }

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import base64
 import heapq
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from guardkit.classifier import GuardClassifier
 from guardkit.metrics.intervals import clopper_pearson
+from guardkit.moderation.ordering import value
 from guardkit.pages import render
 
 N_SHOWN = 120
-_ORDER = {"review": 2, "error": 1, "block": 0}
 
 
 def summarised(
@@ -32,7 +31,7 @@ def summarised(
         duplicates += row["duplicate_of"] is not None
         near += row["near_duplicate_of"] is not None
         if row["action"] != "allow" and row["duplicate_of"] is None:
-            heapq.heappush(queue, (_value(row), -number, row))
+            heapq.heappush(queue, (value(row), -number, row))
             if len(queue) > N_SHOWN:
                 heapq.heappop(queue)
     given = counts["given"]
@@ -48,27 +47,6 @@ def summarised(
         "near_duplicates": near,
         "queue": [row for _, _, row in sorted(queue, key=lambda one: (one[0], one[1]), reverse=True)],
     }
-
-
-def _value(row: Mapping[str, Any]) -> tuple[float, ...]:
-    """Uncertain images first, nearest to a threshold; then what could not be decided; then what is blocked, most severe first."""
-    score = row["score"]
-    if score is None:
-        return (_ORDER[row["action"]], 0.0)
-    if row["action"] == "review":
-        gap = min(abs(_odds(score) - _odds(row[name])) for name in ("threshold_review", "threshold_block"))
-        return (_ORDER["review"], -gap)
-    return (_ORDER[row["action"]], score)
-
-
-def queue_order(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """What is not allowed, in the order in which people should look at it; repeated inputs left out."""
-    return sorted((row for row in rows if row["action"] != "allow" and row["duplicate_of"] is None), key=_value, reverse=True)
-
-
-def _odds(share: float) -> float:
-    inside = min(max(share, 1e-12), 1 - 1e-12)
-    return math.log(inside) - math.log1p(-inside)
 
 
 def _rate(name: str, n: int, given: int) -> dict[str, Any]:

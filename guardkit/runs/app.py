@@ -35,7 +35,7 @@ def run(cfg: DictConfig, folder: Path, *, announce: Callable[[str], None]) -> di
         raise InputError('the page needs FastAPI; install it with: pip install "guardkit[app]"')
     from guardkit.serving.costs import costs_of
     from guardkit.serving.page import create_page
-    from guardkit.serving.queue import ReviewQueue
+    from guardkit.serving.queue import ModerationQueue
     from guardkit.serving.server import serve
 
     if (cfg.queue is None) != (cfg.input is None):
@@ -56,7 +56,7 @@ def run(cfg: DictConfig, folder: Path, *, announce: Callable[[str], None]) -> di
     if not table.is_file():
         raise InputError(f"queue={cfg.queue} holds no decisions.parquet; give the folder that moderate wrote")
     with claim(folder, "app", {"queue": hash_file(table)}, differs="of another queue"):
-        queue = ReviewQueue(cfg.queue, plain(cfg.input), guard.policy, folder)
+        queue = ModerationQueue(cfg.queue, plain(cfg.input), guard.policy, folder)
         serve(
             partial(create_page, guard, queue=queue, **made),
             host=str(cfg.host), port=plain(cfg.port), allowed_hosts=None, announce=announce,

@@ -61,7 +61,9 @@ class Costs:
             "figures": at_band(scores[self._labels == SAFE], scores[own], band, prevalence),
             "prevalence": prevalence,
             "promises": [
-                {"says": one["says"], "holds": _holds(one, band, self._columns[column]["block"])} for one in self._columns[column]["promises"] if one["says"] is not None
+                {"says": one["says"], "holds": _holds(one, band, self._columns[column]["block"])}
+                for one in self._columns[column]["promises"]
+                if one["says"] is not None
             ],
             "line": _line(column, band),
         }

@@ -23,7 +23,7 @@ from guardkit.serving.costs import Costs
 from guardkit.serving.door import answer_json
 from guardkit.serving.guards import ONE
 from guardkit.serving.limits import Limits
-from guardkit.serving.queue import MAX_NAME, ReviewQueue
+from guardkit.serving.queue import MAX_NAME, ModerationQueue
 from guardkit.thresholds import Band
 
 _OVERLAY_PX = 1024  # of the longer side
@@ -37,7 +37,7 @@ def create_page(
     guard: GuardClassifier,
     *,
     costs: Costs | None = None,
-    queue: ReviewQueue | None = None,
+    queue: ModerationQueue | None = None,
     reviewer: str | None = None,
     limits: Limits | None = None,
     allowed_hosts: Collection[str] | None = None,
@@ -123,14 +123,14 @@ def _json(value: Any) -> Response:
     return Response(answer_json(value), media_type="application/json")
 
 
-def _there(queue: ReviewQueue | None) -> ReviewQueue:
+def _there(queue: ModerationQueue | None) -> ModerationQueue:
     if queue is None:
         raise Refused(404, "this page has no queue; start it with queue=DIR")
     return queue
 
 
 def _about(
-    guard: GuardClassifier, costs: Costs | None, queue: ReviewQueue | None, reviewer: str | None, token: str, limits: Limits
+    guard: GuardClassifier, costs: Costs | None, queue: ModerationQueue | None, reviewer: str | None, token: str, limits: Limits
 ) -> dict[str, Any]:
     bands = {"decision": guard.thresholds.decision, **guard.thresholds.categories}
     return {

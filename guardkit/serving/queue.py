@@ -14,14 +14,14 @@ from typing import Any
 import cv2
 import numpy as np
 
-from guardkit.api.corrections import collect_corrections
 from guardkit.images import read_frames
+from guardkit.moderation.collecting import collect_corrections
 from guardkit.moderation.corrections import VERDICTS, Verdict, read_reviews
 from guardkit.moderation.gate import Refused
 from guardkit.moderation.inputs import Inputs
+from guardkit.moderation.ordering import queue_order
 from guardkit.policy import Policy
 from guardkit.reading import read_table
-from guardkit.reports.moderation import queue_order
 from guardkit.schema import ImageError, InputError
 
 REVIEWS, CORRECTIONS = "reviews.jsonl", "corrections.parquet"
@@ -29,7 +29,7 @@ MAX_SHOWN, MAX_NAME = 1000, 60
 _PICTURE_PX = 480  # of the longer side
 
 
-class ReviewQueue:
+class ModerationQueue:
     """What is not allowed of a run, the most valuable first, and what people say of it.
 
     Args:
