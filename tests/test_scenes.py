@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from guardkit import InputError, Policy, ScenesSource
 from guardkit.scenes.content import SceneContent
 from guardkit.scenes.features import KINDS
 from guardkit.scenes.stage import ACTORS, PLACES
@@ -141,3 +142,9 @@ def test_policy_texts_are_the_features(scenes_policy):
         for phrase, category in features(label).items():
             nouns = phrase.replace("{c} ", "").replace(" {c}", "")
             assert any(text.endswith(nouns) for text in getattr(scenes_policy[category], field)), phrase
+
+
+def test_a_forgotten_source_is_named_with_what_to_do():
+    message = r"source=scenes \(the default\) draws scenes of nine categories, of which policy 'photos' lacks 9, 'hate' first; give the source of your own"
+    with pytest.raises(InputError, match=message):
+        ScenesSource(Policy.load("guardkit:photos"))

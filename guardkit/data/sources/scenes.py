@@ -42,8 +42,12 @@ class ScenesSource:
     ) -> None:
         for label, value, least in (("n_train", n_train, 1), ("n_test", n_test, 1), ("size", size, 32)):
             check_whole(f"source.{label}", value, least)
-        for category in CATEGORIES:
-            policy.check_category(category, "source=scenes")
+        missing = [category for category in CATEGORIES if category not in policy.category_names]
+        if missing:
+            raise InputError(
+                f"source=scenes (the default) draws scenes of nine categories, of which policy {policy.name!r} lacks {len(missing)}, {missing[0]!r} first; give "
+                "the source of your own images, as in source=folder source.root=DIR, or use policy=scenes"
+            )
         self.n_train, self.n_test, self.size = n_train, n_test, size
         shared = {"seed": seed, "scene_shift": scene_shift, "look_alike_rate": look_alike_rate}
         try:
