@@ -333,7 +333,7 @@ def test_fewer_images_than_asked_for_is_said_and_used(train, caplog):
         ),
         (["experiment=pairs_transplanted"], "source=scenes has 0 safe training images with a box, and transplants need at least 2"),
         (["source.scene_shift=2"], r"source.scene_shift must be a number in \[0, 1\], got 2"),
-        (["policy=handled_objects"], "category 'hate' is not in policy"),
+        (["policy=handled_objects"], "draws scenes of nine categories, of which policy 'handled_objects' lacks "),
         (["threshold=best"], "threshold must be a number in .0, 1. or an operating point .balanced"),
         (["threshold=7"], r"threshold must lie in \[0, 1\], got 7"),
         (["editor=none"], "none of the 24 unsafe images of source=scenes can be edited .24 x editor=none edits nothing"),
