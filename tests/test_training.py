@@ -53,6 +53,10 @@ def test_every_experiment_runs_within_its_budget(train, experiment):
     assert metrics["test"]["n"] == 108
     assert metrics["pairs"]["n"] == 54
     assert set(metrics["test"]["by_source"]) == {"scenes_photo", "scenes_generated"}
+    rows = pq.read_table(report.folder / "predictions.parquet").to_pylist()
+    alike = [row["score"] for row in rows if not row["label"] and row["category"] and not row["is_counterfactual"]]
+    found = metrics["test"]["look_alikes"]
+    assert (found["n"], found["fpr"]) == (len(alike), sum(score >= metrics["test"]["threshold"] for score in alike) / len(alike))
     assert len(metrics["test"]["by_category"]) == 9
 
 

@@ -18,6 +18,7 @@ from guardkit.evaluation.effectiveness import measure as measure_sheet
 from guardkit.evaluation.scoring import Contender, Sheet
 from guardkit.heads import Head
 from guardkit.metrics.figures import METRICS, OF_IMAGES, OF_PAIRS, always_unsafe_f1
+from guardkit.metrics.intervals import clopper_pearson
 from guardkit.metrics.probe import PROBE_MIN_IMAGES, edited_vs_original_auroc
 from guardkit.schema import SAFE, Record
 
@@ -71,6 +72,7 @@ def test_figures(guard: GuardClassifier, data: GuardDataModule) -> tuple[dict[st
             if any(row["category"] == category for row in rows)
         },
         "by_source": {source: _figures(rows, OF_IMAGES, source=source) for source in _sources(rows, "images")},
+        "look_alikes": _on_look_alikes(test, scores[:, 0], guard.threshold),
     }
     paired = _figures(rows, OF_PAIRS)
     pairs: dict[str, Any] = {
@@ -200,6 +202,15 @@ def _figures(rows: Sequence[Row], names: Sequence[str], *, category: str | None 
         values["prevalence"] = first["n_unsafe"] / first["n"] if first and first["n"] else None
         values["threshold"] = first["threshold"] if first else None  # F1 is the first, and has one
     return values
+
+
+def _on_look_alikes(test: TestSet, scores: np.ndarray, threshold: float) -> dict[str, Any]:
+    """False-positive rate on safe images that are marked by a category, because they look like what violates it, with a 95 % interval."""
+    alike = np.array([record.label == SAFE and record.category is not None for record in test.records], bool)
+    n, hits = int(alike.sum()), int((scores[alike] >= threshold).sum())
+    if not n:
+        return {"fpr": None, "ci": {}, "n": 0, "reason": "no safe test image is marked by a category"}
+    return {"fpr": hits / n, "ci": {"fpr": list(clopper_pearson(hits, n))}, "n": n}
 
 
 def _sources(rows: Sequence[Row], part: str) -> list[str]:
