@@ -101,6 +101,10 @@ class GuardClassifier:
 
     @thresholds.setter
     def thresholds(self, value: Thresholds) -> None:
+        if not isinstance(value, Thresholds):
+            raise InputError(
+                f"thresholds must be guardkit.Thresholds, got {type(value).__name__}; for one threshold of the decision set threshold"
+            )
         missing = [name for name in self.policy.category_names if name not in value.categories]
         unknown = [name for name in value.categories if name not in self.policy.category_names]
         if missing or unknown:

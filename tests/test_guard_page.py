@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from contextlib import contextmanager
@@ -165,6 +166,11 @@ def test_the_calibration_of_another_guard_is_not_taken(guard, calibrated, scenes
     assert "another guard" in caplog.text
     with pytest.raises(InputError, match=r"holds no scores\.parquet; give a folder that calibrate wrote"):
         costs_of(guard, calibrated, tmp_path)
+    shutil.copy(calibrated / "scores.parquet", tmp_path)
+    for text, message in (("{", "is damaged"), ('{"columns": {}, "asked": {}}', "was changed after calibrate wrote it")):
+        (tmp_path / "calibration.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            costs_of(guard, calibrated, tmp_path)
 
 
 def test_what_people_say_is_on_disk_at_once_and_becomes_corrections(guard, queue, decided, uploads, tmp_path):

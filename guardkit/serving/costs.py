@@ -36,11 +36,19 @@ class Costs:
         facts = read_json(folder / _FACTS, "a calibration", mend="run calibrate again")
         if (table.schema.metadata or {}).get(b"guard") != guard.fingerprint.encode():
             raise InputError(f"{folder} is the calibration of another guard than this one; give the folder that calibrate wrote with it")
-        self._labels = np.array(table["label"].to_pylist(), int)
-        self._categories = np.array([one or "" for one in table["category"].to_pylist()])
-        self._scores = {name: table[score_column(name)].to_numpy() for name in (DECISION, *guard.policy.category_names)}
-        self._columns: Mapping[str, Any] = facts["columns"]
-        self.asked: Mapping[str, Any] = facts["asked"]
+        names = (DECISION, *guard.policy.category_names)
+        try:
+            self._labels = np.array(table["label"].to_pylist(), int)
+            self._categories = np.array([one or "" for one in table["category"].to_pylist()])
+            self._scores = {name: table[score_column(name)].to_numpy().astype(float) for name in names}
+            self._columns: Mapping[str, Any] = {name: facts["columns"][name] for name in names}
+            self.asked: Mapping[str, Any] = facts["asked"]
+            for name, one in self._columns.items():
+                self.of(name, Band(one["review"], one["block"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{folder} was changed after calibrate wrote it ({type(error).__name__}: {error}); run calibrate again"
+            ) from error
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -28,6 +28,8 @@ from guardkit.thresholds import check_scope, undecided
 
 log = logging.getLogger(__name__)
 
+_EXPLAINED_PIXELS = 25_000_000  # a map is as large as the image, several times over
+
 
 @dataclass(frozen=True)
 class Upload:
@@ -157,7 +159,7 @@ class Service:
             frames = read_frames(
                 data,
                 lambda image: image if next(seen) == frame else None,
-                max_pixels=self.limits.max_pixels,
+                max_pixels=min(self.limits.max_pixels, _EXPLAINED_PIXELS),
                 max_frames=self.limits.max_frames,
             )
             if frame >= len(frames):
