@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import time
@@ -210,6 +211,19 @@ def test_what_people_say_is_on_disk_at_once_and_becomes_corrections(guard, queue
         assert client.post("/page/corrections").json() == {"safe": 0, "unsafe": 1, "undecided": 1, "missing": 0}
     rows = pq.read_table(tmp_path / "corrections.parquet").to_pylist()
     assert {row["id"]: row["label"] for row in rows} == {queue.rows[0]["id"]: "unsafe", queue.rows[1]["id"]: None}
+    # where the disk is full nothing is half written, and it can be said again
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = (tmp_path / "reviews.jsonl").read_bytes()
+    with page_of(guard, queue=queue) as (client, _):
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limit[1]))
+        try:
+            answer = client.post("/page/verdict", params={"row": 3, "verdict": "agree", "reviewer": "ann"})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            signal.signal(signal.SIGXFSZ, ignored)
+        assert (answer.status_code, "it cannot be written" in answer.json()["detail"]) == (507, True)
+        assert (tmp_path / "reviews.jsonl").read_bytes() == before
     # a crash cuts a line short: it is nobody's verdict, and the others are gone on with
     with open(tmp_path / "reviews.jsonl", "a") as file:
         file.write('{"id": "half')

@@ -67,6 +67,8 @@ def write_onnx(
         with written(path) as temporary:
             try:
                 _save(module, example(2), given, metadata, temporary, beside.name)
+            except OSError:
+                raise  # a disk that is full says nothing of the module
             except Exception as error:  # of torch's tracer, of the exporter, and of the module
                 reason = shortened(" ".join(str(error).split()), 200)
                 raise InputError(f"{what} cannot be exported to ONNX ({type(error).__name__}: {reason}); {instead}") from error

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from guardkit.artifacts import hash_file
 from guardkit.classifier import GuardClassifier
 from guardkit.folders import claim, refuse_others
+from guardkit.moderation.gate import Refused
 from guardkit.runs.hydra import plain
 from guardkit.schema import InputError
 
@@ -35,7 +36,7 @@ def run(cfg: DictConfig, folder: Path, *, announce: Callable[[str], None]) -> di
         raise InputError('the page needs FastAPI; install it with: pip install "guardkit[app]"')
     from guardkit.serving.costs import costs_of
     from guardkit.serving.page import create_page
-    from guardkit.serving.queue import ModerationQueue
+    from guardkit.serving.queue import CORRECTIONS, ModerationQueue
     from guardkit.serving.server import serve
 
     if (cfg.queue is None) != (cfg.input is None):
@@ -61,4 +62,7 @@ def run(cfg: DictConfig, folder: Path, *, announce: Callable[[str], None]) -> di
             partial(create_page, guard, queue=queue, **made),
             host=str(cfg.host), port=plain(cfg.port), allowed_hosts=None, announce=announce,
         )  # fmt: skip
-        return queue.corrections() if queue.has_verdicts else None
+        try:
+            return queue.corrections() if queue.has_verdicts else None
+        except Refused as error:
+            raise InputError(f"{CORRECTIONS}: {error}") from error

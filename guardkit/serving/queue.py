@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ class ModerationQueue:
         """Returns what all say of the row, when the verdict is on disk. Of each person the last one counts.
 
         Raises:
-            Refused: no such row, verdict or category, or a name that is none (422).
+            Refused: no such row, verdict or category, or a name that is none (422), or it cannot be written (507).
         """
         if not 0 <= row < len(self.rows):
             raise Refused(422, f"there is no row {row}; reload the page")
@@ -122,16 +123,19 @@ class ModerationQueue:
         said = Verdict(self.rows[row]["id"], verdict, category, reviewer)
         line = {"id": said.id, "verdict": verdict, "category": category, "reviewer": reviewer, "time": datetime.now(UTC).isoformat()}
         with self._lock:
-            _append(self.folder / REVIEWS, json.dumps(line))
+            with _on_disk():
+                _append(self.folder / REVIEWS, json.dumps(line))
             self._said.setdefault(row, {})[reviewer] = said
             return self._verdicts(row)
 
     def corrections(self) -> dict[str, int]:
-        """Writes corrections.parquet anew, see `collect_corrections`. Raises Refused: nobody said anything yet (409)."""
+        """Writes corrections.parquet anew, see `collect_corrections`. Raises Refused: nobody said anything yet (409), or it cannot
+        be written (507)."""
         with self._lock:
             if not (self.folder / REVIEWS).is_file():
                 raise Refused(409, "nobody has said anything yet")
-            return collect_corrections(self.decided, self.folder / REVIEWS, self.input, self.policy, output=self.folder / CORRECTIONS)
+            with _on_disk():
+                return collect_corrections(self.decided, self.folder / REVIEWS, self.input, self.policy, output=self.folder / CORRECTIONS)
 
     def _verdicts(self, row: int) -> list[dict[str, Any]]:
         return [{"reviewer": one.reviewer, "verdict": one.verdict, "category": one.category} for one in self._said.get(row, {}).values()]
@@ -157,7 +161,22 @@ def _mend(path: Path) -> None:
 
 
 def _append(path: Path, line: str) -> None:
-    with open(path, "ab") as file:
-        file.write(line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """The whole line, or nothing of it."""
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            data = line.encode() + b"\n"
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+@contextmanager
+def _on_disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Refused(507, f"it cannot be written ({error.strerror or error}); free some space, and say it again") from error
