@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -128,6 +129,21 @@ def test_a_heat_map_is_that_of_explain(guard):
             answer = client.post(f"/page/explain{query}", content=data)
             assert (answer.status_code, reason in answer.json()["detail"]) == (422, True)
         assert client.get("/healthz").json() == {"status": "ok"}
+
+
+def test_drawing_a_heat_map_keeps_nobody_else_waiting(guard, monkeypatch):
+    drawn, overlay = [], guardkit.Explanation.overlay
+
+    def noted(explanation):
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()  # there would be one in the thread that answers everybody
+        drawn.append(explanation)
+        return overlay(explanation)
+
+    monkeypatch.setattr(guardkit.Explanation, "overlay", noted)
+    with page_of(guard) as (client, _):
+        assert client.post("/page/explain", content=PNGS[0]).status_code == 200
+    assert len(drawn) == 1
 
 
 def test_a_threshold_costs_what_the_calibration_images_say(guard, calibrated):
