@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -113,6 +114,7 @@ def test_several_people_and_their_last_word_count(collected):
         ('{"id": "0.png", "verdict": "maybe"}', "line 1 is no verdict"),
         ('{"id": "0.png", "verdict": "wrong_category"}', "says wrong_category without the right one"),
         ('{"id": "0.png", "verdict": "wrong_category", "category": "green"}', "category 'green' is not in policy 'two'"),
+        ('{"id": "0.png", "verdict": "agree", "reviewer": "\\ud800"}', "line 1 is no verdict"),
         ('{"id": "gone.png", "verdict": "agree"}', "a review is of 'gone.png', which .* does not have"),
     ],
 )
@@ -122,6 +124,42 @@ def test_a_wrong_review_is_one_line(decided, policy, tmp_path, line, message):
         guardkit.collect_corrections(
             decided / "out", tmp_path / "reviews.jsonl", decided / "uploads", policy, output=tmp_path / "c.parquet"
         )
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("action", None, "lacks the columns action"),
+        ("action", ["alow"] * 8, "row 0 has the action 'alow', which is none of allow, review, block, error"),
+        ("violated", [1] * 8, "column violated must hold list"),
+        ("score", [2.0] * 8, "row 0 has no score with its thresholds in"),
+        ("threshold_block", pa.nulls(8, pa.float64()), "row 0 has no score with its thresholds in"),
+    ],
+)
+def test_decisions_that_were_tampered_with_are_one_line(decided, policy, tmp_path, column, values, message):
+    table = pq.read_table(decided / "out/decisions.parquet")
+    place = table.column_names.index(column)
+    pq.write_table(
+        table.remove_column(place) if values is None else table.set_column(place, column, pa.array(values)), tmp_path / "decisions.parquet"
+    )
+    (tmp_path / "reviews.jsonl").write_text('{"id": "0.png", "verdict": "agree"}\n')
+    with pytest.raises(InputError, match=message):
+        guardkit.collect_corrections(tmp_path, tmp_path / "reviews.jsonl", decided / "uploads", policy, output=tmp_path / "c.parquet")
+    assert not (tmp_path / "c.parquet").exists()
+    with pytest.raises(InputError, match="is a folder; give the file to write"):
+        guardkit.collect_corrections(tmp_path, tmp_path / "reviews.jsonl", decided / "uploads", policy, output=tmp_path)
+
+
+def test_a_name_with_a_line_separator_can_be_reviewed(decided, policy, tmp_path):
+    name = "a\u2028b\x85c.png"  # a browser writes both as they are
+    table = pq.read_table(decided / "out/decisions.parquet")
+    ids = pa.array([name, *table["id"].to_pylist()[1:]])
+    pq.write_table(table.set_column(0, "id", ids), tmp_path / "decisions.parquet")
+    (tmp_path / "uploads").mkdir()
+    (tmp_path / "uploads" / name).write_bytes(png(0))
+    (tmp_path / "reviews.jsonl").write_text(json.dumps({"id": name, "verdict": "agree"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    counts = guardkit.collect_corrections(tmp_path, tmp_path / "reviews.jsonl", tmp_path / "uploads", policy, output=tmp_path / "c.parquet")
+    assert counts == {"safe": 0, "unsafe": 1, "undecided": 0, "missing": 0}
 
 
 @pytest.fixture

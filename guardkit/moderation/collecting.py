@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from guardkit.artifacts import write_table
-from guardkit.checks import is_list
+from guardkit.checks import check_path, is_list
 from guardkit.limits import check_bytes
 from guardkit.moderation.corrections import corrected, read_reviews
 from guardkit.moderation.inputs import Inputs
+from guardkit.moderation.stream import ACTIONS
 from guardkit.policy import Policy
 from guardkit.reading import read_table
 from guardkit.schema import ImageError, InputError
@@ -29,6 +31,49 @@ _SCHEMA = pa.schema(
         "score": pa.float64(),
     }
 )
+
+_DECISIONS = pa.schema(  # what people's verdicts are joined with, and what the order of the queue comes from
+    {
+        "id": pa.string(),
+        "action": pa.string(),
+        "score": pa.float64(),
+        "violated": pa.list_(pa.string()),
+        "threshold_review": pa.float64(),
+        "threshold_block": pa.float64(),
+        "frame": pa.int32(),
+        "duplicate_of": pa.string(),
+        "near_duplicate_of": pa.string(),
+        "bank": pa.string(),
+    }
+)
+_SHARES = ("score", "threshold_review", "threshold_block")
+
+
+def read_decisions(folder: str | Path, name: str, categories: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows of the decisions.parquet that `moderate` wrote, in order. An unknown action would turn the meaning of a verdict round, so none is let through.
+
+    Args:
+        folder: that `moderate` wrote.
+        name: what the folder is called in errors.
+        categories: that must have a column.
+    Raises:
+        InputError: there is no such file, or it lacks a column, or a row is no decision.
+    """
+    path, mend = Path(folder).expanduser() / "decisions.parquet", "run moderate again"
+    if not path.is_file():
+        raise InputError(f"{name} holds no decisions.parquet; give the folder that moderate wrote")
+    table = read_table(path, _DECISIONS, required=("id", "action"), mend=mend)
+    others = [one for one in categories if one not in table.column_names]
+    if others:
+        raise InputError(f"{name} was decided without the category {others[0]!r}; give the guard that decided it")
+    rows: list[dict[str, Any]] = table.to_pylist()
+    for number, row in enumerate(rows):
+        shares = [row[one] for one in _SHARES]
+        if row["action"] not in ACTIONS:
+            raise InputError(f"{path} row {number} has the action {row['action']!r}, which is none of {', '.join(ACTIONS)}; {mend}")
+        if any(share is not None and not 0 <= share <= 1 for share in shares) or (shares[0] is not None and None in shares):
+            raise InputError(f"{path} row {number} has no score with its thresholds in [0, 1], got {shares}; {mend}")
+    return rows
 
 
 def collect_corrections(
@@ -53,16 +98,20 @@ def collect_corrections(
     Returns:
         How many images are "safe", "unsafe" and "undecided" (rows of the file), and "missing" (reviewed, and not in `input` any more).
     Raises:
-        InputError: no folder of `moderate`, a line that is no verdict, or a verdict on something that was not decided.
+        InputError: no folder of `moderate`, a decision that is none, a line that is no verdict, a verdict on something that was not decided, or `output`
+            is a folder.
     """
-    table = Path(decided).expanduser() / "decisions.parquet"
-    if not table.is_file():
-        raise InputError(f"{decided} holds no decisions.parquet; give the folder that moderate wrote")
+    target = check_path("output", output)
+    if target.is_dir():
+        raise InputError(f"output={output} is a folder; give the file to write, such as {target / 'corrections.parquet'}")
+    decisions = read_decisions(decided, str(decided))
     said = read_reviews(list(reviews) if is_list(reviews) else [reviews], policy)  # type: ignore[list-item]
-    rows = {row["id"]: row for row in read_table(table, mend="run moderate again").to_pylist() if row["id"] in said}
+    rows = {row["id"]: row for row in decisions if row["id"] in said}
     unknown = [name for name in said if name not in rows]
     if unknown:
-        raise InputError(f"a review is of {unknown[0]!r}, which {table} does not have; give the reviews of this run")
+        raise InputError(
+            f"a review is of {unknown[0]!r}, which {Path(decided) / 'decisions.parquet'} does not have; give the reviews of this run"
+        )
     found = []
     for given in Inputs(input):
         row = rows.pop(given.id, None)
@@ -81,6 +130,6 @@ def collect_corrections(
                 "verdicts": verdicts, "action": row["action"], "score": row["score"],
             }
         )  # fmt: skip
-    write_table(Path(output).expanduser(), pa.Table.from_pylist(found, schema=_SCHEMA))
+    write_table(target, pa.Table.from_pylist(found, schema=_SCHEMA))
     counts = Counter(row["label"] or "undecided" for row in found)
     return {"safe": counts["safe"], "unsafe": counts["unsafe"], "undecided": counts["undecided"], "missing": len(said) - len(found)}

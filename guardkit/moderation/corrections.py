@@ -61,7 +61,8 @@ def read_reviews(paths: Sequence[str | Path], policy: Policy) -> dict[str, list[
     for given in paths:
         path = check_path("reviews", given)
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            # not splitlines(): a name may hold U+2028 or U+0085, which a browser's JSON leaves as they are
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"reviews={path} cannot be read ({error}); give a file that the page saved") from error
         for number, line in enumerate(lines, 1):
@@ -76,6 +77,7 @@ def _verdict(line: str, where: str, policy: Policy) -> Verdict:
         said = json.loads(line)
         if not isinstance(said, dict) or not isinstance(said.get("id"), str) or said.get("verdict") not in VERDICTS:
             raise ValueError("no verdict")
+        f"{said['id']}{said.get('reviewer')}".encode()  # half of a surrogate pair is no text, and cannot be written
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is no verdict; each line must be JSON with an id and a verdict ({', '.join(VERDICTS)})") from error
     category = said.get("category")

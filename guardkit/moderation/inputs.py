@@ -122,7 +122,7 @@ class Inputs:
     def _listed(self, path: Path) -> Iterator[Given]:
         if path.suffix.lower() == ".txt":
             try:
-                lines = path.read_text(encoding="utf-8-sig").splitlines()
+                lines = path.read_text(encoding="utf-8-sig").split("\n")  # a name may hold U+2028, at which splitlines() ends
             except (OSError, UnicodeDecodeError) as error:
                 raise InputError(f"input={path} cannot be read ({error}); give a list of paths in UTF-8") from error
             rows: list[dict[str, Any]] = [{self.file_column: line.strip()} for line in lines if line.strip()]

@@ -16,14 +16,13 @@ import cv2
 import numpy as np
 
 from guardkit.images import read_frames
-from guardkit.moderation.collecting import collect_corrections
+from guardkit.moderation.collecting import collect_corrections, read_decisions
 from guardkit.moderation.corrections import VERDICTS, Verdict, read_reviews
 from guardkit.moderation.gate import Refused
 from guardkit.moderation.inputs import Inputs
 from guardkit.moderation.ordering import queue_order
 from guardkit.policy import Policy
-from guardkit.reading import read_table
-from guardkit.schema import ImageError, InputError
+from guardkit.schema import ImageError
 
 REVIEWS, CORRECTIONS = "reviews.jsonl", "corrections.parquet"
 MAX_SHOWN, MAX_NAME = 1000, 60
@@ -44,15 +43,8 @@ class ModerationQueue:
 
     def __init__(self, decided: str | Path, input: str | Path | Sequence[str | Path], policy: Policy, folder: Path) -> None:
         self.decided, self.input, self.policy, self.folder = Path(decided).expanduser(), input, policy, folder
-        table = self.decided / "decisions.parquet"
-        if not table.is_file():
-            raise InputError(f"queue={decided} holds no decisions.parquet; give the folder that moderate wrote")
-        others = [
-            name for name in policy.category_names if name not in (found := read_table(table, mend="run moderate again")).column_names
-        ]
-        if others:
-            raise InputError(f"queue={decided} was decided without the category {others[0]!r}; give the guard that decided it")
-        ordered = queue_order(found.to_pylist())
+        found = read_decisions(self.decided, f"queue={decided}", policy.category_names)
+        ordered = queue_order(found)
         self.n_flagged = len(ordered)
         self.rows = [row for row in ordered if row["action"] != "error"][:MAX_SHOWN]
         wanted = {row["id"]: number for number, row in enumerate(self.rows)}
