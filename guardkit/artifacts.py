@@ -6,7 +6,9 @@ back may have been damaged or made up by somebody: it is parsed within limits, a
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -67,6 +69,22 @@ def written(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def append_whole(file: io.FileIO, data: bytes) -> None:
+    """Adds bytes to a file that is open without a buffer, and returns when they are on the disk.
+
+    Raises:
+        OSError: they cannot be written; the file is as it was.
+    """
+    size = os.fstat(file.fileno()).st_size
+    try:
+        if file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+        os.fsync(file.fileno())
+    except OSError:
+        file.truncate(size)
+        raise
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from guardkit.limits import MAX_FRAMES, MAX_PIXELS, check_bytes, check_size
+from guardkit.limits import MAX_FRAMES, MAX_PIXELS, check_bytes, check_size, shrink
 from guardkit.pixels import as_shown, each_frame
 from guardkit.schema import ImageError, TooLargeError
 
@@ -237,3 +237,11 @@ def encode_png(image: np.ndarray) -> bytes:
 def decode_png(data: bytes) -> np.ndarray:
     """The inverse of `encode_png`. Raises ImageError when the bytes are damaged."""
     return read_image(data)
+
+
+def encode_jpeg(image: np.ndarray, *, max_px: int) -> bytes:
+    """(h, w, 3) uint8 RGB -> a JPEG to look at, whose longer side has at most `max_px` pixels."""
+    done, data = cv2.imencode(".jpg", cv2.cvtColor(shrink(image, max_px), cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80])
+    if not done:
+        raise ValueError(f"an image of shape {image.shape} could not be encoded")
+    return data.tobytes()

@@ -88,6 +88,17 @@ def test_verdicts_become_labels(decided, collected):
     assert rows["0.png"]["image"]["bytes"] == png(0)
 
 
+def test_an_image_that_was_changed_since_has_no_verdict(decided, collected):
+    file, before = decided / "uploads/0.png", png(0)
+    try:
+        file.write_bytes(png(1))
+        counts, rows = collected(("anna", [(0, {"verdict": "agree"}), (1, {"verdict": "agree"})]))
+    finally:
+        file.write_bytes(before)
+    assert counts == {"safe": 0, "unsafe": 1, "undecided": 0, "missing": 1}
+    assert set(rows) == {"1.png"}
+
+
 def test_several_people_and_their_last_word_count(collected):
     counts, rows = collected(
         (

@@ -121,6 +121,7 @@ def test_a_heat_map_is_that_of_explain(guard):
         moving = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
         assert client.post("/page/explain?frame=1", content=moving).status_code == 200
         for query, data, reason in (
+            ("?frame=-1", moving, "greater than or equal to 0"),
             ("?frame=2", moving, "it has 2 frames, and none of number 2"),
             ("?category=none", PNGS[0], "none"),
             ("", NO_IMAGE, "not an image"),
@@ -224,6 +225,14 @@ def test_what_people_say_is_on_disk_at_once_and_becomes_corrections(guard, queue
         ):
             assert say(row, verdict, reviewer, category).status_code == 422, (row, verdict, reviewer, category)
         assert client.get(f"/page/picture/99?key={client.headers['x-guardkit-page']}").status_code == 404
+        changed = uploads / queue.rows[4]["id"]
+        before = changed.read_bytes()
+        try:
+            changed.write_bytes(PNGS[0] if before != PNGS[0] else PNGS[1])
+            answer = client.get(f"/page/picture/4?key={client.headers['x-guardkit-page']}")
+            assert (answer.status_code, "changed after it was decided" in answer.json()["detail"]) == (404, True)
+        finally:
+            changed.write_bytes(before)
         assert client.post("/page/corrections").json() == {"safe": 0, "unsafe": 1, "undecided": 1, "missing": 0}
     rows = pq.read_table(tmp_path / "corrections.parquet").to_pylist()
     assert {row["id"]: row["label"] for row in rows} == {queue.rows[0]["id"]: "unsafe", queue.rows[1]["id"]: None}

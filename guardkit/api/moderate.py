@@ -43,6 +43,7 @@ _MINE = (
     "duplicate_of",
     "near_duplicate_of",
     "bank",
+    "sha256",
     "error",
 )
 _HIDDEN = ("_hash", "_thumbnail")  # columns of parts that decisions.parquet leaves out
@@ -205,6 +206,7 @@ def _table(block: Sequence[tuple[Decided, int | None]], names: Sequence[str]) ->
         "duplicate_of": pa.array([one.duplicate_of for one in decided], pa.string()),
         "near_duplicate_of": pa.array([one.near_duplicate_of for one in decided], pa.string()),
         "bank": pa.array([one.bank or None for one in decided], pa.string()),
+        "sha256": pa.array([one.sha256 or None for one in decided], pa.string()),
         "error": pa.array([one.decision.error for one in decided], pa.string()),
     }
     own = dict.fromkeys(name for one in decided for name in one.given.columns)

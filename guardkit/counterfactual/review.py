@@ -10,7 +10,6 @@ Knows no table format, no model and no page.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import unicodedata
@@ -26,7 +25,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from guardkit.artifacts import fingerprint, parse_json
+from guardkit.artifacts import append_whole, fingerprint, parse_json
 from guardkit.checks import check_choice
 from guardkit.images import FileContent
 from guardkit.schema import ImageError, InputError
@@ -89,14 +88,7 @@ class ReviewLog:
                     line = b"\n" + line
                 elif rest:  # a line that a crash cut short was never confirmed to anybody
                     file.truncate(start)
-                size = os.fstat(file.fileno()).st_size
-                try:
-                    if file.write(line) != len(line):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-                    os.fsync(file.fileno())
-                except OSError:
-                    file.truncate(size)
-                    raise
+                append_whole(file, line)
         except Timeout as error:
             raise InputError(f"{self.path} is held by another process; try again") from error
 

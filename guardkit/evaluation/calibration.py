@@ -202,17 +202,6 @@ def score_column(name: str) -> str:
     return "score" if name == DECISION else f"score_{name}"
 
 
-def at_band(safe: np.ndarray, unsafe: np.ndarray, band: Band, prevalence: float) -> dict[str, Any]:
-    """Shares of images at both thresholds of a band, with 95 % intervals, and precision at the prevalence; as calibration.json has them.
-
-    Args:
-        safe, unsafe: scores of both.
-        band: the thresholds.
-        prevalence: share of unsafe images among those the guard will see.
-    """
-    return _figures(safe, unsafe, band, prevalence)
-
-
 def sentence(promise: Promise, name: str) -> str:
     """What a promise says, for a reader."""
     of = "" if name == DECISION else f" of {name}"
@@ -266,12 +255,18 @@ def _column(
     band = Band(min(kept), kept[0]) if kept else before
     prevalence = asked.prevalence if asked is not None else 0.5
     return Column(
-        name, fitted, tuple(promises), band, before, len(safe), len(unsafe), safe, unsafe, _figures(safe, unsafe, band, prevalence)
+        name, fitted, tuple(promises), band, before, len(safe), len(unsafe), safe, unsafe, at_band(safe, unsafe, band, prevalence)
     )
 
 
-def _figures(safe: np.ndarray, unsafe: np.ndarray, band: Band, prevalence: float) -> dict[str, Any]:
-    """Shares of the images at both thresholds, with 95 % intervals, and precision at the prevalence."""
+def at_band(safe: np.ndarray, unsafe: np.ndarray, band: Band, prevalence: float) -> dict[str, Any]:
+    """Shares of images at both thresholds of a band, with 95 % intervals, and precision at the prevalence; as calibration.json has them.
+
+    Args:
+        safe, unsafe: scores of both.
+        band: the thresholds.
+        prevalence: share of unsafe images among those the guard will see.
+    """
     found: dict[str, Any] = {}
     for name, threshold in (("flagged", band.review), ("blocked", band.block)):
         for kind, scores in (("safe", safe), ("unsafe", unsafe)):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ import pyarrow as pa
 
 from guardkit.artifacts import write_table
 from guardkit.checks import check_path, is_list
-from guardkit.limits import check_bytes
 from guardkit.moderation.corrections import corrected, read_reviews
 from guardkit.moderation.inputs import Inputs
-from guardkit.moderation.stream import ACTIONS
+from guardkit.moderation.stream import ACTIONS, encoded_bytes
 from guardkit.policy import Policy
 from guardkit.reading import read_table
 from guardkit.schema import ImageError, InputError
@@ -44,6 +44,7 @@ _DECISIONS = pa.schema(  # what people's verdicts are joined with, and what the 
         "duplicate_of": pa.string(),
         "near_duplicate_of": pa.string(),
         "bank": pa.string(),
+        "sha256": pa.string(),
     }
 )
 _SHARES = ("score", "threshold_review", "threshold_block")
@@ -76,6 +77,21 @@ def read_decisions(folder: str | Path, name: str, categories: Sequence[str] = ()
     return rows
 
 
+def decided_bytes(source: bytes | Path, row: Mapping[str, Any]) -> bytes:
+    """The bytes that a decision is of: nobody must judge another image under its name.
+
+    Args:
+        source: what the input holds now.
+        row: of decisions.parquet.
+    Raises:
+        ImageError: it cannot be read, or is another image than the one that was decided.
+    """
+    data = encoded_bytes(source)
+    if hashlib.sha256(data).hexdigest() != row["sha256"]:
+        raise ImageError("it was changed after it was decided")
+    return data
+
+
 def collect_corrections(
     decided: str | Path,
     reviews: str | Path | Sequence[str | Path],
@@ -96,7 +112,7 @@ def collect_corrections(
         policy: of the guard.
         output: the file to write.
     Returns:
-        How many images are "safe", "unsafe" and "undecided" (rows of the file), and "missing" (reviewed, and not in `input` any more).
+        How many images are "safe", "unsafe" and "undecided" (rows of the file), and "missing" (reviewed, and not in `input` any more, or changed since).
     Raises:
         InputError: no folder of `moderate`, a decision that is none, a line that is no verdict, a verdict on something that was not decided, or `output`
             is a folder.
@@ -118,9 +134,8 @@ def collect_corrections(
         if row is None or given.data is None:
             continue
         try:
-            data = given.data if isinstance(given.data, bytes) else given.data.read_bytes()
-            check_bytes(len(data))
-        except (OSError, ImageError):
+            data = decided_bytes(given.data, row)
+        except ImageError:
             continue
         one = corrected(row, said[given.id])
         verdicts = [f"{verdict.reviewer}: {verdict.verdict}" for verdict in said[given.id]]

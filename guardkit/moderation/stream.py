@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 
 from guardkit.classifier import GuardClassifier
 from guardkit.data.duplicates import perceptual_hash
-from guardkit.images import open_file, read_frames
-from guardkit.limits import MAX_BYTES, check_bytes
+from guardkit.images import encode_jpeg, open_file, read_frames
+from guardkit.limits import MAX_BYTES, check_bytes, shrink
 from guardkit.moderation.banks import Bank, pdq_of
 from guardkit.moderation.bars import trim_bars
 from guardkit.moderation.frames import worst_frame
@@ -68,6 +67,7 @@ class Decided:
         near_duplicate_of: an earlier input that a viewer would call the same; this one was decided by itself.
         bank: "block_list:sha256" and the like, where a bank decided; "" elsewhere.
         thumbnail: a small JPEG, of what is not allowed.
+        sha256: of its bytes, 64 hex digits; "" where they could not be read, or not be used.
     """
 
     given: Given
@@ -77,6 +77,7 @@ class Decided:
     near_duplicate_of: str | None = None
     bank: str = ""
     thumbnail: bytes | None = None
+    sha256: str = ""
 
     @property
     def action(self) -> str:
@@ -143,7 +144,7 @@ class Moderator:
         if given.data is None:
             return _Read(given, given.reason)
         try:
-            data = _bytes(given.data)
+            data = encoded_bytes(given.data)
             sha256 = hashlib.sha256(data).digest()
             # what is known by its bytes need not be decoded; what a run decided that was killed before it was written is decided anew
             before = self.known.get([sha256.hex()], _plain).get(sha256.hex())
@@ -155,7 +156,7 @@ class Moderator:
                 if not first:
                     first.append(perceptual_hash(image))
                 pdq = pdq_of(image) if any(bank.needs_pixels for bank in self.banks) else None
-                return self.guard.encoder.preprocess(trim_bars(image) if self.options.trim else image), pdq, _small(image)
+                return self.guard.encoder.preprocess(trim_bars(image) if self.options.trim else image), pdq, shrink(image, _THUMBNAIL_PX)
 
             frames = read_frames(data, take, max_pixels=self.options.max_pixels, max_frames=self.options.max_frames)
         except ImageError as error:
@@ -177,21 +178,21 @@ class Moderator:
                 continue
             matched = next(((bank.name, kind) for bank in self.banks if (kind := bank.match(one.sha256, one.pdqs)) is not None), None)
             if matched is not None:
-                small = _jpeg(one.thumbnails[0]) if matched[0] == "block_list" and one.thumbnails else None
+                small = encode_jpeg(one.thumbnails[0], max_px=_THUMBNAIL_PX) if matched[0] == "block_list" and one.thumbnails else None
                 nothing = replace(_failed(self.guard, ""), error=None)
-                found.append((Decided(one.given, nothing, bank=":".join(matched), thumbnail=small), one.hash))
+                found.append((Decided(one.given, nothing, bank=":".join(matched), thumbnail=small, sha256=key), one.hash))
                 continue
             known = new.get(key) or before.get(key)
             if known is not None and known["id"] != one.given.id:
-                found.append((Decided(one.given, _decision(known["decision"]), known["frame"], duplicate_of=known["id"]), None))
+                found.append((Decided(one.given, _decision(known["decision"]), known["frame"], duplicate_of=known["id"], sha256=key), None))
                 continue
             decision, frame = worst_frame(mine)
             near = self._near(one.hash)
             if one.hash is not None:
                 self._note(one.given.id, one.hash)
             new[key] = {"id": one.given.id, "frame": frame, "decision": _stored(decision)}
-            small = None if decision.action == "allow" else _jpeg(one.thumbnails[frame or 0])
-            found.append((Decided(one.given, decision, frame, None, near, "", small), one.hash))
+            small = None if decision.action == "allow" else encode_jpeg(one.thumbnails[frame or 0], max_px=_THUMBNAIL_PX)
+            found.append((Decided(one.given, decision, frame, None, near, "", small, key), one.hash))
         if new:
             self.known.put({key: json.dumps(value, allow_nan=False).encode() for key, value in new.items()})
         return found
@@ -219,7 +220,8 @@ class Moderator:
         self._ids.append(name)
 
 
-def _bytes(data: bytes | Path) -> bytes:
+def encoded_bytes(data: bytes | Path) -> bytes:
+    """All of an input. Raises ImageError where it cannot be read, is empty or too large."""
     if isinstance(data, bytes):
         check_bytes(len(data))
         return data
@@ -230,18 +232,6 @@ def _bytes(data: bytes | Path) -> bytes:
         raise ImageError(f"cannot be read: {error.strerror or error}") from error
     check_bytes(len(found))
     return found
-
-
-def _small(image: np.ndarray) -> np.ndarray:
-    height, width = image.shape[:2]
-    scale = min(1.0, _THUMBNAIL_PX / max(height, width))
-    return cv2.resize(image, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA)
-
-
-def _jpeg(image: np.ndarray) -> bytes:
-    done, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80])
-    assert done
-    return data.tobytes()
 
 
 def _failed(guard: GuardClassifier, reason: str) -> Decision:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-import cv2
 import numpy as np
 
 from guardkit.evaluation.effectiveness import covered_rows
 from guardkit.evaluation.outcome import Evaluation
+from guardkit.images import encode_jpeg
 from guardkit.schema import ImageError, Record
 
 N_MISTAKES = 4  # of each kind and classifier
@@ -63,9 +63,4 @@ def picture(record: Record, score: float) -> dict[str, Any]:
 
 def _thumbnail(image: np.ndarray) -> str:
     """(h, w, 3) uint8 RGB -> a JPEG as a data address."""
-    scale = min(1.0, _THUMBNAIL_PX / max(image.shape[:2]))
-    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    done, data = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80])
-    assert done
-    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
+    return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(image, max_px=_THUMBNAIL_PX)).decode()

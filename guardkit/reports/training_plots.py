@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
+from guardkit.limits import shrink
+
 _UNSAFE, _SAFE, _GREY = "#b3362b", "#2b6cb3", "#777777"
+_PICTURE_PX = 320  # of the longer side
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def pairs(shown: list[PicturedPair], threshold: float, path: Path) -> None:
         axis.axis("off")
     for i, pair in enumerate(shown):
         row, column = divmod(i, columns)
-        original, twin = _fit(pair.original), _fit(pair.counterfactual)
+        original, twin = shrink(pair.original, _PICTURE_PX), shrink(pair.counterfactual, _PICTURE_PX)
         difference = np.abs(original.astype(int) - twin.astype(int)).max(axis=2)
         trio = axes[row, 3 * column : 3 * column + 3]
         trio[0].imshow(original)
@@ -82,14 +84,6 @@ def learning(curve: list[dict[str, Any]], best_epoch: int, path: Path) -> None:
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
-
-
-def _fit(image: np.ndarray, longest: int = 320) -> np.ndarray:
-    scale = longest / max(image.shape[:2])
-    if scale >= 1:
-        return image
-    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def _note(text: str, path: Path) -> None:

@@ -43,6 +43,8 @@ class Costs:
             self._scores = {name: table[score_column(name)].to_numpy().astype(float) for name in names}
             self._columns: Mapping[str, Any] = {name: facts["columns"][name] for name in names}
             self.asked: Mapping[str, Any] = facts["asked"]
+            if not all(((scores >= 0) & (scores <= 1)).all() for scores in self._scores.values()) or not 0 < self.asked["prevalence"] < 1:
+                raise ValueError("scores and prevalence must lie between 0 and 1")
             for name, one in self._columns.items():
                 self.of(name, Band(one["review"], one["block"]))
         except (KeyError, TypeError, ValueError) as error:

@@ -8,12 +8,13 @@ import secrets
 from collections.abc import Collection
 from typing import Annotated, Any
 
-import cv2
-import numpy as np
 from fastapi import Depends, FastAPI, Header, Query, Request
 from fastapi.responses import HTMLResponse, Response
 
 from guardkit.classifier import GuardClassifier
+from guardkit.counterfactual.review import MAX_NAME
+from guardkit.images import encode_png
+from guardkit.limits import shrink
 from guardkit.moderation.gate import Refused
 from guardkit.pages import render
 from guardkit.schema import InputError
@@ -23,7 +24,7 @@ from guardkit.serving.costs import Costs
 from guardkit.serving.door import answer_json
 from guardkit.serving.guards import ONE
 from guardkit.serving.limits import Limits
-from guardkit.serving.queue import MAX_NAME, ModerationQueue
+from guardkit.serving.queue import ModerationQueue
 from guardkit.thresholds import Band
 
 _OVERLAY_PX = 1024  # of the longer side
@@ -75,11 +76,11 @@ def create_page(
         text = render("guard.html", nonce=nonce, **_about(guard, costs, queue, reviewer, token, service.limits))
         return HTMLResponse(text, headers={"content-security-policy": _POLICY.format(nonce=nonce)})
 
-    async def explain(request: Request, category: str | None = None, frame: int | None = None) -> Response:
+    async def explain(request: Request, category: str | None = None, frame: Annotated[int | None, Query(ge=0)] = None) -> Response:
         async with asked(request, service) as found:
             explanation = await service.explain(found.uploads[0].data, guard=ONE, category=category or None, frame=frame)
         # both in a thread: of a hundred megapixels the overlay takes seconds, in which nobody else would get an answer
-        picture = await asyncio.to_thread(lambda: _png(explanation.overlay()))
+        picture = await asyncio.to_thread(lambda: encode_png(shrink(explanation.overlay(), _OVERLAY_PX)))
         about = {"method": explanation.method, "category": explanation.category, "score": explanation.score}
         return _json({**about, "overlay": "data:image/png;base64," + base64.b64encode(picture).decode()})
 
@@ -151,11 +152,3 @@ def _about(
             "max_bytes": limits.max_bytes,
         },
     }
-
-
-def _png(image: np.ndarray) -> bytes:
-    height, width = image.shape[:2]
-    scale = min(1.0, _OVERLAY_PX / max(height, width))
-    if scale < 1:
-        image = cv2.resize(image, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA)
-    return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-
-from guardkit.images import read_frames
-from guardkit.moderation.collecting import collect_corrections, read_decisions
+from guardkit.artifacts import append_whole
+from guardkit.counterfactual.review import reviewer_name
+from guardkit.images import encode_jpeg, read_frames
+from guardkit.moderation.collecting import collect_corrections, decided_bytes, read_decisions
 from guardkit.moderation.corrections import VERDICTS, Verdict, read_reviews
 from guardkit.moderation.gate import Refused
 from guardkit.moderation.inputs import Inputs
 from guardkit.moderation.ordering import queue_order
 from guardkit.policy import Policy
-from guardkit.schema import ImageError
+from guardkit.schema import ImageError, InputError
 
 REVIEWS, CORRECTIONS = "reviews.jsonl", "corrections.parquet"
-MAX_SHOWN, MAX_NAME = 1000, 60
+MAX_SHOWN = 1000
 _PICTURE_PX = 480  # of the longer side
 
 
@@ -54,7 +51,7 @@ class ModerationQueue:
             number = wanted.get(given.id)
             if number is not None and given.data is not None:
                 with suppress(ImageError):  # known by a bank, and no image that can be shown
-                    self._places[number] = given.data if isinstance(given.data, Path) else _small(given.data, self.rows[number]["frame"])
+                    self._places[number] = given.data if isinstance(given.data, Path) else _picture(given.data, self.rows[number])
         self._lock = threading.Lock()
         self._said: dict[int, dict[str, Verdict]] = {}
         if (folder / REVIEWS).is_file():
@@ -93,9 +90,9 @@ class ModerationQueue:
         if isinstance(place, bytes):
             return place
         try:
-            return _small(place, self.rows[row]["frame"])
+            return _picture(place, self.rows[row])
         except ImageError as error:
-            raise Refused(404, f"the image cannot be read any more: {error}") from error
+            raise Refused(404, f"the image is not there any more: {error}") from error
 
     def add(self, row: int, verdict: str, category: str | None, reviewer: str) -> list[dict[str, Any]]:
         """Returns what all say of the row, when the verdict is on disk. Of each person the last one counts.
@@ -109,14 +106,15 @@ class ModerationQueue:
             raise Refused(422, f"a verdict must be one of {', '.join(VERDICTS)}, the third with the right category")
         if category is not None and category not in self.policy.category_names:
             raise Refused(422, f"there is no category {category!r}; reload the page")
-        reviewer = reviewer.strip()
-        if not reviewer or len(reviewer) > MAX_NAME or not reviewer.isprintable():
-            raise Refused(422, f"a reviewer's name must have 1 to {MAX_NAME} characters")
+        try:
+            reviewer = reviewer_name(reviewer)
+        except InputError as error:
+            raise Refused(422, str(error)) from error
         said = Verdict(self.rows[row]["id"], verdict, category, reviewer)
         line = {"id": said.id, "verdict": verdict, "category": category, "reviewer": reviewer, "time": datetime.now(UTC).isoformat()}
         with self._lock:
-            with _on_disk():
-                _append(self.folder / REVIEWS, json.dumps(line))
+            with _on_disk(), open(self.folder / REVIEWS, "ab", buffering=0) as file:
+                append_whole(file, json.dumps(line).encode() + b"\n")
             self._said.setdefault(row, {})[reviewer] = said
             return self._verdicts(row)
 
@@ -133,16 +131,10 @@ class ModerationQueue:
         return [{"reviewer": one.reviewer, "verdict": one.verdict, "category": one.category} for one in self._said.get(row, {}).values()]
 
 
-def _small(source: Path | bytes, frame: int | None) -> bytes:
-    small = read_frames(source, _jpeg)
-    return small[min(int(frame or 0), len(small) - 1)]
-
-
-def _jpeg(image: np.ndarray) -> bytes:
-    height, width = image.shape[:2]
-    scale = min(1.0, _PICTURE_PX / max(height, width))
-    small = cv2.resize(image, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA)
-    return cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
+def _picture(source: Path | bytes, row: Mapping[str, Any]) -> bytes:
+    """A JPEG of the frame that decided. Raises ImageError where it is no longer what was decided."""
+    frames = read_frames(decided_bytes(source, row), lambda image: encode_jpeg(image, max_px=_PICTURE_PX))
+    return frames[min(row["frame"] or 0, len(frames) - 1)]
 
 
 def _mend(path: Path) -> None:
@@ -150,20 +142,6 @@ def _mend(path: Path) -> None:
     with open(path, "rb+") as file:
         kept = file.read().rpartition(b"\n")
         file.truncate(len(kept[0]) + len(kept[1]))
-
-
-def _append(path: Path, line: str) -> None:
-    """The whole line, or nothing of it."""
-    with open(path, "ab", buffering=0) as file:
-        before = file.tell()
-        try:
-            data = line.encode() + b"\n"
-            if file.write(data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(before)
-            raise
 
 
 @contextmanager

@@ -147,8 +147,7 @@ class Service:
             Refused: no such guard, category or frame, an image that cannot be read (422), or a full queue (429).
         """
         with self._admitted(1, [guard], None if category is None else [category]) as ((served,), batches):
-            for one in batches.values():
-                one.expect(-1)
+            _no_longer_read(batches)  # nothing of it will be queued to be encoded
             return await asyncio.to_thread(self._explained, served, batches[served.encoder], data, category, frame or 0)
 
     def _explained(self, served: Served, batches: Batches, data: bytes, category: str | None, frame: int) -> Explanation:
