@@ -62,6 +62,7 @@ class GuardClassifier:
     """
 
     is_normalized = True
+    reads_policy = False  # what its head has learned is of one policy
 
     def __init__(
         self,

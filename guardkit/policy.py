@@ -100,6 +100,39 @@ class Policy:
                 "use one of these, add it to the policy, or choose another with policy="
             )
 
+    @classmethod
+    def joined(cls, policies: Sequence[Policy]) -> Policy:
+        """A policy that forbids what any of several does: to read a source once whose labels are told apart afterwards.
+
+        Args:
+            policies: at least one. Of categories with one name the first is taken: they are thought to mean the same.
+        """
+        categories: dict[str, Category] = {}
+        for policy in policies:
+            for category in policy.categories:
+                categories.setdefault(category.name, category)
+        return cls(
+            name="_or_".join(policy.name for policy in policies),
+            description="What any of several policies forbids.",
+            categories=tuple(categories.values()),
+            harmless=all(policy.harmless for policy in policies),
+        )
+
+    @classmethod
+    def of_text(cls, name: str, text: str) -> Policy:
+        """A policy whose rules are one text, as benchmarks of many policies have them: one category, called "violation".
+
+        Guards that read the policy read that text as the category's definition, and encoders of texts as what violates it.
+
+        Args:
+            name: in snake_case.
+            text: the rules.
+        Raises:
+            InputError: no name in snake_case, or no text.
+        """
+        category = {"name": "violation", "definition": text, "edit": "Remove whatever violates the policy.", "unsafe_texts": [text]}
+        return cls.from_dict({"name": name, "categories": [category]}, where=f"policy {name!r}")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and maps, as in the YAML file. What says how a policy is used with classes is there where it says something:
         other policies keep the digest that saved guards have of them."""

@@ -201,6 +201,10 @@ class Judgment:
 class _AnyGuard(Protocol):
     """What evaluation needs of every classifier.
 
+    A classifier may say more of itself, for the report: `reads_policy` (whether its scores follow from the policy that it is given, so that
+    a new policy needs no training; `under(policy)` then gives the same classifier with another one), `n_labels` (labelled images that it was
+    trained on) and `n_parameters`.
+
     Attributes:
         name: for tables.
         threshold: flag when score >= threshold.

@@ -19,6 +19,7 @@ import torch
 from conftest import picture, strict_json
 from sklearn import metrics as sk
 
+from guardkit import GuardClassifier
 from guardkit.artifacts import fingerprint
 from guardkit.data.sources.base import Loaded
 from guardkit.evaluation.benchmark import read_benchmark
@@ -439,6 +440,26 @@ def test_the_folder_holds_what_the_contract_promises(report):
     assert found["classifiers"]["always_unsafe"]["effectiveness"]["f1"]["value"] == pytest.approx(2 / 3)
 
 
+def test_what_each_classifier_costs_is_said(report):
+    """Numbers that can be counted elsewhere, times that are times, and a reason for what nobody knows."""
+    found = {name: one["cost"] for name, one in report.summary["classifiers"].items()}
+    guard = GuardClassifier.from_pretrained(report.summary["classifiers"]["pairs_aug"]["origin"])
+    mine, words, constant = found["pairs_aug"], found["zero_shot"], found["always_unsafe"]
+    assert mine["parameters"] == sum(value.numel() for value in guard.head.state_dict().values() if value.is_floating_point())
+    assert mine["encoder_parameters"] == words["encoder_parameters"] == sum(value.numel() for value in guard.encoder.model.parameters())
+    assert (mine["reads_policy"], words["reads_policy"], constant["reads_policy"]) == (False, True, False)
+    assert mine["n_labels"] == guard.training["n_unsafe"] + guard.training["n_safe"]
+    assert (words["n_labels"], constant["n_labels"], constant["parameters"]) == (0, 0, 0)
+    assert 0 < mine["ms_per_image"] < 100
+    assert constant["encoder_parameters"] is None
+    assert constant["reasons"]["encoder_parameters"] == "it looks at images itself"
+    for cost in found.values():
+        assert set(cost["reasons"]) == {name for name, value in cost.items() if value is None}
+    text = (report.folder / "report.md").read_text()
+    assert f"| pairs_aug | {mine['parameters']:,} | {mine['encoder_parameters']:,} |" in text
+    assert "| zero_shot |" in text.split("## What each classifier costs")[1].split("\n## ")[0]
+
+
 def test_training_says_the_same_of_its_guard(train, compose, tmp_path):
     """Every figure, interval and reason, bit for bit, on all of the test set and on each part of it."""
     from guardkit.runs.evaluate import run
@@ -481,7 +502,7 @@ def test_every_figure_carries_its_n_threshold_and_interval(report):
 
 def test_the_page_stands_alone(report):
     page = (report.folder / "report.html").read_text()
-    for section in ("glance", "categories", "curves", "sources", "pairs", "robustness", "mistakes", "tests", "run"):
+    for section in ("glance", "categories", "curves", "sources", "pairs", "robustness", "mistakes", "tests", "costs", "run"):
         assert f'<section id="{section}">' in page
     outside = re.findall(r"""(?:src|href)=["'](?!#|data:)([^"']*)""", page)
     assert not outside
@@ -558,7 +579,7 @@ def test_the_page_in_a_browser(report, tmp_path, width):
     assert found["aside"] <= 0
     assert found["open"] == 1
     assert found["heat"]
-    assert set(found["seen"]) == {"glance", "categories", "curves", "sources", "pairs", "robustness", "mistakes", "tests", "run"}
+    assert set(found["seen"]) == {"glance", "categories", "curves", "sources", "pairs", "robustness", "mistakes", "tests", "costs", "run"}
     assert "CONSOLE" not in dumped.stderr
     subprocess.run([*command, f"--screenshot={shot}", url], capture_output=True, timeout=120, env=os.environ | {"HOME": str(tmp_path)})
     from PIL import Image

@@ -22,13 +22,16 @@ FOLDER = Path(__file__).resolve().parents[1] / "conf" / "policy"
 SHIPPED = {
     "scenes": "hate violence sexual nudity criminal_planning weapons_substances self_harm animal_cruelty disasters",
     "scenes_loose": "hate violence sexual nudity criminal_planning weapons_substances self_harm animal_cruelty disasters",
+    "scenes_family": "hate violence sexual nudity weapons_substances",
+    "scenes_arts": "hate self_harm animal_cruelty",
+    "scenes_news": "sexual nudity self_harm",
     "llavaguard": "hate violence sexual_content nudity criminal_planning weapons_substance_abuse self_harm animal_cruelty disasters_emergencies",
     "unsafebench": "hate harassment violence self_harm sexual shocking illegal_activity deception political health spam",
     "handled_objects": "weapons substances disasters",
     "photos": "alcohol_and_medicine weapons venomous_animals uniforms_and_police open_fire",
     "template": "motor_vehicles",
 }
-REAL = [name for name in SHIPPED if name not in ("scenes", "scenes_loose", "template")]
+REAL = [name for name in SHIPPED if not name.startswith("scenes") and name != "template"]
 
 
 def example() -> dict[str, Any]:

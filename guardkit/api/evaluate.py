@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,18 +15,24 @@ import numpy as np
 from guardkit.artifacts import read_json
 from guardkit.checks import check_choice, check_number, check_whole, is_list
 from guardkit.classifier import GuardClassifier
+from guardkit.data.by_policy import ByPolicy, by_category, by_own_labels, check_policies
 from guardkit.data.sources.base import Source
+from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.encoders.known import unknown_images
-from guardkit.evaluation.benchmark import SPLITS, read_benchmark
+from guardkit.evaluation.benchmark import SPLITS, Benchmark, read_benchmark
 from guardkit.evaluation.effectiveness import covered_rows, measure
-from guardkit.evaluation.held_out import leave_out_seen, sentences
-from guardkit.evaluation.outcome import Evaluation
+from guardkit.evaluation.held_out import Seen, leave_out_seen, sentences
+from guardkit.evaluation.outcome import Evaluation, PolicyEvaluation
+from guardkit.evaluation.policies import Entrant, measure_policies
 from guardkit.evaluation.scoring import Contender, LazyImages, Sheet, embedding_stores, score
 from guardkit.evaluation.verdicts import untested
+from guardkit.fitting.retraining import Retrained
+from guardkit.fitting.retraining import retrain as retrain_head
 from guardkit.folders import claim, refuse_others
 from guardkit.policy import Policy
 from guardkit.reports.evaluation import short_table, write_report
+from guardkit.reports.policies import policies_table, write_policies_report
 from guardkit.robustness.measuring import RobustnessSettings, measure_robustness, write_robustness
 from guardkit.schema import SAFE, UNSAFE, Guard, InputError, takes_embeddings
 
@@ -36,6 +42,9 @@ WRITTEN = ("effectiveness.parquet", "predictions.parquet", "robustness.parquet",
 
 GuardLike = Guard | Contender | str | Path
 """A guard, the folder or Hub id of a saved one, or a contender that says more of it."""
+
+ReadsPolicies = Callable[[Policy], Guard] | Entrant
+"""Under several policies: a function that makes a guard of a policy, or an entrant that says more of it."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +57,13 @@ class EvaluationReport:
 
 
 def evaluate(
-    guards: GuardLike | Sequence[GuardLike] | Mapping[str, GuardLike],
-    source: Source,
+    guards: GuardLike | ReadsPolicies | Sequence[GuardLike | ReadsPolicies] | Mapping[str, GuardLike | ReadsPolicies],
+    source: Source | Mapping[str, Source],
     policy: Policy | None = None,
     *,
     output_dir: str | Path,
+    policies: Sequence[Policy] | None = None,
+    retrain: Sequence[Retrained] = (),
     split: Literal["test", "all"] = "test",
     test_share: float = 0.3,
     split_seed: int = 0,
@@ -73,9 +84,13 @@ def evaluate(
 
     Args:
         guards: what is measured: `GuardClassifier`s, folders or Hub ids of saved ones, or anything else that is an
-            `EmbeddingGuard` or `ImageGuard`, such as the baselines; one, a list, or {name: guard}.
-        source: the benchmark.
+            `EmbeddingGuard` or `ImageGuard`, such as the baselines; one, a list, or {name: guard}. Under several policies also a function that
+            makes a guard of a policy; a guard with a method `under(policy)` is asked for one under each.
+        source: the benchmark. Under several policies: one that was made with `Policy.joined(policies)`, whose categories say which policy
+            forbids an image; or {policy: source}, the same images with labels of its own for each.
         policy: to measure under; None: the guards' own.
+        policies: several, in place of `policy`: the same images under each. The first is the one that exceptions are exceptions to.
+        retrain: heads that are trained anew for each of the policies, on the training images of the source.
         output_dir: of the results. An earlier evaluation there is replaced as a whole.
         split: "test": the source's own test images, or the share that training holds out; "all": everything.
         test_share, split_seed: of that share.
@@ -96,6 +111,14 @@ def evaluate(
     folder, cache = Path(output_dir).expanduser(), None if cache_dir is None else Path(cache_dir).expanduser()
     refuse_others(folder, "evaluate", replaces=True)
     attacks = robustness or RobustnessSettings(protocols=())
+    if policies is not None:
+        check_several(policies, policy=policy, robustness=attacks, retrain=retrain, split=split)
+        several = _under_several(
+            guards, _by_policy(source, policies), policies, retrain, cache, trained_on, trust, split, test_share, split_seed
+        )
+        return _report_policies(several, folder, prevalence, n_resamples, seed, settings, command, started)
+    if isinstance(source, Mapping) or retrain:
+        raise InputError("a source for each policy, and heads to retrain, go with several policies; give policies=[POLICY,POLICY]")
     found = unique(_contenders(guards, trained_on, trust))
     rules = policy or common_policy(found)
     if rules is None:
@@ -230,19 +253,22 @@ def common_policy(contenders: Sequence[Contender]) -> Policy | None:
     return next(iter(own.values()))[1] if own else None
 
 
-def _contenders(
-    guards: GuardLike | Sequence[GuardLike] | Mapping[str, GuardLike], trained_on: Sequence[str] | None, trust: Sequence[str]
-) -> list[Contender]:
-    named: list[tuple[str | None, GuardLike]]
+def _named(guards: Any) -> list[tuple[str | None, Any]]:
+    """Guards with the names that they were given; None: they bring their own."""
     if isinstance(guards, Mapping):
-        named = list(guards.items())
-    else:
-        named = [(None, one) for one in (guards if isinstance(guards, Sequence) and not isinstance(guards, str) else [guards])]
+        return list(guards.items())
+    return [(None, one) for one in (guards if isinstance(guards, Sequence) and not isinstance(guards, str) else [guards])]
+
+
+def _contenders(guards: Any, trained_on: Sequence[str] | None, trust: Sequence[str]) -> list[Contender]:
+    named = _named(guards)
     if not named:
         raise InputError("nothing to evaluate: give at least one guard")
     encoders: dict[str, Encoder] = {}
     found = []
     for name, one in named:
+        if isinstance(one, Entrant) or _makes_guards(one):
+            raise InputError(f"{name or one!r} makes a guard of a policy, which goes with several; give policies=[POLICY,POLICY]")
         if isinstance(one, Contender):
             found.append(one)
         elif isinstance(one, str | Path):
@@ -273,8 +299,176 @@ def notes_on(rules: Policy, contenders: Sequence[Contender]) -> list[str]:
             notes.append(
                 f"{one.name} keeps no list of its training images, as guards of an earlier guardkit: whether it is tested on some of them is not known."
             )
-        notes += [f"{one.name}: {note}." for note in getattr(one.guard, "notes", ())]
+        notes += _own_notes(one)
     return notes
+
+
+# --- several policies -------------------------------------------------------------------------------------------------------
+
+
+def check_several(
+    policies: Sequence[Policy], *, policy: Policy | None, robustness: RobustnessSettings, retrain: Sequence[Retrained], split: str
+) -> None:
+    """Raises InputError for settings that do not go with several policies."""
+    check_policies(policies)
+    if policy is not None:
+        raise InputError("policy and policies are both given; give one of them")
+    if robustness.protocols:
+        raise InputError("robustness is measured under one policy; leave it out here, or give policy= instead of policies=")
+    if retrain and split == "all":
+        raise InputError("split=all tests on the images that retrain= would train on; use split=test")
+
+
+def _by_policy(source: Source | Mapping[str, Source], policies: Sequence[Policy]) -> ByPolicy:
+    if not isinstance(source, Mapping):
+        return by_category(source, policies)
+    names = [policy.name for policy in policies]
+    if set(source) != set(names):
+        raise InputError(
+            f"sources are given for {', '.join(map(str, source)) or 'none'}, policies are {', '.join(names)}; give one for each"
+        )
+    return by_own_labels({name: source[name] for name in names})
+
+
+@dataclass(frozen=True)
+class _Several:
+    """All that is measured under several policies, scored."""
+
+    policies: Sequence[Policy]
+    by_policy: ByPolicy
+    entrants: list[Entrant]
+    benchmark: Benchmark
+    sheet: Sheet
+    seen: Mapping[str, Seen]
+    notes: list[str]
+    scored: float
+
+
+def _under_several(
+    guards: Any,
+    images: ByPolicy,
+    policies: Sequence[Policy],
+    asked: Sequence[Retrained],
+    cache: Path | None,
+    trained_on: Sequence[str] | None,
+    trust: Sequence[str],
+    split: str,
+    test_share: float,
+    split_seed: int,
+) -> _Several:
+    """Builds, retrains and scores; every image is read and embedded once."""
+    named = [(one.name, one) for one in asked]
+    entrants = _entrants(guards, policies, trained_on, trust)
+    if not entrants and not named:
+        raise InputError("nothing to evaluate: give at least one guard, or a head to retrain")
+    everything = read_benchmark(images, split=split, test_share=test_share, split_seed=split_seed)
+    notes = list(images.notes)
+    stores = embedding_stores([one for entrant in entrants for one in entrant.contenders.values()], cache)
+    for name, one in named:
+        store = stores.setdefault(one.encoder.fingerprint, EmbeddingStore(one.encoder, cache))
+        if images.loaded.encoder_fingerprint not in (None, one.encoder.fingerprint):
+            raise InputError(
+                f"source={images.name} holds embeddings of another encoder than retrain={name} is given, {one.encoder.name}; give theirs"
+            )
+        contenders, missing, training = {}, {}, {}
+        for policy in policies:
+            try:
+                made = retrain_head(one, images.under(policy.name, test_share, split_seed), policy, store)
+            except InputError as error:
+                missing[policy.name] = str(error)
+                notes.append(f"{name} was not trained under {policy.name}: {error}.")
+                continue
+            contenders[policy.name] = replace(_contender_of(made.guard, name), origin=f"retrained on {images.name}")
+            figures = {"seconds": made.seconds, "embedding_seconds": made.embedding_seconds, "n_labels": made.n_labels}
+            training[policy.name] = figures | {"threshold": made.guard.threshold}
+            notes += [f"{name} under {policy.name}: {note}." for note in made.notes]
+        entrants.append(Entrant(name, "retrained", contenders, missing, training))
+    entrants = _unique_entrants(entrants)
+    flat = list({one.name: one for entrant in entrants for one in entrant.contenders.values()}.values())
+    if not flat:
+        raise InputError(f"nothing to evaluate: no head could be trained ({notes[-1]})")
+    benchmark, seen = leave_out_seen(everything, flat, stores)
+    notes += [note for one in flat for note in _own_notes(one)] + sentences(benchmark, seen)
+    sheet = score(benchmark, flat, stores, cache, Policy.joined(policies).category_names)
+    if not sheet.records:
+        raise InputError(
+            f"none of the {len(sheet.rejected)} images of source={benchmark.name} can be read, the first is {sheet.rejected[0].id}: {sheet.rejected[0].reason}"
+        )
+    for note in notes:
+        log.warning("%s", note)
+    return _Several(policies, images, entrants, benchmark, sheet, seen, notes, time.perf_counter())
+
+
+def _report_policies(
+    several: _Several,
+    folder: Path,
+    prevalence: float,
+    n_resamples: int,
+    seed: int,
+    settings: Mapping[str, Any] | None,
+    command: str,
+    started: float,
+) -> EvaluationReport:
+    found = measure_policies(
+        several.sheet,
+        several.policies,
+        several.by_policy.verdicts,
+        several.entrants,
+        prevalence=float(prevalence),
+        n_resamples=n_resamples,
+        seed=seed,
+    )
+    asked = dict(settings) if settings is not None else {"source": several.by_policy.asked, "prevalence": prevalence, "seed": seed}
+    outcome = PolicyEvaluation(
+        benchmark=several.benchmark,
+        policies=list(several.policies),
+        entrants=several.entrants,
+        sheet=several.sheet,
+        found=found,
+        verdicts=several.by_policy.verdicts,
+        seen=several.seen,
+        notes=several.notes,
+        prevalence=float(prevalence),
+        settings={**asked, "policies": [policy.to_dict() for policy in several.policies]},
+        command=command,
+        timing_s={"load, retrain and score": several.scored - started, "figures": time.perf_counter() - several.scored},
+    )
+    with claim(folder, "evaluate", outcome.settings, replaces=WRITTEN):
+        return EvaluationReport(folder, write_policies_report(folder, outcome), policies_table(outcome))
+
+
+def _makes_guards(one: Any) -> bool:
+    """Whether it is a function of a policy rather than a guard."""
+    return callable(one) and not hasattr(one, "threshold")
+
+
+def _entrants(guards: Any, policies: Sequence[Policy], trained_on: Sequence[str] | None, trust: Sequence[str]) -> list[Entrant]:
+    found = []
+    for name, one in _named(guards):
+        if isinstance(one, Entrant):
+            found.append(one)
+            continue
+        if _makes_guards(one):
+            made = {policy.name: _contender_of(one(policy), name, trained_on) for policy in policies}
+        else:
+            (known,) = _contenders([one] if name is None else {name: one}, trained_on, trust)
+            under = getattr(known.guard, "under", None)
+            made = {
+                policy.name: known if under is None else replace(known, guard=under(policy), policy=policy, name=known.name)
+                for policy in policies
+            }
+        found.append(Entrant.of(made))
+    return found
+
+
+def _unique_entrants(entrants: Sequence[Entrant]) -> list[Entrant]:
+    """Each under a name of its own."""
+    names = [one.name for one in unique([Contender(one.name, None) for one in entrants])]  # type: ignore[arg-type]
+    return [one.renamed(name) for one, name in zip(entrants, names, strict=True)]
+
+
+def _own_notes(contender: Contender) -> list[str]:
+    return [f"{contender.name}: {note}." for note in getattr(contender.guard, "notes", ())]
 
 
 def _natural(embeddings: np.ndarray, n_natural: int) -> np.ndarray:

@@ -28,6 +28,8 @@ class HeadGuard:
         threshold: flag when score >= threshold, in [0, 1].
         is_normalized: whether it takes unit vectors, or embeddings as the model gives them.
         notes: what a reader of its figures should know, in sentences.
+        reads_policy: whether its scores follow from the policy's words.
+        n_labels: labelled images that it was trained on; None: not known.
     Raises:
         InputError: the encoder's embeddings have another width, or an argument is out of range.
     """
@@ -43,6 +45,8 @@ class HeadGuard:
         threshold: float,
         is_normalized: bool = True,
         notes: Sequence[str] = (),
+        reads_policy: bool = False,
+        n_labels: int | None = None,
     ) -> None:
         if encoder.dim != dim:
             raise InputError(
@@ -51,7 +55,7 @@ class HeadGuard:
             )
         self.name, self.encoder, self.covers, self.is_normalized = name, encoder, covers, is_normalized
         self.threshold = checked_share(name, "threshold", threshold)
-        self.notes = tuple(notes)
+        self.notes, self.reads_policy, self.n_labels = tuple(notes), reads_policy, n_labels
         self.head = head.eval().requires_grad_(False)
 
     @cached_property

@@ -24,6 +24,7 @@ class ConstantGuard:
     """
 
     covers = None
+    reads_policy, n_labels, n_parameters = False, 0, 0
 
     def __init__(self, name: str, score: float, *, threshold: float = 0.5) -> None:
         self.name = name

@@ -52,6 +52,7 @@ class NudeNetGuard:
     """
 
     name = "nudenet"
+    reads_policy = False
 
     def __init__(
         self,

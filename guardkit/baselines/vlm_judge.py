@@ -55,6 +55,8 @@ class VLMJudge:
         InputError: an argument out of range, or no category to ask about.
     """
 
+    reads_policy, n_labels = True, 0
+
     def __init__(
         self, policy: Policy, vlm: VLM, *, cache_dir: str | None, covers: Sequence[str] | None = None, threshold: float = 0.5
     ) -> None:

@@ -50,4 +50,6 @@ def zero_shot(policy: Policy, encoder: Encoder, *, covers: Sequence[str] | None,
         covers=covered("zero_shot", covers, policy),
         threshold=threshold,
         notes=prompts.notes,
+        reads_policy=True,
+        n_labels=0,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -29,11 +30,13 @@ class JudgmentStore:
 
     Attributes:
         n_asked: images judged so far; n_found: judgments found in the store so far.
+        seconds: spent in the guard so far, without reading images.
     """
 
     def __init__(self, guard: ImageGuard, cache_dir: Path | None) -> None:
         self.guard = guard
         self.n_asked = self.n_found = 0
+        self.seconds = 0.0
         self._store = KeyValueStore(cache_dir, f"judgments/{guard.fingerprint[:16]}.sqlite", {"guard": guard.fingerprint})
 
     @property
@@ -55,7 +58,9 @@ class JudgmentStore:
                 failed |= {key: image for key, image in images.items() if isinstance(image, ImageError)}
                 readable = {key: image for key, image in images.items() if key not in failed}
                 if readable:
+                    started = time.perf_counter()
                     made = dict(zip(readable, self.guard.judge(list(readable.values())), strict=True))
+                    self.seconds += time.perf_counter() - started
                     self.n_asked += len(made)
                     self._store.put({key: _stored(one) for key, one in made.items() if not one.transient and _is_valid(one)})
                     known |= made

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from guardkit.data.by_policy import Verdict
 from guardkit.evaluation.benchmark import Benchmark
 from guardkit.evaluation.effectiveness import Row
 from guardkit.evaluation.held_out import Seen
+from guardkit.evaluation.policies import Compliance, Entrant
 from guardkit.evaluation.scoring import Contender, Sheet
 from guardkit.metrics.figures import METRICS
 from guardkit.policy import Policy
@@ -92,6 +94,40 @@ class Evaluation:
         """Whether the classifier covers every category of the policy."""
         covers = contender.guard.covers
         return covers is None or set(self.sheet.categories) <= covers
+
+
+@dataclass(frozen=True)
+class PolicyEvaluation:
+    """Everything one evaluation under several policies found.
+
+    Attributes:
+        benchmark: what was measured on.
+        policies: the first is the one that exceptions are exceptions to.
+        entrants: what was measured.
+        sheet: the scores of all of them.
+        found: the figures.
+        verdicts: by policy, what it says of each image.
+        seen, notes, prevalence, settings, command, timing_s: as of `Evaluation`.
+    """
+
+    benchmark: Benchmark
+    policies: list[Policy]
+    entrants: list[Entrant]
+    sheet: Sheet
+    found: Compliance
+    verdicts: Mapping[str, Mapping[str, Verdict]]
+    seen: Mapping[str, Seen]
+    notes: Sequence[str]
+    prevalence: float
+    settings: Mapping[str, Any]
+    command: str
+    timing_s: Mapping[str, float]
+
+    def under(self, policy: Policy) -> Evaluation:
+        """The same under one policy alone."""
+        rows = [row for row in self.found.rows if row["policy"] == policy.name]
+        sheet, tests = self.found.sheets[policy.name], self.found.tests[policy.name]
+        return Evaluation(self.benchmark, policy, sheet, rows, tests, [], self.prevalence, self.settings, self.command)
 
 
 def shown(row: Row | None, digits: int = 3) -> str:

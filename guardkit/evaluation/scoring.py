@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -71,6 +72,8 @@ class Sheet:
         rejected: what could not be read, with reasons.
         embeddings: encoder fingerprint -> (n, d) unit vectors.
         counts: images read, encoded and judged, plain JSON.
+        own_seconds: per contender, what it took beside the encoder, and for how many images; none that were found in a store.
+        encoder_seconds: encoder fingerprint -> what encoding took, and for how many images.
     """
 
     contenders: list[Contender]
@@ -87,6 +90,8 @@ class Sheet:
     rejected: list[Rejected] = field(default_factory=list)
     embeddings: dict[str, np.ndarray] = field(default_factory=dict)
     counts: dict[str, Any] = field(default_factory=dict)
+    own_seconds: list[tuple[float, int]] = field(default_factory=list)
+    encoder_seconds: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def abstentions(self, column: int) -> dict[str, int]:
         """Reasons of one contender, counted."""
@@ -159,6 +164,8 @@ def score(
         rejected=[Rejected(records[row].id, reason) for row, reason in sorted(said.unreadable.items())],
         embeddings=embeddings,
         counts={"images": len(records), "scored": len(kept), "unreadable": len(said.unreadable), **said.counts()},
+        own_seconds=said.own_seconds(),
+        encoder_seconds={name: (store.encode_seconds, store.n_encoded) for name, store in stores.items()},
     )
 
 
@@ -199,6 +206,7 @@ class _Pass:
         self._contenders, self._stores, self._encoder_fingerprint = contenders, stores, encoder_fingerprint
         self._judges = {one.guard.fingerprint: JudgmentStore(one.guard, cache_dir) for one in contenders if not takes_embeddings(one.guard)}
         self._reads, self._n_done = _Reads(), 0
+        self._head_seconds = [(0.0, 0)] * len(contenders)
         self.scores = np.full((n, len(contenders)), np.nan)
         self.reasons: list[dict[int, str]] = [{} for _ in contenders]
         self.unreadable: dict[int, str] = {}
@@ -219,7 +227,10 @@ class _Pass:
                 matrix, rows = _vectors_for(
                     guard, wrapped, vectors[name], self._stores[name], unreadable, self._encoder_fingerprint, reasons
                 )
+                started = time.perf_counter()
                 values: list[float] = _probabilities(guard, matrix).tolist() if len(rows) else []
+                seconds, n = self._head_seconds[column]
+                self._head_seconds[column] = seconds + time.perf_counter() - started, n + len(rows)
                 said = {int(row): Judgment(value) for row, value in zip(rows, values, strict=True)}
             else:
                 said = judgments[guard.fingerprint]
@@ -232,6 +243,11 @@ class _Pass:
         for name, matrix in vectors.items():
             self.embeddings[name][first : first + len(records)] = matrix
         self._n_done += len(records)
+
+    def own_seconds(self) -> list[tuple[float, int]]:
+        """See `Sheet`."""
+        judges = [None if takes_embeddings(one.guard) else self._judges[one.guard.fingerprint] for one in self._contenders]
+        return [head if judge is None else (judge.seconds, judge.n_asked) for head, judge in zip(self._head_seconds, judges, strict=True)]
 
     def counts(self) -> dict[str, Any]:
         """What was read, encoded and judged so far, and what was found in the stores."""

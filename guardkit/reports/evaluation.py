@@ -11,8 +11,10 @@ import pyarrow as pa
 
 from guardkit import __version__
 from guardkit.artifacts import write_json, write_table, written
+from guardkit.evaluation.costs import cost
 from guardkit.evaluation.effectiveness import uncovered_categories
 from guardkit.evaluation.outcome import Evaluation, plain, shown
+from guardkit.evaluation.scoring import Sheet
 from guardkit.metrics.figures import OF_IMAGES, OF_PAIRS, always_unsafe_f1
 from guardkit.reports.evaluation_page import html, markdown
 from guardkit.schema import takes_embeddings
@@ -32,10 +34,14 @@ EFFECTIVENESS = pa.schema(
 def write_tables(folder: Path, evaluation: Evaluation) -> None:
     """effectiveness.parquet and predictions.parquet."""
     write_table(folder / "effectiveness.parquet", pa.Table.from_pylist(evaluation.rows, schema=EFFECTIVENESS))
-    sheet = evaluation.sheet
+    write_table(folder / "predictions.parquet", pa.table(prediction_columns(evaluation.sheet)))
+
+
+def prediction_columns(sheet: Sheet) -> dict[str, pa.Array]:
+    """The columns of predictions.parquet, a row an image and classifier."""
     names = [contender.name for contender in sheet.contenders]
     n, k = len(sheet.records), len(names)
-    columns = {
+    return {
         "id": pa.array([record.id for record in sheet.records for _ in names], pa.string()),
         "label": pa.array(np.repeat(sheet.labels, k), pa.int8()),
         "category": pa.array([record.category for record in sheet.records for _ in names], pa.string()),
@@ -47,7 +53,6 @@ def write_tables(folder: Path, evaluation: Evaluation) -> None:
         "threshold": pa.array([contender.guard.threshold for contender in sheet.contenders] * n, pa.float64()),
         "abstained": pa.array([sheet.reasons[column].get(row) for row in range(n) for column in range(k)], pa.string()),
     }
-    write_table(folder / "predictions.parquet", pa.table(columns))
 
 
 def summary(evaluation: Evaluation) -> dict[str, Any]:
@@ -120,6 +125,9 @@ def _classifier_summary(evaluation: Evaluation, column: int) -> dict[str, Any]:
             if evaluation.figure(contender.name, "f1", category=category)
         },
         "pairs": figures(OF_PAIRS),
+        "cost": cost(
+            contender, sheet.own_seconds[column], sheet.encoder_seconds[guard.encoder.fingerprint] if takes_embeddings(guard) else None
+        ),
     }
     if not evaluation.covers_all(contender):
         result["outside_its_coverage_too"] = {"effectiveness": figures(OF_IMAGES, scope="all"), "pairs": figures(OF_PAIRS, scope="all")}

@@ -9,6 +9,7 @@ from guardkit.evaluation.outcome import TITLES, Evaluation, plain
 from guardkit.metrics.figures import OF_IMAGES, OF_PAIRS
 from guardkit.pages import render
 from guardkit.reports import evaluation_parts as parts
+from guardkit.reports.costs import COST_ABOUT, COST_HEADER, COST_TITLE, cost_rows
 from guardkit.reports.evaluation_mistakes import mistakes
 from guardkit.reports.evaluation_parts import SOURCE_METRICS
 
@@ -39,6 +40,10 @@ def html(evaluation: Evaluation, facts: dict[str, Any]) -> str:
         mistakes=mistakes(evaluation),
         points=parts.points(evaluation),
         prevalence=evaluation.prevalence,
+        costs=[row | {"colour": colour} for colour, row in enumerate(cost_rows(_costs(facts)))],
+        cost_title=COST_TITLE,
+        cost_about=COST_ABOUT,
+        cost_header=COST_HEADER,
     )
 
 
@@ -61,21 +66,23 @@ def markdown(evaluation: Evaluation, facts: dict[str, Any]) -> str:
             [row["name"], row["n"], plain(row["threshold"]), *_texts(row), plain(row["always_unsafe"]), row["n_abstained"]]
             for row in parts.glance(evaluation, scope)
         ]
-        lines += _section(title, header, rows)
+        lines += section(title, header, rows)
     names = [one.name for one in evaluation.contenders]
     for heat in parts.heats(evaluation):
         rows = [[row["name"], row["n_unsafe"], *_texts(row)] for row in heat["rows"]]
-        lines += _section(f"{heat['title']}, by category", ["category", "unsafe", *names], rows)
+        lines += section(f"{heat['title']}, by category", ["category", "unsafe", *names], rows)
     if sources := parts.sources(evaluation):
         rows = [[row["name"], row["source"], row["distribution"], row["n"], *_texts(row)] for row in sources["rows"]]
-        lines += _section("By source", ["classifier", "source", "trained on it", "n", *(TITLES[metric] for metric in SOURCE_METRICS)], rows)
+        lines += section("By source", ["classifier", "source", "trained on it", "n", *(TITLES[metric] for metric in SOURCE_METRICS)], rows)
     if pairs := parts.pairs(evaluation):
         rows = [[row["name"], row["similarity"], row["n"], *_texts(row)] for row in pairs["rows"]]
-        lines += _section("Pairs", ["classifier", "cosine of the pair", "n", *(TITLES[metric] for metric in OF_PAIRS)], rows)
+        lines += section("Pairs", ["classifier", "cosine of the pair", "n", *(TITLES[metric] for metric in OF_PAIRS)], rows)
     if robustness := parts.robustness(evaluation):
         for part in robustness["tables"]:
-            lines += _section(part["title"], [part["first"], *part["columns"]], [[row["name"], *_texts(row)] for row in part["rows"]])
+            lines += section(part["title"], [part["first"], *part["columns"]], [[row["name"], *_texts(row)] for row in part["rows"]])
         lines += [f"- {text}" for text in ("", *robustness["violations"], *robustness["notes"]) if text]
+    costs = [[row["name"], *_texts(row)] for row in cost_rows(_costs(facts))]
+    lines += section(COST_TITLE, COST_HEADER, costs, COST_ABOUT)
     rows = [
         [
             TITLES[test["metric"]],
@@ -90,16 +97,20 @@ def markdown(evaluation: Evaluation, facts: dict[str, Any]) -> str:
         for test in evaluation.tests
     ]
     header = ["figure", "first", "second", "first − second", "95 % interval", "n", "p", "p (Holm)"]
-    return "\n".join([*lines, *_section("Differences between classifiers", header, rows), ""])
+    return "\n".join([*lines, *section("Differences between classifiers", header, rows), ""])
 
 
-def _section(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """A heading and a table; nothing without rows."""
+def _costs(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: one["cost"] for name, one in facts["classifiers"].items()}
+
+
+def section(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], about: str = "") -> list[str]:
+    """A heading, what the table is, and the table; nothing without rows."""
     if not rows:
         return []
     clean = [[str(cell).replace("|", "\\|") for cell in row] for row in [header, *rows]]
     table = ["| " + " | ".join(row) + " |" for row in [clean[0], ["---"] * len(header), *clean[1:]]]
-    return ["", f"## {title}", "", *table]
+    return ["", f"## {title}", "", *([about, ""] if about else []), *table]
 
 
 def _texts(row: dict[str, Any]) -> list[str]:

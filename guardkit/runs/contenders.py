@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any, TypeVar
@@ -18,9 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 from guardkit.api.evaluate import common_policy, load_contender
 from guardkit.artifacts import fingerprint
 from guardkit.encoders.base import Encoder
+from guardkit.evaluation.policies import Entrant
 from guardkit.evaluation.scoring import Contender
+from guardkit.fitting.retraining import Retrained
 from guardkit.policy import Policy
-from guardkit.runs.hydra import compose_group, make, plain, policy
+from guardkit.runs.hydra import compose_group, factory, make, plain, policy
 from guardkit.schema import Guard, InputError
 
 _DEFAULT_POLICY = "scenes"
@@ -43,13 +45,9 @@ def build_contenders(cfg: DictConfig) -> tuple[Policy, list[Contender]]:
     if not asked and not places:
         raise InputError("nothing to evaluate: give guard=DIR (the folder guard/ that training wrote), or baselines=[zero_shot,...]")
     problems = _Problems(len(asked) + len(places))
-    composed = [problems.catch(_composed, name, settings, cfg.cache_dir) for name, settings in asked]
-    problems.check()
     encoders: dict[str, Encoder] = {}
-    guards = [problems.catch(load_contender, place, name, encoders, plain(cfg.trained_on), plain(cfg.trust)) for name, place in places]
-    found: list[Contender] = [guard for guard in guards if guard is not None]
+    found, baselines = _begun(cfg, asked, places, encoders, problems)
     rules = _rules(cfg, found) if not problems.found else None
-    baselines = [one for one in composed if one is not None]
     if rules is not None:
         tried = [problems.catch(_tried, one, rules) for one in baselines]
         problems.check()
@@ -58,6 +56,81 @@ def build_contenders(cfg: DictConfig) -> tuple[Policy, list[Contender]]:
     problems.check()
     assert rules is not None
     return rules, found
+
+
+def build_for_policies(cfg: DictConfig, policies: Sequence[Policy]) -> tuple[list[Contender | Entrant], list[Retrained]]:
+    """The same under several policies: guards as they are, baselines made for each policy, and heads that are trained for each.
+
+    Raises:
+        InputError: as `build_contenders`, or a head or a setting that there is not.
+    """
+    asked = _named_baselines(cfg.baselines)
+    places = _named_guards(cfg.guard)
+    heads = _named_baselines(cfg.retrain, "retrain", "[linear,anchored]")
+    if not asked and not places and not heads:
+        raise InputError(
+            "nothing to evaluate: give guard=DIR, baselines=[zero_shot,...], or retrain=[linear]: heads that are trained for each policy"
+        )
+    problems = _Problems(len(asked) + len(places) + len(heads))
+    encoders: dict[str, Encoder] = {}
+    guards, baselines = _begun(cfg, asked, places, encoders, problems)
+    composed = [problems.catch(_composed_head, name, settings) for name, settings in heads]
+    problems.check()
+    tried = [problems.catch(_tried, one, policies[0]) for one in baselines]
+    problems.check()
+    found: list[Contender | Entrant] = list(guards)
+    for one, ready in zip(baselines, tried, strict=True):
+        made = problems.catch(_built_for_each, one, policies, encoders, ready)
+        found += [made] if made is not None else []
+    retrained = [problems.catch(_retrained, *one, encoders) for one in composed if one is not None]
+    problems.check()
+    return found, [one for one in retrained if one is not None]
+
+
+def _begun(
+    cfg: DictConfig, asked: Sequence[Any], places: Sequence[Any], encoders: dict[str, Encoder], problems: _Problems
+) -> tuple[list[Contender], list[_Baseline]]:
+    """Saved guards, and baselines whose settings are checked; nothing of these is loaded."""
+    composed = [problems.catch(_composed, name, settings, cfg.cache_dir) for name, settings in asked]
+    problems.check()
+    guards = [problems.catch(load_contender, place, name, encoders, plain(cfg.trained_on), plain(cfg.trust)) for name, place in places]
+    return [guard for guard in guards if guard is not None], [one for one in composed if one is not None]
+
+
+def _built_for_each(baseline: _Baseline, policies: Sequence[Policy], encoders: dict[str, Encoder], ready: Guard | None) -> Entrant:
+    made = {}
+    for number, rules in enumerate(policies):
+        guard = _built(baseline, rules, encoders, ready if not number else _tried(baseline, rules))
+        made[rules.name] = Contender(guard.name, guard, origin=f"baseline {baseline.name}")
+    return Entrant.of(made)
+
+
+_RETRAINED = ("n_unsafe", "safe_per_unsafe", "threshold", "seed")
+
+
+def _composed_head(name: str, settings: dict[str, Any]) -> tuple[str, DictConfig, DictConfig, dict[str, Any]]:
+    """A head, its encoder and the settings of its training; nothing is loaded."""
+    own = {key: settings.pop(key) for key in list(settings) if key in _RETRAINED}
+    chosen = settings.pop("encoder", "scenes_clip")
+    further: dict[str, Any] = {}
+    if isinstance(chosen, dict) and len(chosen) == 1:
+        ((chosen, further),) = chosen.items()
+    if not isinstance(chosen, str) or not isinstance(further, dict):
+        raise InputError(f"retrain.{name}.encoder must be a name in conf/encoder, or {{name: {{setting: value}}}}, got {chosen!r}")
+    head, encoder = compose_group("head", name, [], root={}), compose_group("encoder", chosen, [], root={})
+    for what, cfg, given in (("head", head, settings), (f"encoder {chosen}", encoder, further)):
+        try:
+            cfg.merge_with(given)
+        except OmegaConfBaseException as error:
+            names = ", ".join(str(one) for one in cfg if one != "_target_") or "no settings"
+            raise InputError(
+                f"retrain.{name} does not take {given} ({str(error).splitlines()[0]}); settings are encoder, {', '.join(_RETRAINED)}, and of {what}: {names}"
+            ) from error
+    return name, head, encoder, own
+
+
+def _retrained(name: str, head: DictConfig, encoder: DictConfig, own: Mapping[str, Any], encoders: dict[str, Encoder]) -> Retrained:
+    return Retrained(f"{name}, retrained", _shared_encoder(encoder, encoders), factory(head), **own)
 
 
 def _rules(cfg: DictConfig, guards: Sequence[Contender]) -> Policy:
@@ -81,11 +154,13 @@ def _named_guards(value: Any) -> list[tuple[str | None, str]]:
     return [(None, str(value))]
 
 
-def _named_baselines(value: Any) -> list[tuple[str, dict[str, Any]]]:
+def _named_baselines(
+    value: Any, setting: str = "baselines", example: str = "[zero_shot,always_unsafe]"
+) -> list[tuple[str, dict[str, Any]]]:
     """baselines=[name, {name: {setting: value}}]; an encoder is a setting, encoder: name or encoder: {name: {setting: value}}."""
     plain = OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value
     if not isinstance(plain, list):
-        raise InputError(f"baselines must be a list such as [zero_shot,always_unsafe], got {value!r}")
+        raise InputError(f"{setting} must be a list such as {example}, got {value!r}")
     found: list[tuple[str, dict[str, Any]]] = []
     for one in plain:
         if isinstance(one, str):
@@ -93,7 +168,7 @@ def _named_baselines(value: Any) -> list[tuple[str, dict[str, Any]]]:
         elif isinstance(one, dict) and all(isinstance(settings, dict) for settings in one.values()):
             found += [(str(name), dict(settings)) for name, settings in one.items()]
         else:
-            raise InputError(f"baselines may hold names and {{name: {{setting: value}}}}, got {one!r}")
+            raise InputError(f"{setting} may hold names and {{name: {{setting: value}}}}, got {one!r}")
     return found
 
 

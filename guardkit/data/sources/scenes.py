@@ -7,14 +7,15 @@ from guardkit.data.sources.base import Loaded
 from guardkit.policy import Policy
 from guardkit.scenes.content import SceneContent
 from guardkit.scenes.world import CATEGORIES, RENDERINGS, Scene, ScenePool, find_region
-from guardkit.schema import InputError, Record
+from guardkit.schema import SAFE, UNSAFE, InputError, Record
 
 
 class ScenesSource:
     """The embedded world.
 
     Args:
-        policy: must have the world's nine categories.
+        policy: has some of the world's nine categories and no others, or all nine and whatever else. Scenes of a category that it lacks
+            are safe: it allows them.
         n_train: natural scenes of each label in the training pool.
         n_test: natural test scenes of each label, per rendering; as many test pairs per rendering.
         rendering: of the training pool, "photo" or "generated"; test sets have both.
@@ -23,7 +24,7 @@ class ScenesSource:
         seed: of the world's scenes, not of the training.
         size: width and height of the drawn images in pixels.
     Raises:
-        InputError: an argument out of range, or a policy without a category of the world.
+        InputError: an argument out of range, or a policy that lacks a category of the world and has others.
     """
 
     name = "scenes"
@@ -43,12 +44,13 @@ class ScenesSource:
         for label, value, least in (("n_train", n_train, 1), ("n_test", n_test, 1), ("size", size, 32)):
             check_whole(f"source.{label}", value, least)
         missing = [category for category in CATEGORIES if category not in policy.category_names]
-        if missing:
+        if missing and not set(policy.category_names) <= set(CATEGORIES):
             raise InputError(
                 f"source=scenes (the default) draws scenes of nine categories, of which policy {policy.name!r} lacks {len(missing)}, {missing[0]!r} first; give "
                 "the source of your own images, as in source=folder source.root=DIR, or use policy=scenes"
             )
         self.n_train, self.n_test, self.size = n_train, n_test, size
+        self._allowed = frozenset(missing)
         shared = {"seed": seed, "scene_shift": scene_shift, "look_alike_rate": look_alike_rate}
         try:
             self._train = ScenePool("train", rendering=rendering, **shared)  # type: ignore[arg-type]
@@ -65,17 +67,23 @@ class ScenesSource:
             unsafe = [pool.scene(1, i) for i in range(self.n_test)]
             records = [self._record(scene) for scene in unsafe]
             test += records + [self._record(pool.scene(0, i)) for i in range(self.n_test)]
-            pairs += [(record, self._record(scene.counterfactual())) for record, scene in zip(records, unsafe, strict=True)]
+            pairs += [
+                (record, self._record(scene.counterfactual()))
+                for record, scene in zip(records, unsafe, strict=True)
+                if record.label == UNSAFE
+            ]
         return Loaded(train=train, test=test, test_pairs=pairs, rejected=[], given=len(train) + len(test), is_drawn=True)
 
     def _record(self, scene: Scene) -> Record:
+        is_allowed = scene.category in self._allowed
+        label = SAFE if is_allowed else scene.label
         return Record(
             id=scene.name,
-            label=scene.label,
-            category=scene.category,
+            label=label,
+            category=None if is_allowed else scene.category,
             source=f"scenes_{scene.rendering}",
             group=str(scene.key),
             content=SceneContent(scene, self.size),
-            region=find_region(scene) if scene.label else None,
+            region=find_region(scene) if label else None,
             caption=scene.caption,
         )
