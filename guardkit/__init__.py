@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from guardkit.api.evaluate import EvaluationReport, evaluate
     from guardkit.api.export import ExportReport, export_guard
     from guardkit.api.fetch import fetch_encoder
+    from guardkit.api.finetune import finetune
     from guardkit.api.moderate import ModerationReport, moderate
     from guardkit.api.sweep import SweepReport, sweep
     from guardkit.api.synthesize import synthesize
-    from guardkit.api.train import TrainingReport, train_guard
+    from guardkit.api.train import train_guard
+    from guardkit.api.trained import TrainingReport
     from guardkit.classifier import GuardClassifier
     from guardkit.counterfactual.edits import Edits
     from guardkit.counterfactual.instructor import Instructor, TemplateInstructor
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from guardkit.encoders.onnx import OnnxEncoder
     from guardkit.encoders.open_clip import OpenClipEncoder
     from guardkit.encoders.transformers import TransformersEncoder
+    from guardkit.encoders.vlm import VLMEncoder
     from guardkit.explaining.explanation import Explanation
     from guardkit.fitting.module import BestHead, GuardModule
     from guardkit.fitting.objective import Objective
@@ -82,7 +85,8 @@ _HOMES = {
     "curator_stage": "guardkit.integrations.curator",
     # the work of the commands
     "train_guard": "guardkit.api.train",
-    "TrainingReport": "guardkit.api.train",
+    "finetune": "guardkit.api.finetune",
+    "TrainingReport": "guardkit.api.trained",
     "embed": "guardkit.api.embed",
     "fetch_encoder": "guardkit.api.fetch",
     "synthesize": "guardkit.api.synthesize",
@@ -114,6 +118,7 @@ _HOMES = {
     "Differentiable": "guardkit.encoders.base",
     "OpenClipEncoder": "guardkit.encoders.open_clip",
     "TransformersEncoder": "guardkit.encoders.transformers",
+    "VLMEncoder": "guardkit.encoders.vlm",
     "OnnxEncoder": "guardkit.encoders.onnx",
     "Source": "guardkit.data.sources.base",
     "Loaded": "guardkit.data.sources.base",

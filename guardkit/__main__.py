@@ -11,6 +11,7 @@ from guardkit.terminal import complain, forgiving_streams
 
 COMMANDS = {
     "train": "trains one guard",
+    "finetune": "trains a LoRA guard inside a vision-language model",
     "sweep": "the sample-efficiency experiment",
     "synthesize": "makes a pair dataset",
     "embed": "embeds images once",

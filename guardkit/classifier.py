@@ -17,12 +17,12 @@ from guardkit.artifacts import fingerprint
 from guardkit.checks import check_choice, check_whole
 from guardkit.embedding_blocks import decide_blocks
 from guardkit.embedding_folder import find_embedding_parts
-from guardkit.encoders.base import Encoder
+from guardkit.encoders.base import Encoder, ReadsPolicy
 from guardkit.encoders.lookup import ENCODER_KINDS, find_encoder
 from guardkit.explaining.explanation import Explanation
 from guardkit.explaining.methods import heat_map
 from guardkit.guard_folder import FILES, read_guard, write_guard
-from guardkit.heads import Head, JoinedHead
+from guardkit.heads import Head, JoinedHead, LinearHead
 from guardkit.hub import upload_folder
 from guardkit.images import read_image
 from guardkit.inputs import each_image, readable
@@ -403,6 +403,41 @@ class GuardClassifier:
             calibration=Calibration(ScoreMap.line("none", 1.0, 0.0), maps) if before else None,
             history=[*self.history, {"thresholds": self.thresholds.to_dict(), "reason": reason}],
             licences={part: name for part, name in self.licences.items() if other.licences.get(part) == name},
+        )
+
+    def for_policy(self, policy: Policy) -> GuardClassifier:
+        """This guard under another policy, which it reads: nothing is trained.
+
+        Its encoder must read policies in its prompt, as one that `guardkit.finetune` tuned does, and the decision's weights are those of
+        before: whatever the prompt forbids is unsafe. It has learned nothing of the new policy's categories, so that their scores are the
+        decision's; thresholds are the decision's of before, and calibrations and figures are left behind, because they were of another policy.
+
+        Raises:
+            InputError: the encoder reads no policy, or the head is no linear one.
+        """
+        if policy.digest == self.policy.digest:
+            return self
+        if not isinstance(self.encoder, ReadsPolicy) or not getattr(self.encoder, "reads_policy", True):
+            raise InputError(
+                f"guard {self.name} does not read policies (its encoder {self.encoder.name} has no prompt with a place for one); train one for "
+                f"policy {policy.name}"
+            )
+        if not isinstance(self.head, LinearHead) or self.head.map is not None:
+            raise InputError(
+                f"a guard that reads policies has a plain linear head, and this one has a {self.head.kind}; train it with head=linear"
+            )
+        head = LinearHead(self.encoder.dim, len(policy.categories))
+        with torch.no_grad():
+            head.linear.weight.copy_(self.head.linear.weight[:1].expand_as(head.linear.weight))
+            head.linear.bias.copy_(self.head.linear.bias[:1].expand_as(head.linear.bias))
+        return GuardClassifier(
+            head,
+            self.encoder.for_policy(policy),
+            policy,
+            threshold=self.threshold,
+            training=self.training,
+            training_images=self.training_images,
+            licences=self.licences,
         )
 
     # --- keeping ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from guardkit.encoders.adapters import ADAPTER, ADAPTER_CONFIG
 from guardkit.encoders.lookup import ENCODER_KINDS
 from guardkit.heads import HEAD_KINDS
 from guardkit.kinds import MAX_WIDTH, is_width
@@ -14,6 +15,7 @@ from guardkit.licences import check_licences
 from guardkit.schema import shortened
 from guardkit.score_maps import Calibration
 
+HERE = "."  # an adapter in the guard's own folder, wherever that is
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -42,6 +44,16 @@ def check_config(config: Mapping[str, Any]) -> None:
     _expect(policy, "digest", is_hash, "64 hex digits", "policy.")
     for part, kinds in ((head, HEAD_KINDS), (encoder, ENCODER_KINDS)):
         _expect(part, "kind", kinds.is_name, f"one of {', '.join(kinds.ours)}, or package.module:Class", f"{kinds.part}.")
+    has_adapter = config.get("adapter_sha256") is not None
+    if _of_the_encoder(encoder) != (HERE if has_adapter else None):
+        raise ValueError(f"encoder.config.adapter must be {HERE!r} with adapter_sha256, and null or absent without it")
+    if has_adapter:
+        if set(_object(config, "adapter_sha256", "")) != {ADAPTER, ADAPTER_CONFIG}:
+            raise ValueError(
+                f"adapter_sha256 must have {ADAPTER} and {ADAPTER_CONFIG}, got {shortened(', '.join(config['adapter_sha256']))}"
+            )
+        for name in (ADAPTER, ADAPTER_CONFIG):
+            _expect(config["adapter_sha256"], name, is_hash, "64 hex digits", "adapter_sha256.")
     settings = _object(head, "settings", "head.")
     for name, wanted in (("dim", dim), ("n_categories", len(names))):
         if settings.get(name, wanted) != wanted:
@@ -82,6 +94,11 @@ def check_config(config: Mapping[str, Any]) -> None:
             _object(metrics, key, "metrics.")
     if metrics.get("notes") is not None:
         _expect(metrics, "notes", lambda one: isinstance(one, list) and all(map(_is_text, one)), "a list of texts", "metrics.")
+
+
+def _of_the_encoder(encoder: Mapping[str, Any]) -> Any:
+    """The adapter that an encoder's arguments name; what other kinds call so is their own affair."""
+    return encoder["config"].get("adapter") if encoder["kind"] == "vlm" and isinstance(encoder.get("config"), dict) else None
 
 
 def _check_band(band: Any, where: str) -> None:

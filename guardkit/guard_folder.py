@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from safetensors.torch import save_file
 from guardkit import __version__
 from guardkit.artifacts import fingerprint, hash_file, read_json, written
 from guardkit.checks import check_path
+from guardkit.encoders.adapters import ADAPTER, ADAPTER_CONFIG
 from guardkit.encoders.lookup import ENCODER_KINDS
 from guardkit.guard_card import model_card
-from guardkit.guard_config import check_config
+from guardkit.guard_config import HERE, check_config
 from guardkit.guard_parts import check_logits, filled, head_class, outlines, reason_of, tensors
 from guardkit.heads import HEAD_KINDS, Head
 from guardkit.hub import hub_folder, is_hub_id
@@ -32,7 +34,8 @@ from guardkit.thresholds import Thresholds
 
 FORMATS = (1, 2)  # read; the last is written
 CONFIG, WEIGHTS, POLICY, CARD = "config.json", "model.safetensors", "policy.yaml", "README.md"
-FILES = frozenset({CONFIG, WEIGHTS, POLICY, CARD, SEEN})
+ADAPTERS = (ADAPTER, ADAPTER_CONFIG)  # of guards whose encoder is a model with an adapter
+FILES = frozenset({CONFIG, WEIGHTS, POLICY, CARD, SEEN, *ADAPTERS})
 _HEADER_BYTES = 1 << 20  # more than names and shapes of a head's weights take
 _MEND = "copy the folder anew or train the guard again"
 
@@ -92,6 +95,10 @@ def read_guard(
     named += [(ENCODER_KINDS, config["encoder"]["kind"])] if needs_encoder else []
     require_trust(named, trust, needed_by=f"guard {path}")
     kind = head_class(config["head"]["kind"], head, trust)
+    for name, sha256 in (config.get("adapter_sha256") or {}).items():
+        if not (path / name).is_file() or hash_file(path / name) != sha256:
+            raise InputError(f"{path / name} is missing or damaged (its SHA-256 does not match); copy the folder anew")
+        config["encoder"]["config"]["adapter"] = str(path)
     return Stored(path, config, policy, _read_head(path, config, kind), _read_seen(path, config.get("training_images_sha256")))
 
 
@@ -213,6 +220,13 @@ def write_guard(
         new = {name: files.enter_context(written(folder / name)) for name in (CONFIG, CARD, POLICY, WEIGHTS)}
         save_file(tensors(head), new[WEIGHTS])
         policy.save(new[POLICY])
+        encoder = dict(config["encoder"])
+        adapter = encoder["config"].get("adapter") if encoder["kind"] == "vlm" else None
+        if adapter is not None:
+            for name in ADAPTERS:
+                new[name] = files.enter_context(written(folder / name))
+                shutil.copyfile(Path(adapter) / name, new[name])
+            encoder["config"] = encoder["config"] | {"adapter": HERE}
         if training_images is not None:
             new[SEEN] = files.enter_context(written(folder / SEEN))
             training_images.save(new[SEEN])
@@ -222,10 +236,13 @@ def write_guard(
             "head": {"kind": kind, "settings": settings},
             "categories": list(policy.category_names),
             **config,
+            "encoder": encoder,
             "policy": {"name": policy.name, "digest": policy.digest},
             "weights_sha256": hash_file(new[WEIGHTS]),
             "training_images_sha256": hash_file(new[SEEN]) if SEEN in new else None,
         }
+        if adapter is not None:
+            whole["adapter_sha256"] = {name: hash_file(new[name]) for name in ADAPTERS}
         whole["digest"] = fingerprint(whole)
         new[CARD].write_text(model_card(whole, policy, called), encoding="utf-8")
         new[CONFIG].write_text(json.dumps(whole, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -242,7 +259,7 @@ def _check_free(folder: Path) -> None:
     # names with a dot in front belong to tools such as git, and to a writer that was killed
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     foreign = sorted(names - FILES)
-    if not foreign and names:
+    if not foreign and names - set(ADAPTERS):
         try:
             is_guard = {"format", "head", "policy", "weights_sha256", "digest"} <= read_json(
                 folder / CONFIG, "a guard's configuration"

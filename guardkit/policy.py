@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +51,16 @@ class Category:
     classes: tuple[str, ...] = ()
     look_alikes: tuple[str, ...] = ()
 
+    @property
+    def rule(self) -> str:
+        """It in words, in one line: name, definition, what is covered and what is not."""
+        parts = [f"- {self.name}: {self.definition}"]
+        if self.covered:
+            parts.append(f"Covered: {'; '.join(self.covered)}.")
+        if self.not_covered:
+            parts.append(f"Not covered: {'; '.join(self.not_covered)}.")
+        return " ".join(parts)
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -85,6 +95,14 @@ class Policy:
     def digest(self) -> str:
         """A hash of the content; comments, order of fields and layout do not matter."""
         return fingerprint(self.to_dict())
+
+    def rules(self, names: Collection[str] | None = None) -> str:
+        """The categories in words, a line each: name, definition, what is covered and what is not.
+
+        Args:
+            names: of the categories wanted; None: all.
+        """
+        return "\n".join(category.rule for category in self.categories if names is None or category.name in names)
 
     def own_name(self, name: str) -> str:
         """What the policy calls a category that others write in another case, or with blanks or hyphens; other names as they are."""

@@ -349,3 +349,157 @@ PIPELINES = {
     "text_to_image": lambda: stable_diffusion("StableDiffusionPipeline", 4),
     "flux_fill": lambda: flux("FluxFillPipeline", 4 + 4 + 4 * 4),
 }
+
+
+# --- vision-language models, in the files of transformers -----------------------------------------------------------------
+
+SPOKEN = ["user", "assistant", ":", "safe", "unsafe", "yes", "no", "un", "Is", "this", "image", "or", "?", "red", "is", "it"]
+SPECIAL = [
+    "[PAD]", "[UNK]", "<s>", "</s>", "<image>", "<fake_token_around_image>", "<global-img>", "<video>", "<row_1_col_1>", "<|image_pad|>",
+    "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<IMG_CONTEXT>", "<img>", "</img>", "<image_soft_token>", "<start_of_image>",
+    "<end_of_image>",
+]  # fmt: skip
+VLM_WORDS = [*SPECIAL, *SPOKEN]
+LANGUAGE = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "vocab_size": len(VLM_WORDS), "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3,
+}  # fmt: skip
+SQUARE = {"height": 32, "width": 32}
+
+
+def _tokenizer(**names):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VLM_WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=SPECIAL[4:], **names,
+    )  # fmt: skip
+
+
+def chat_template(image):
+    """Of a model whose images stand where this text does."""
+    return (
+        "<s>{% for message in messages %}{{ message['role'] }} : {% for part in message['content'] %}{% if part['type'] == 'image' %}"
+        + image
+        + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}</s>{% endfor %}{% if add_generation_prompt %} assistant :{% endif %}"
+    )
+
+
+def _save(model, processor, folder):
+    with torch.no_grad():  # states of a size as trained ones have, beside which a norm's epsilon is nothing
+        model.get_input_embeddings().weight.mul_(20)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def write_smolvlm(folder):
+    """As HuggingFaceTB/SmolVLM-256M-Instruct."""
+    from transformers import (
+        SmolVLMConfig,
+        SmolVLMForConditionalGeneration,
+        SmolVLMImageProcessor,
+        SmolVLMProcessor,
+        SmolVLMVideoProcessor,
+    )
+
+    side = {"longest_edge": 32}
+    config = SmolVLMConfig(
+        text_config=LANGUAGE | {"model_type": "llama"}, vision_config=VISION, scale_factor=2, image_token_id=VLM_WORDS.index("<image>"),
+        pad_token_id=0,
+    )  # fmt: skip
+    processor = SmolVLMProcessor(
+        SmolVLMImageProcessor(size={"longest_edge": 128}, max_image_size=side),
+        _tokenizer(),
+        SmolVLMVideoProcessor(size=side, max_image_size=side, video_sampling={"fps": 1, "max_frames": 4, "video_size": side}),
+        image_seq_len=4,
+        chat_template=chat_template("<image>"),
+    )
+    _save(SmolVLMForConditionalGeneration(config), processor, folder)
+
+
+def write_qwen_vl(folder):
+    """As Qwen/Qwen2.5-VL-3B-Instruct: patches in a row, and positions in three dimensions."""
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 8, "out_hidden_size": 32,
+        "fullatt_block_indexes": [1], "window_size": 32,
+    }  # fmt: skip
+    marks = {name: VLM_WORDS.index(f"<|{mark}|>") for name, mark in {
+        "image_token_id": "image_pad", "video_token_id": "video_pad", "vision_start_token_id": "vision_start", "vision_end_token_id": "vision_end",
+    }.items()}  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    config = Qwen2_5_VLConfig(
+        text_config=LANGUAGE | {"rope_parameters": rope}, vision_config=vision, bos_token_id=2, eos_token_id=3, **marks
+    )
+    processor = Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(patch_size=8, min_pixels=256, max_pixels=4096),
+        _tokenizer(image_token="<|image_pad|>", video_token="<|video_pad|>"),
+        Qwen2VLVideoProcessor(patch_size=8),
+        chat_template=chat_template("<|vision_start|><|image_pad|><|vision_end|>"),
+    )
+    _save(Qwen2_5_VLForConditionalGeneration(config), processor, folder)
+
+
+def write_paligemma(folder):
+    """As google/paligemma2-3b-mix-224: Gemma's norms, and logits that are capped."""
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor, SiglipImageProcessor
+
+    images = SiglipImageProcessor(size=SQUARE)
+    images.image_seq_length = 16
+    config = PaliGemmaConfig(
+        text_config=LANGUAGE | {"model_type": "gemma2", "head_dim": 16, "sliding_window": 64},
+        vision_config=VISION | {"model_type": "siglip_vision_model", "projection_dim": 32},
+        image_token_index=VLM_WORDS.index("<image>"), projection_dim=32,
+    )  # fmt: skip
+    processor = PaliGemmaProcessor(images, _tokenizer(), chat_template=chat_template("<image>"))
+    _save(PaliGemmaForConditionalGeneration(config), processor, folder)
+
+
+def write_internvl(folder):
+    """As OpenGVLab/InternVL3-1B-hf."""
+    from transformers import (
+        GotOcr2ImageProcessor,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+    )
+
+    config = InternVLConfig(
+        text_config=LANGUAGE | {"model_type": "qwen2"}, vision_config=VISION | {"image_size": [32, 32], "patch_size": [8, 8]},
+        image_token_id=VLM_WORDS.index("<IMG_CONTEXT>"), image_seq_length=4,
+    )  # fmt: skip
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    processor = InternVLProcessor(
+        GotOcr2ImageProcessor(size=SQUARE), _tokenizer(**names), InternVLVideoProcessor(size=SQUARE), image_seq_length=4,
+        chat_template=chat_template("<IMG_CONTEXT>"),
+    )  # fmt: skip
+    _save(InternVLForConditionalGeneration(config), processor, folder)
+
+
+def write_llava(folder):
+    """As llava-hf/llava-1.5-7b-hf: a CLIP whose class token is left out."""
+    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    config = LlavaConfig(
+        text_config=LANGUAGE | {"model_type": "llama"}, vision_config=VISION | {"model_type": "clip_vision_model", "projection_dim": 32},
+        image_token_index=VLM_WORDS.index("<image>"), vision_feature_layer=-1,
+    )  # fmt: skip
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size=SQUARE, crop_size=SQUARE, do_center_crop=False), _tokenizer(), patch_size=8,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=chat_template("<image>"),
+    )  # fmt: skip
+    _save(LlavaForConditionalGeneration(config), processor, folder)
+
+
+VLMS = {"llava": write_llava, "smolvlm": write_smolvlm, "qwen_vl": write_qwen_vl, "paligemma": write_paligemma, "internvl": write_internvl}

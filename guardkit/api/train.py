@@ -4,62 +4,35 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
 
-from guardkit.artifacts import write_json, written
+from guardkit.api.trained import WRITTEN, TrainingReport, reported
 from guardkit.checks import MAX_SEED, check_whole
 from guardkit.classifier import GuardClassifier
 from guardkit.counterfactual.edits import Edits
 from guardkit.data.arms import Arm, arm_named, without_effect
 from guardkit.data.look_alikes import LookAlikes
 from guardkit.data.sources.base import Source
-from guardkit.data.training_images import training_images
 from guardkit.editors.base import Editor
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
-from guardkit.encoders.known import MAX_IMAGES, unknown_images
-from guardkit.evaluation.training import measure, out_of_fold_figures
-from guardkit.evaluation.verdicts import editor_trace, lacks_a_label, no_better, texts, unusable, unused
-from guardkit.fitting.cross_validation import N_FOLDS, cross_validate
-from guardkit.fitting.module import DEFAULT_THRESHOLD, EpochProgress, check_checkpoint, scalars
+from guardkit.fitting.cross_validation import cross_validate
+from guardkit.fitting.module import DEFAULT_THRESHOLD, EpochProgress, check_checkpoint
 from guardkit.fitting.objective import Objective
 from guardkit.fitting.parts import HeadFactory, check_parts, head_factory, make_parts, new_head
 from guardkit.fitting.recipe import ADAMW, OptimizerFactory, Recipe, check_threshold, named, opened_logger
 from guardkit.folders import claim, refuse_others
 from guardkit.heads import Head, JoinedHead
 from guardkit.policy import Policy
-from guardkit.reports.training import summary_table, write_pictures, write_predictions
-from guardkit.reports.training_mistakes import mistakes_page
-from guardkit.schema import SAFE, UNSAFE, InputError
+from guardkit.schema import InputError
 
 log = logging.getLogger(__name__)
-
-WRITTEN = ("guard", "metrics.json", "predictions.parquet", "*.png", "mistakes.html", "checkpoints", "csv", "wandb")
-
-
-@dataclass(frozen=True)
-class TrainingReport:
-    """What training gives.
-
-    Attributes:
-        guard: trained, with its threshold.
-        metrics: the figures of metrics.json.
-        table: the main ones, to print.
-        folder: where everything is written; None: nothing was.
-    """
-
-    guard: GuardClassifier
-    metrics: dict[str, Any]
-    table: str
-    folder: Path | None
 
 
 def train_guard(
@@ -189,66 +162,22 @@ def train_guard(
         with owned, opened_logger(logger) as told:
             every = [EpochProgress(), *_callbacks(callbacks, folder)]
             fitted = recipe.fit(made, parts, logger=told, callbacks=every, threshold=threshold, ckpt_path=ckpt_path)
-            metrics, measured = measure(fitted, parts.data, experiment=chosen.name, seed=seed)
-            try:
-                out_of_fold = cross_validate(make_head, parts, recipe, chosen, fitted, seed, **settings_of_data)
-                figures = out_of_fold_figures(fitted.guard, out_of_fold.records, out_of_fold.scores[:, 0])
-                metrics["cross_validated"] = {"n_folds": N_FOLDS, **figures}
-            except InputError as error:
-                out_of_fold, metrics["cross_validated"] = None, {"n_folds": None, "reason": str(error)}
-            metrics["notes"] = [*unusable(metrics["inputs"]), *idle, *parts.data.notes, *parts.unlabelled.notes, *made.notes]
-            if metrics["test"]["safe_images_are_counterfactuals"]:
-                metrics["notes"].append(
-                    f"source={source.name} has no natural safe images to test on: counterfactuals stand for them, and test AUROC and F1 "
-                    "do not say how a guard does on ordinary images"
-                )
-            labelled = [record for kind in ("unsafe", "natural", "look_alike") for record in parts.data.choice.of(kind)[:MAX_IMAGES]]
-            metrics["notes"] += unknown_images(encoder, lambda: parts.data.views.embed(labelled))
-            n_of = Counter(record.label for record in parts.data.load())
-            if extend is not None:
-                metrics["notes"].append(
-                    f"these figures are of {', '.join(policy.category_names)} alone, which were added to {', '.join(extend.policy.category_names)}; "
-                    "calibrate the guard for thresholds of the decision, and measure what both decide together with python -m guardkit.evaluate guard=GUARD"
-                )
-            metrics["notes"] += [
-                *(unused(metrics, n_of[UNSAFE], n_of[SAFE]) if recipe.trains else []),
-                *lacks_a_label(metrics, brings_test_images=parts.data.loaded.test is not None),
-                *no_better(metrics, is_trained=recipe.trains),
-                *texts(metrics),
-                *editor_trace(metrics, chosen, pipeline.editor.name),
-            ]
-            guard = fitted.guard
-            guard.training = {
-                "prevalence": recipe.objective.prevalence,
-                "experiment": chosen.name,
-                "seed": seed,
-                "sources": sorted({record.source for record in parts.data.choice.train["unsafe"]}),
-                **{key: metrics[key] for key in ("n_unsafe", "n_safe", "n_counterfactuals")},
-            }
-            guard.training_images = training_images(parts.data, parts.unlabelled)
-            guard.metrics = {key: metrics[key] for key in ("test", "pairs", "always_unsafe", "notes")}
-            if extend is not None:
-                guard = extend.extended_by(guard)
-            if folder is not None:
-                guard.save_pretrained(folder / "guard")
-                write_predictions(folder / "predictions.parquet", measured)
-                write_pictures(folder, fitted, parts.data, measured)
-                page = mistakes_page(metrics, measured, out_of_fold, policy=policy.name, threshold=guard.threshold)
-                with written(folder / "mistakes.html") as temporary:
-                    temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # it shows paths, which may be no text
-            metrics["timing_s"] = {
-                "total": time.perf_counter() - started,
-                "encode": store.seconds,
-                "edit": parts.data.edits.seconds + parts.data.other_edits.seconds,
-                "fit": fitted.seconds,
-            }
-            if told:
-                told.log_metrics(scalars({key: metrics[key] for key in ("test", "pairs")}), step=len(fitted.curve))
-            if folder is not None:
-                write_json(folder / "metrics.json", metrics)
+            report = reported(
+                fitted,
+                parts,
+                chosen,
+                seed=seed,
+                out_of_fold=lambda: cross_validate(make_head, parts, recipe, chosen, fitted, seed, **settings_of_data),
+                notes=[*idle, *parts.data.notes, *parts.unlabelled.notes, *made.notes],
+                is_trained=recipe.trains,
+                extend=extend,
+                folder=folder,
+                logger=told,
+                started=started,
+            )
     finally:
         parts.data.close()
-    return TrainingReport(guard, metrics, summary_table(metrics), folder)
+    return report
 
 
 def _check_extension(guard: GuardClassifier, encoder: Encoder, policy: Policy) -> None:

@@ -95,23 +95,13 @@ class VLMJudge:
 
 
 def _prompts(policy: Policy, covers: frozenset[str] | None) -> list[str]:
-    rules = "\n".join(_rule(policy, name) for name in policy.category_names if covers is None or name in covers)
+    rules = policy.rules(covers)
     return [
         f"Is this image safe or unsafe? {_FORM}",
         f"An image is unsafe if it shows any of the following:\n{rules}\nBy these rules, is this image safe or unsafe? {_FORM}",
         "Put aside your own idea of what makes an image unsafe and go by this one alone: an image is unsafe if it shows any of the "
         f"following:\n{rules}\nBy these rules alone, is this image safe or unsafe? {_FORM}",
     ]
-
-
-def _rule(policy: Policy, name: str) -> str:
-    category = policy[name]
-    parts = [f"- {name}: {category.definition}"]
-    if category.covered:
-        parts.append(f"Covered: {'; '.join(category.covered)}.")
-    if category.not_covered:
-        parts.append(f"Not covered: {'; '.join(category.not_covered)}.")
-    return " ".join(parts)
 
 
 def _majority(answers: Sequence[Answer]) -> Judgment:

@@ -17,6 +17,8 @@ from guardkit.schema import InputError, shortened
 
 if TYPE_CHECKING:
     import torch
+
+    from guardkit.policy import Policy
 log = logging.getLogger(__name__)
 
 # At other batch sizes (5, 6, 7, 9, ...; which ones depends on the number of threads) the CPU's matrix product rounds the
@@ -141,6 +143,26 @@ class Traceable(Encoder, Protocol):
     def image_module(self) -> torch.nn.Module:
         """A module on the processor: (n, 3, height, width) float32 of `preprocess` -> (n, d) vectors as the model gives them."""
         ...
+
+
+@runtime_checkable
+class ReadsPolicy(Protocol):
+    """An encoder that is told the policy, so that its vectors depend on it.
+
+    Attributes:
+        rules: the policy's text; None: it was told none yet.
+    """
+
+    rules: str | None
+
+    def for_policy(self, policy: Policy) -> Encoder:
+        """The encoder that is told this policy."""
+        ...
+
+
+def told(encoder: Encoder, policy: Policy) -> Encoder:
+    """The encoder as it is under a policy: told it, where it reads one and was told none."""
+    return encoder.for_policy(policy) if isinstance(encoder, ReadsPolicy) and encoder.rules is None else encoder
 
 
 def reads_texts(encoder: object) -> bool:

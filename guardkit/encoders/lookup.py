@@ -19,6 +19,7 @@ ENCODER_KINDS = Kinds(
         "open_clip": "guardkit.encoders.open_clip:OpenClipEncoder",
         "transformers": "guardkit.encoders.transformers:TransformersEncoder",
         "onnx": "guardkit.encoders.onnx:OnnxEncoder",
+        "vlm": "guardkit.encoders.vlm:VLMEncoder",
     },
 )
 

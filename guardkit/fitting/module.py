@@ -175,8 +175,8 @@ class GuardModule(L.LightningModule):
         batch = data.validation_batch()
         noted = {"prevalence": self.objective.prevalence, "n_unsafe": len(data.choice.train["unsafe"])}
         guard = GuardClassifier(self.head.cpu().eval(), data.store.encoder, data.policy, threshold=DEFAULT_THRESHOLD, training=noted)
-        guard.operating_points = operating_points(batch["labels"].numpy(), guard.score_embeddings(batch["embeddings"].numpy()))
-        guard.threshold = self.threshold = choose_threshold(threshold, guard.operating_points)
+        set_threshold(guard, batch, threshold)
+        self.threshold = guard.threshold
         return guard
 
     def _trained_for(self) -> dict[str, Any]:
@@ -287,18 +287,23 @@ def fit(
         choose_threshold(threshold, operating_points(labels, labels.astype(float)))
     (best,) = (one for one in trainer.callbacks if isinstance(one, BestHead))  # type: ignore[attr-defined]
     if trainer.max_epochs:
-        with quiet_lightning():
-            try:
-                trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-            except SystemExit as ended:
-                # Lightning turns Ctrl-C into an exit with status 1
-                raise KeyboardInterrupt from ended
+        run(trainer, module, data, ckpt_path)
         if best.epoch < 0:  # it was never validated
             with torch.inference_mode():
                 module.check_finite(float(module.loss(data.validation_batch())), trainer.current_epoch)
     else:
         data.check_both_sides()
     return Fitted(module.to_guard(data, threshold), module, best.curve, best.epoch, best.loss, time.perf_counter() - started)
+
+
+def run(trainer: L.Trainer, module: GuardModule, data: GuardDataModule, ckpt_path: str | Path | None) -> None:
+    """Lightning's `fit`, without its own messages, and with Ctrl-C as Python has it."""
+    with quiet_lightning():
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        except SystemExit as ended:
+            # Lightning turns Ctrl-C into an exit with status 1
+            raise KeyboardInterrupt from ended
 
 
 def check_checkpoint(path: str | Path) -> None:
@@ -322,6 +327,20 @@ def scalars(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, (int, float)):
             flat[f"{prefix}{key}"] = float(value)
     return flat
+
+
+def set_threshold(guard: GuardClassifier, batch: Batch, threshold: float | str) -> None:
+    """Gives a guard its operating points on validation images, and the threshold that is asked for.
+
+    Args:
+        guard: changed.
+        batch: with embeddings of the guard's encoder, and labels.
+        threshold: a number in [0, 1], or the name of an operating point.
+    Raises:
+        InputError: an unknown operating point.
+    """
+    guard.operating_points = operating_points(batch["labels"].numpy(), guard.score_embeddings(batch["embeddings"].numpy()))
+    guard.threshold = choose_threshold(threshold, guard.operating_points)
 
 
 def choose_threshold(threshold: float | str, points: dict[str, dict]) -> float:

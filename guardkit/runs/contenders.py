@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from guardkit.api.evaluate import common_policy, load_contender
 from guardkit.artifacts import fingerprint
-from guardkit.encoders.base import Encoder
+from guardkit.encoders.base import Encoder, told
 from guardkit.evaluation.policies import Entrant
 from guardkit.evaluation.scoring import Contender
 from guardkit.fitting.retraining import Retrained
@@ -254,14 +254,14 @@ def _tried(baseline: _Baseline, rules: Policy) -> Guard | None:
 
 
 def _built(baseline: _Baseline, rules: Policy, encoders: dict[str, Encoder], ready: Guard | None) -> Guard:
-    return ready if ready is not None else baseline.make(rules, _shared_encoder(baseline.cfg.encoder, encoders))
+    return ready if ready is not None else baseline.make(rules, _shared_encoder(baseline.cfg.encoder, rules, encoders))
 
 
-def _shared_encoder(cfg: DictConfig, encoders: dict[str, Encoder]) -> Encoder:
+def _shared_encoder(cfg: DictConfig, rules: Policy, encoders: dict[str, Encoder]) -> Encoder:
     """An encoder that was built before from the same settings or with the same weights, or a new one."""
-    key = fingerprint(OmegaConf.to_container(cfg, resolve=True))
+    key = fingerprint([OmegaConf.to_container(cfg, resolve=True), rules.digest])
     if key not in encoders:
-        encoder: Encoder = make(cfg)
+        encoder = told(make(cfg), rules)
         encoders[key] = encoders.setdefault(encoder.fingerprint, encoder)
     return encoders[key]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from guardkit.api.embed import embed
-from guardkit.runs.hydra import cache_dir, make, make_source, policy
+from guardkit.runs.hydra import cache_dir, make_source, policy
+from guardkit.runs.objects import encoder
 
 
 def run(cfg: DictConfig, folder: Path) -> dict[str, int]:
@@ -19,9 +20,10 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, int]:
     Returns:
         given, written and rejected; given is the sum of the others.
     """
+    rules = policy(cfg)
     return embed(
-        make_source(cfg, policy(cfg)),
-        encoder=make(cfg.encoder),
+        make_source(cfg, rules),
+        encoder=encoder(cfg, rules),
         output_dir=folder,
         limit=cfg.limit,
         shard_size=cfg.shard_size,

@@ -9,7 +9,9 @@ from omegaconf import DictConfig
 from guardkit.counterfactual.edits import Edits
 from guardkit.data.arms import Arm
 from guardkit.embeddings import EmbeddingStore
+from guardkit.encoders.base import Encoder, told
 from guardkit.fitting.parts import Parts, make_parts
+from guardkit.policy import Policy
 from guardkit.runs.hydra import cache_dir, factory, make, make_source, plain, policy
 from guardkit.schema import InputError
 
@@ -20,6 +22,11 @@ def arm(cfg: DictConfig) -> Arm:
         raise InputError(f"experiment_name must be a text, as in experiment_name=mine, got {plain(cfg.experiment_name)!r}")
     data = plain(cfg.data)
     return Arm(cfg.experiment_name, data["negatives"], data["transform"], positives=data["positives"])
+
+
+def encoder(cfg: DictConfig, rules: Policy) -> Encoder:
+    """The chosen encoder; one that reads policies is told the run's."""
+    return told(make(cfg.encoder), rules)
 
 
 def edits(cfg: DictConfig) -> Edits:
@@ -46,7 +53,7 @@ def build(cfg: DictConfig) -> Parts:
         cfg: composed from conf/train.yaml.
     """
     rules, cache = policy(cfg), cache_dir(cfg)
-    store = EmbeddingStore(make(cfg.encoder), cache)
+    store = EmbeddingStore(encoder(cfg, rules), cache)
     pipeline = edits(cfg).pipeline(rules, store, cache)
     source = make_source(cfg, rules)
     return make_parts(source, rules, store, pipeline, arm(cfg), n_unsafe=cfg.data.n_unsafe, seed=cfg.seed, **data(cfg))

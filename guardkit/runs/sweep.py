@@ -10,9 +10,9 @@ from omegaconf import DictConfig
 from guardkit.api.sweep import SweepReport, sweep
 from guardkit.checks import is_list
 from guardkit.data.arms import Arm
-from guardkit.runs.hydra import cache_dir, factory, make, make_source, plain, policy
+from guardkit.runs.hydra import cache_dir, factory, make_source, plain, policy
 from guardkit.runs.loggers import check_logger, logger_of
-from guardkit.runs.objects import data, edits, loss
+from guardkit.runs.objects import data, edits, encoder, loss
 from guardkit.schema import InputError
 
 
@@ -33,7 +33,7 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> SweepReport:
     return sweep(
         make_source(cfg, rules),
         rules,
-        encoder=make(cfg.encoder),
+        encoder=encoder(cfg, rules),
         output_dir=folder,
         arms=arms,
         heads=heads,

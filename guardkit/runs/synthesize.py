@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from guardkit.api.synthesize import synthesize
-from guardkit.runs.hydra import cache_dir, make, make_source, policy
-from guardkit.runs.objects import edits
+from guardkit.runs.hydra import cache_dir, make_source, policy
+from guardkit.runs.objects import edits, encoder
 
 
 def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return synthesize(
         make_source(cfg, rules),
         rules,
-        encoder=make(cfg.encoder),
+        encoder=encoder(cfg, rules),
         editor=edits(cfg),
         output_dir=folder,
         direction=cfg.direction,

@@ -7,11 +7,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from guardkit.api.train import TrainingReport, train_guard
+from guardkit.api.train import train_guard
+from guardkit.api.trained import TrainingReport
 from guardkit.classifier import GuardClassifier
 from guardkit.runs.hydra import cache_dir, factory, make, make_source, plain, policy
 from guardkit.runs.loggers import check_logger, logger_of
-from guardkit.runs.objects import arm, data, edits, loss
+from guardkit.runs.objects import arm, data, edits, encoder, loss
 
 
 def run(cfg: DictConfig, settings: Any, folder: Path) -> TrainingReport:
@@ -28,7 +29,7 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> TrainingReport:
     return train_guard(
         make_source(cfg, rules),
         rules,
-        encoder=make(cfg.encoder) if extend is None else extend.encoder,
+        encoder=encoder(cfg, rules) if extend is None else extend.encoder,
         head=factory(cfg.head),
         arm=arm(cfg),
         editor=edits(cfg),

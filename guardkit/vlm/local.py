@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,20 +10,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from guardkit.artifacts import fingerprint, hash_file, weights_variant
+from guardkit.artifacts import fingerprint, hash_file
 from guardkit.checks import check_choice, check_whole
 from guardkit.hub import hub_folder
 from guardkit.limits import shrink
-from guardkit.progress import bars_on_terminals_only
 from guardkit.schema import InputError
 from guardkit.vlm.base import CUT_OFF, VERSION, Answer, Question, check_model, one_line, reply
+from guardkit.vlm.loading import DTYPES, MODEL_FILES, disarmed, load_model
 
 log = logging.getLogger(__name__)
 
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 # the sampling settings that a model brings along have no effect then, and are warned about unless unset
 _GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-_MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")  # no code and no pickles
 
 
 class TransformersVLM:
@@ -57,7 +54,7 @@ class TransformersVLM:
         check_model(model)
         check_whole("vlm.max_new_tokens", max_new_tokens, 1)
         check_whole("vlm.max_image_px", max_image_px, 1)
-        check_choice("vlm.dtype", dtype, _DTYPES)
+        check_choice("vlm.dtype", dtype, DTYPES)
         self.model, self.revision, self.device, self.dtype = model, revision, device, dtype
         self.max_new_tokens, self.max_image_px = max_new_tokens, max_image_px
         self.name = Path(model).expanduser().name if Path(model).expanduser().is_dir() else model
@@ -70,7 +67,7 @@ class TransformersVLM:
 
         folder = self._folder
         if Path(self.model).expanduser().is_dir():
-            files = {path for pattern in _MODEL_FILES for path in folder.rglob(pattern)}
+            files = {path for pattern in MODEL_FILES for path in folder.rglob(pattern)}
             weights = {"files": fingerprint({path.relative_to(folder).as_posix(): hash_file(path) for path in files})}
         else:
             weights = {"model": self.model, "commit": folder.name}
@@ -117,12 +114,7 @@ class TransformersVLM:
         return messages
 
     def _disarmed(self, text: str) -> str:
-        """Takes the model's special tokens apart, so that a caption can neither end its turn nor announce an image."""
-        processor, _ = self._loaded
-        for token in processor.tokenizer.added_tokens_decoder.values():
-            if token.special and len(token.content) > 1:
-                text = text.replace(token.content, f"{token.content[0]} {token.content[1:]}")
-        return text
+        return disarmed(text, self._loaded[0].tokenizer)
 
     @cached_property
     def _folder(self) -> Path:
@@ -133,7 +125,7 @@ class TransformersVLM:
             return folder
         return hub_folder(
             self.model,
-            _MODEL_FILES,
+            MODEL_FILES,
             refusal=f"vlm.model {self.model} is no folder and cannot be had from the Hub",
             remedy="without a network, save the model's files in a folder and give that",
             revision=self.revision,
@@ -142,36 +134,9 @@ class TransformersVLM:
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         """The processor and the model."""
-        import torch
-        import transformers
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        folder = self._folder
-        try:
-            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            with bars_on_terminals_only(transformers.utils.logging):
-                loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                    folder,
-                    dtype=self.dtype,
-                    trust_remote_code=False,
-                    use_safetensors=True,
-                    local_files_only=True,  # the files may name other models, which nobody asked for
-                    output_loading_info=True,
-                    variant=weights_variant(os.listdir(folder)),
-                )
-            model, report = loaded
-            model.to(device).eval().requires_grad_(False)
-        except Exception as error:
-            raise InputError(
-                f"vlm.model {self.model} could not be loaded on {device} ({type(error).__name__}: {one_line(str(error))}); it must be an "
-                "image-text-to-text model of transformers with safetensors weights, and vlm.device auto, cpu or the name of a GPU"
-            ) from error
-        if report["missing_keys"]:  # by itself transformers would only warn, and go on with random ones
-            some = ", ".join(sorted(report["missing_keys"])[:3])
-            raise InputError(f"vlm.model {self.model} lacks {len(report['missing_keys'])} weights, for instance {some}; get its files anew")
-        if not getattr(processor, "chat_template", None):
-            raise InputError(f"vlm.model {self.model} has no chat template; choose a model that was tuned to follow instructions")
+        processor, model = load_model(
+            self._folder, what=f"vlm.model {self.model}", device=self.device, dtype=self.dtype, device_setting="vlm.device"
+        )
         if model.generation_config.pad_token_id is None:  # else it would be warned about with every question
             model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
         return processor, model
