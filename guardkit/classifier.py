@@ -62,7 +62,6 @@ class GuardClassifier:
     """
 
     is_normalized = True
-    reads_policy = False  # what its head has learned is of one policy
 
     def __init__(
         self,
@@ -405,6 +404,12 @@ class GuardClassifier:
             licences={part: name for part, name in self.licences.items() if other.licences.get(part) == name},
         )
 
+    @property
+    def reads_policy(self) -> bool:
+        """Whether it can be told another policy, see `for_policy`; else what its head has learned is of one."""
+        has_place = isinstance(self.encoder, ReadsPolicy) and self.encoder.reads_policy
+        return has_place and isinstance(self.head, LinearHead) and self.head.map is None
+
     def for_policy(self, policy: Policy) -> GuardClassifier:
         """This guard under another policy, which it reads: nothing is trained.
 
@@ -417,15 +422,13 @@ class GuardClassifier:
         """
         if policy.digest == self.policy.digest:
             return self
-        if not isinstance(self.encoder, ReadsPolicy) or not getattr(self.encoder, "reads_policy", True):
+        if not self.reads_policy:
             raise InputError(
-                f"guard {self.name} does not read policies (its encoder {self.encoder.name} has no prompt with a place for one); train one for "
-                f"policy {policy.name}"
+                f"guard {self.name} does not read policies: that takes an encoder whose prompt has a place for one (encoder=vlm) and a plain linear "
+                f"head, and it has {self.encoder.name} and a {self.head.kind} head; train one for policy {policy.name}"
             )
-        if not isinstance(self.head, LinearHead) or self.head.map is not None:
-            raise InputError(
-                f"a guard that reads policies has a plain linear head, and this one has a {self.head.kind}; train it with head=linear"
-            )
+        assert isinstance(self.encoder, ReadsPolicy)
+        assert isinstance(self.head, LinearHead)
         head = LinearHead(self.encoder.dim, len(policy.categories))
         with torch.no_grad():
             head.linear.weight.copy_(self.head.linear.weight[:1].expand_as(head.linear.weight))

@@ -202,7 +202,7 @@ class _AnyGuard(Protocol):
     """What evaluation needs of every classifier.
 
     A classifier may say more of itself, for the report: `reads_policy` (whether its scores follow from the policy that it is given, so that
-    a new policy needs no training; `under(policy)` then gives the same classifier with another one), `n_labels` (labelled images that it was
+    a new policy needs no training; `for_policy(policy)` then gives the same classifier with another one), `n_labels` (labelled images that it was
     trained on) and `n_parameters`.
 
     Attributes:

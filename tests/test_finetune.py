@@ -208,7 +208,8 @@ def test_it_reads_another_policy(run):
 
 def test_a_guard_that_reads_no_policy_says_so(train):
     guard = train("experiment=unpaired").guard
-    with pytest.raises(InputError, match="does not read policies .*; train one for policy colours"):
+    assert not guard.reads_policy
+    with pytest.raises(InputError, match="does not read policies: .*; train one for policy colours"):
         guard.for_policy(policy("red"))
 
 
@@ -315,3 +316,15 @@ def test_the_command_does_the_same(model, tmp_path, compose):
     assert (report.metrics["n_unsafe"], report.metrics["n_counterfactuals"]) == (4, 4)
     assert report.metrics["fingerprints"]["encoder"] == report.guard.encoder.fingerprint
     assert (tmp_path / "metrics.json").is_file()
+
+
+def test_it_is_measured_under_several_policies_by_what_it_reads(run, tmp_path):
+    from guardkit import evaluate
+
+    two = [policy("red"), Policy.from_dict(policy("blue").to_dict() | {"name": "other"})]
+    report = evaluate(run.guard, {one.name: Colours() for one in two}, policies=two, split="all", output_dir=tmp_path, n_resamples=100)
+    (about,) = report.summary["classifiers"].values()
+    assert about["kind"] == "reads"
+    f1 = [about["by_policy"][one.name]["figures"]["f1"]["value"] for one in two]
+    assert f1[0] > 0.9  # as it was trained
+    assert report.summary["benchmark"]["n_seen_left_out"] == 32

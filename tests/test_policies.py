@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, picture, strict_json
 
-from guardkit import GuardClassifier, Policy, ScenesSource, evaluate
+from guardkit import Policy, ScenesSource, evaluate
 from guardkit.artifacts import fingerprint
 from guardkit.baselines.zero_shot import zero_shot
 from guardkit.data.by_policy import by_category
@@ -271,7 +271,7 @@ def test_a_guard_may_read_another_policy_by_itself(items, tmp_path):
     class Reads(Flags):
         reads_policy = True
 
-        def under(self, policy):
+        def for_policy(self, policy):
             return Reads(policy.name, {"a.png"} if policy.name == "policy_l5" else set())
 
     sources = {policy.name: PolicyItemsSource(policy, str(items)) for policy in policies}
@@ -361,4 +361,3 @@ def test_one_guard_for_one_policy_still_needs_one(scenes_encoder, tmp_path, poli
         evaluate(lambda policy: zero_shot(policy, scenes_encoder, covers=None), ScenesSource(policies[0]), output_dir=tmp_path)
     with pytest.raises(InputError, match="a source for each policy, and heads to retrain, go with several policies"):
         evaluate(Flags("f", set()), {"scenes": ScenesSource(policies[0])}, output_dir=tmp_path)
-    assert GuardClassifier.reads_policy is False

@@ -85,7 +85,7 @@ def evaluate(
     Args:
         guards: what is measured: `GuardClassifier`s, folders or Hub ids of saved ones, or anything else that is an
             `EmbeddingGuard` or `ImageGuard`, such as the baselines; one, a list, or {name: guard}. Under several policies also a function that
-            makes a guard of a policy; a guard with a method `under(policy)` is asked for one under each.
+            makes a guard of a policy; a guard that reads policies is asked for one under each, by its `for_policy`.
         source: the benchmark. Under several policies: one that was made with `Policy.joined(policies)`, whose categories say which policy
             forbids an image; or {policy: source}, the same images with labels of its own for each.
         policy: to measure under; None: the guards' own.
@@ -452,9 +452,9 @@ def _entrants(guards: Any, policies: Sequence[Policy], trained_on: Sequence[str]
             made = {policy.name: _contender_of(one(policy), name, trained_on) for policy in policies}
         else:
             (known,) = _contenders([one] if name is None else {name: one}, trained_on, trust)
-            under = getattr(known.guard, "under", None)
+            again = getattr(known.guard, "for_policy", None) if getattr(known.guard, "reads_policy", False) else None
             made = {
-                policy.name: known if under is None else replace(known, guard=under(policy), policy=policy, name=known.name)
+                policy.name: known if again is None else replace(known, guard=again(policy), policy=policy, name=known.name)
                 for policy in policies
             }
         found.append(Entrant.of(made))

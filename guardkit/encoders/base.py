@@ -151,9 +151,13 @@ class ReadsPolicy(Protocol):
 
     Attributes:
         rules: the policy's text; None: it was told none yet.
+        reads_policy: whether it does; one whose prompt was written without a place for a policy does not.
     """
 
     rules: str | None
+
+    @property
+    def reads_policy(self) -> bool: ...
 
     def for_policy(self, policy: Policy) -> Encoder:
         """The encoder that is told this policy."""

@@ -82,7 +82,8 @@ def build_for_policies(cfg: DictConfig, policies: Sequence[Policy]) -> tuple[lis
     for one, ready in zip(baselines, tried, strict=True):
         made = problems.catch(_built_for_each, one, policies, encoders, ready)
         found += [made] if made is not None else []
-    retrained = [problems.catch(_retrained, *one, encoders) for one in composed if one is not None]
+    everything = Policy.joined(policies)
+    retrained = [problems.catch(_retrained, *one, everything, encoders) for one in composed if one is not None]
     problems.check()
     return found, [one for one in retrained if one is not None]
 
@@ -129,8 +130,11 @@ def _composed_head(name: str, settings: dict[str, Any]) -> tuple[str, DictConfig
     return name, head, encoder, own
 
 
-def _retrained(name: str, head: DictConfig, encoder: DictConfig, own: Mapping[str, Any], encoders: dict[str, Encoder]) -> Retrained:
-    return Retrained(f"{name}, retrained", _shared_encoder(encoder, encoders), factory(head), **own)
+def _retrained(
+    name: str, head: DictConfig, encoder: DictConfig, own: Mapping[str, Any], rules: Policy, encoders: dict[str, Encoder]
+) -> Retrained:
+    """An encoder that reads policies is told all of them at once: images are embedded once, and heads tell the policies apart."""
+    return Retrained(f"{name}, retrained", _shared_encoder(encoder, rules, encoders), factory(head), **own)
 
 
 def _rules(cfg: DictConfig, guards: Sequence[Contender]) -> Policy:
