@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from guardkit.data.sources.hub import HubSource
     from guardkit.data.sources.pairs import PairsSource
     from guardkit.data.sources.parquet import ParquetSource
+    from guardkit.data.sources.policy_items import PolicyItemsSource
     from guardkit.data.sources.scenes import ScenesSource
     from guardkit.editors.base import Editor, EditRequest, EditResult
     from guardkit.editors.inpaint import InpaintEditor
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from guardkit.explaining.explanation import Explanation
     from guardkit.fitting.module import BestHead, GuardModule
     from guardkit.fitting.objective import Objective
+    from guardkit.fitting.retraining import Retrained
     from guardkit.fitting.terms import Gaps, Term
     from guardkit.heads import AnchoredHead, Head, JoinedHead, LinearHead, MLPHead, PromptHead
     from guardkit.integrations.coop import coop_signals
@@ -92,6 +94,7 @@ _HOMES = {
     "synthesize": "guardkit.api.synthesize",
     "evaluate": "guardkit.api.evaluate",
     "EvaluationReport": "guardkit.api.evaluate",
+    "Retrained": "guardkit.fitting.retraining",
     "calibrate": "guardkit.api.calibrate",
     "CalibrationReport": "guardkit.api.calibrate",
     "compare": "guardkit.api.compare",
@@ -130,6 +133,7 @@ _HOMES = {
     "EmbeddingsSource": "guardkit.data.sources.embeddings",
     "HubSource": "guardkit.data.sources.hub",
     "PairsSource": "guardkit.data.sources.pairs",
+    "PolicyItemsSource": "guardkit.data.sources.policy_items",
     "ScenesSource": "guardkit.data.sources.scenes",
     # counterfactuals
     "CounterfactualPipeline": "guardkit.counterfactual.pipeline",

@@ -10,12 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, picture, strict_json
 
-from guardkit import Policy, ScenesSource, evaluate
+from guardkit import Policy, PolicyItemsSource, Retrained, ScenesSource, evaluate
 from guardkit.artifacts import fingerprint
 from guardkit.baselines.zero_shot import zero_shot
 from guardkit.data.by_policy import by_category
-from guardkit.data.sources.policy_items import PolicyItemsSource
-from guardkit.fitting.retraining import Retrained
 from guardkit.schema import InputError, Judgment
 
 # what three policies say of three pairs, in SafeEditBench's layout; L1 forbids nothing
@@ -139,6 +137,38 @@ def test_safeeditbench_by_hand(items, tmp_path):
     assert all(f'<section id="{name}">' in page for name in ("glance", "policies", "differences", "figures", "costs", "run"))
 
 
+def test_a_table_with_names_for_its_numbers(items, tmp_path):
+    """As the data set lies on the Hub: a Parquet file beside folders of images, with classes as numbers."""
+    import pyarrow as pa
+
+    for i, name in enumerate(IMAGES):
+        (tmp_path / "test_images").mkdir(exist_ok=True)
+        picture(i).save(tmp_path / "test_images" / name)
+    levels = sorted(SAID)
+    rows = [(name, label, levels.index(policy)) for policy, said in SAID.items() for name, label in said.items()]
+    table = pa.table(
+        {
+            "image": [b"not read"] * len(rows),
+            "image_path": [f"test_images/{name}" for name, _, _ in rows],
+            "safety_label": [label for _, label, _ in rows],
+            "policy_name": [level for _, _, level in rows],
+            "policy": [f"The rules of {levels[level]}." for _, _, level in rows],
+        }
+    )
+    kinds = {"safety_label": ["safe", "unsafe"], "policy_name": levels}
+    about = {"info": {"features": {column: {"_type": "ClassLabel", "names": names} for column, names in kinds.items()}}}
+    (tmp_path / "data").mkdir()
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(about)}), tmp_path / "data/test.parquet")
+    policies = PolicyItemsSource.policies_in(str(tmp_path), "data/test.parquet")
+    assert policies == PolicyItemsSource.policies_in(str(items))
+    for policy in policies:
+        found = PolicyItemsSource(policy, str(tmp_path), items="data/test.parquet").load()
+        assert {(one.id.removeprefix("test_images/"), one.label) for one in found.train} == set(
+            SAID[f"Policy {policy.name[-2:].upper()}"].items()
+        )
+        assert {one.group for one in found.train} == {f"test_images/{name}" for name in ("a.png", "b.png", "c.png")}
+
+
 def test_broken_rows_of_an_items_file_are_one_line_each(compose, tmp_path):
     from guardkit.runs.evaluate import run
 
@@ -202,6 +232,34 @@ def test_a_column_for_each_policy(compose, tmp_path):
     assert figures["scenes_news"]["figures"]["precision"]["value"] == pytest.approx(4 / 6)
     with pytest.raises(InputError, match=r"metadata.csv has no column 'l4'; it has file_name, l3, l5, category; set source.label_column"):
         run(compose("evaluate", *settings, "label_columns={scenes_arts: l3, scenes_news: l4}"), tmp_path / "out2")
+
+
+def test_classes_that_each_policy_names(compose, tmp_path):
+    """A class may be forbidden by one policy and be another's look-alike."""
+    import io
+
+    import pyarrow as pa
+    import yaml
+
+    from guardkit.runs.evaluate import run
+
+    def policy(name, classes, look_alikes):
+        category = {"name": name, "definition": "x", "unsafe_texts": ["x"], "classes": classes, "look_alikes": look_alikes}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"name": name, "categories": [category]}))
+        return str(tmp_path / f"{name}.yaml")
+
+    def png(i):
+        buffer = io.BytesIO()
+        picture(i).save(buffer, "png")
+        return buffer.getvalue()
+
+    shown = ["beer", "beer", "knife", "cup"]
+    pq.write_table(pa.table({"image": [png(i) for i in range(4)], "what": shown}), tmp_path / "images.parquet")
+    settings = ["source=parquet", f"source.files={tmp_path / 'images.parquet'}", "source.class_column=what", "split=all", "n_resamples=100"]
+    both = f"policies=[{policy('drink', ['beer'], ['cup'])},{policy('arms', ['knife'], ['beer'])}]"
+    report = run(compose("evaluate", *settings, both, "baselines=[always_unsafe]"), tmp_path / "out")
+    assert {name: one["n_unsafe"] for name, one in report.summary["policies"].items()} == {"drink": 2, "arms": 1}
+    assert report.summary["forbidden_and_allowed"] == {"drink": {"drink": 0, "arms": 2}, "arms": {"drink": 1, "arms": 0}}
 
 
 # --- drawn scenes: policies that allow what others forbid ---------------------------------------------------------------

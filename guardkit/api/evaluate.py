@@ -137,12 +137,9 @@ def evaluate(
         raise InputError(
             f"none of the {len(sheet.rejected)} images of source={benchmark.name} can be read, the first is {sheet.rejected[0].id}: {sheet.rejected[0].reason}"
         )
-    for name, store in stores.items():
-        if benchmark.encoder_fingerprint in (None, name):
-            unknown = unknown_images(store.encoder, partial(_natural, sheet.embeddings[name], sheet.n_natural))
-            notes += [f"{note}." for note in unknown]
-            for note in unknown:
-                log.warning("%s", note)
+    for note in _unknown_to(stores, benchmark, sheet):
+        notes.append(note)
+        log.warning("%s", note)
     counted = sheet.labels[sheet.counted]
     if lack := untested(int((counted == UNSAFE).sum()), int((counted == SAFE).sum())):
         notes.append(f"what is tested on has {lack}, and without both labels there is no AUROC; choose another source= or split=all.")
@@ -295,10 +292,6 @@ def notes_on(rules: Policy, contenders: Sequence[Contender]) -> list[str]:
                 f"{one.name} was trained under the policy {one.policy.name}, not under {rules.name} as given "
                 f"(digests {one.policy.digest[:12]} and {rules.digest[:12]}); without policy= and policy_file= it is measured under its own."
             )
-        if isinstance(one.guard, GuardClassifier) and one.training_images is None:
-            notes.append(
-                f"{one.name} keeps no list of its training images, as guards of an earlier guardkit: whether it is tested on some of them is not known."
-            )
         notes += _own_notes(one)
     return notes
 
@@ -394,6 +387,7 @@ def _under_several(
         raise InputError(
             f"none of the {len(sheet.rejected)} images of source={benchmark.name} can be read, the first is {sheet.rejected[0].id}: {sheet.rejected[0].reason}"
         )
+    notes += _unknown_to(stores, benchmark, sheet)
     for note in notes:
         log.warning("%s", note)
     return _Several(policies, images, entrants, benchmark, sheet, seen, notes, time.perf_counter())
@@ -467,14 +461,32 @@ def _unique_entrants(entrants: Sequence[Entrant]) -> list[Entrant]:
     return [one.renamed(name) for one, name in zip(entrants, names, strict=True)]
 
 
-def _own_notes(contender: Contender) -> list[str]:
-    return [f"{contender.name}: {note}." for note in getattr(contender.guard, "notes", ())]
-
-
 def _natural(embeddings: np.ndarray, n_natural: int) -> np.ndarray:
     """Of natural images, as far as they have an embedding."""
     natural = embeddings[:n_natural]
     return natural[natural.any(axis=1)]
+
+
+def _own_notes(contender: Contender) -> list[str]:
+    """Whatever the policy."""
+    notes = []
+    if isinstance(contender.guard, GuardClassifier) and contender.training_images is None:
+        notes.append(
+            f"{contender.name} keeps no list of its training images, as guards of an earlier guardkit: whether it is tested on some of them is not known."
+        )
+    return notes + [f"{contender.name}: {note}." for note in getattr(contender.guard, "notes", ())]
+
+
+def _unknown_to(encoders: Mapping[str, EmbeddingStore], benchmark: Benchmark, sheet: Sheet) -> list[str]:
+    """Encoders that do not know images like these, in sentences."""
+    known = [
+        (name, store) for name, store in encoders.items() if benchmark.encoder_fingerprint in (None, name) and name in sheet.embeddings
+    ]
+    return [
+        f"{note}."
+        for name, store in known
+        for note in unknown_images(store.encoder, partial(_natural, sheet.embeddings[name], sheet.n_natural))
+    ]
 
 
 def _attack(contender: Contender, sheet: Sheet, settings: RobustnessSettings, stores: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -72,6 +72,7 @@ def _entrant_summary(outcome: PolicyEvaluation, entrant: Entrant) -> dict[str, A
     facts: dict[str, Any] = {
         "kind": entrant.kind,
         "origin": None if first is None else first.origin,
+        "trained_under": first.policy.name if first is not None and first.policy is not None and entrant.kind == "fixed" else None,
         "encoder": first.guard.encoder.name if first is not None and takes_embeddings(first.guard) else None,
         "cost": None,
         "by_policy": {
@@ -141,6 +142,12 @@ def _plain_cell(text: Any, title: str = "", *, is_text: bool = False) -> dict[st
     return {"text": str(text), "interval": "", "title": title, "is_best": False, "is_text": is_text}
 
 
+def _kind(entrant: Entrant) -> str:
+    first = next(iter(entrant.contenders.values()), None)
+    under = f", trained under {first.policy.name}" if entrant.kind == "fixed" and first is not None and first.policy is not None else ""
+    return _KINDS[entrant.kind] + under
+
+
 def _by_policy_cell(outcome: PolicyEvaluation, entrant: Entrant, policy: str) -> dict[str, Any]:
     """F1, or accuracy where the policy forbids none of the images."""
     figures = outcome.found.by_policy[entrant.name].get(policy)
@@ -171,7 +178,7 @@ def _sections(outcome: PolicyEvaluation, facts: dict[str, Any]) -> list[dict[str
         {
             "name": one.name,
             "cells": [
-                _plain_cell(_KINDS[one.kind], is_text=True),
+                _plain_cell(_kind(one), is_text=True),
                 *(_by_policy_cell(outcome, one, name) for name in names),
                 *(_cell(overall[one.name][metric]) for metric in ("macro_f1", "policy_exception_rate", "policy_exception_score")),
                 _seconds_cell(one),

@@ -181,7 +181,7 @@ class _FilePart:
                 f"{path} column {groups.column} holds {schema.field(groups.column).type}; expected are encoded images, "
                 "or maps of bytes and path; set source.image_column"
             )
-        self._class_names = _class_names(schema)
+        self._class_names = class_names(schema)
         self._first = [0]
         for number in range(self._metadata.num_row_groups):
             self._first.append(self._first[-1] + self._metadata.row_group(number).num_rows)
@@ -273,7 +273,7 @@ def _may_hold_images(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
-def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+def class_names(schema: pa.Schema) -> dict[str, list[str]]:
     """By column, the names that its numbers stand for, as the datasets library notes them."""
     try:
         features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]

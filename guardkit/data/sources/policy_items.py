@@ -1,7 +1,8 @@
 """One image judged under several policies, listed in an items file: a row an image and policy, as SafeEditBench has it.
 
 Piao et al., 2026, "Towards policy-adaptive image guardrail", arXiv:2603.01228: `image_path`, `safety_label` (safe, unsafe), `policy_name`
-("Policy L1") and `policy`, the text of the rules; `x_edited.jpg` is the edited `x.jpg`, and both are judged under each policy.
+("Policy L1") and `policy`, the text of the rules; `x_edited.jpg` is the edited `x.jpg`, and both are judged under each policy. Their data set has
+a Parquet file with these columns beside the folders of images, and their code reads a file of JSON lines.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from guardkit.data.sources import tables
 from guardkit.data.sources.base import Loaded
 from guardkit.data.sources.files import Files, printable
 from guardkit.data.sources.pairs import EDITED
+from guardkit.data.sources.parquet import class_names
 from guardkit.data.sources.rows import LabelRule, text
 from guardkit.images import MAX_PIXELS, FileContent
 from guardkit.policy import Policy
+from guardkit.reading import read_table as read_parquet
 from guardkit.schema import UNLABELLED, UNSAFE, InputError, Record, Rejected, shortened
 
 _COLUMNS = {"image_column": "image_path", "label_column": "safety_label", "policy_column": "policy_name"}
@@ -35,7 +38,7 @@ class PolicyItemsSource:
     Args:
         policy: whose rows are read: those that name it, in whatever case and with blanks or hyphens ("Policy L1" is policy_l1).
         root: the folder of the images.
-        items: the items file inside it: .jsonl, .csv or .parquet.
+        items: the items file inside it: .jsonl, .csv or .parquet. Numbers that stand for class names (a ClassLabel of the Hub) are read as these.
         image_column, label_column, policy_column: of the items file.
         text_column: the rules in words, for `policies_in`; may be missing.
         labels: label -> safe or unsafe; None: safe, unsafe, 0, 1, nsfw, ...
@@ -66,12 +69,12 @@ class PolicyItemsSource:
     ) -> None:
         check_image_settings(max_pixels, check_images, near_duplicate_distance)
         columns = {"image_column": image_column, "label_column": label_column, "policy_column": policy_column}
-        self.policy, self._columns, self._text_column, self._labels = policy, columns, text_column, LabelRule(labels)
+        self.policy, self._columns, self._labels = policy, columns, LabelRule(labels)
         self.max_pixels, self.check_images, self.near_duplicate_distance = max_pixels, check_images, near_duplicate_distance
-        self._table = _read(root, items, columns)
+        self._table = _read(root, items, columns, text_column)
         self.asked: dict[str, Any] = {
             "source": self.name,
-            "root": printable(self._table.path.parent.name),
+            "root": printable(self._table.root.name),
             "items": self._table.path.name,
             "items_sha256": hash_file(self._table.path),
             **columns,
@@ -100,7 +103,7 @@ class PolicyItemsSource:
             InputError: a policy has no text, or rows of one name have different ones.
         """
         columns = {role: others.get(role, usual) for role, usual in _COLUMNS.items()} | {"policy_column": policy_column}
-        table = _read(root, items, columns)
+        table = _read(root, items, columns, text_column)
         found: dict[str, tuple[int, str]] = {}
         for number, cells in table.rows:
             name, rules = text(cells.get(policy_column)), text(cells.get(text_column))
@@ -121,7 +124,7 @@ class PolicyItemsSource:
 
     def load(self) -> Loaded:
         """The images of this policy's rows, checked and grouped. Raises InputError."""
-        files = Files(self._table.path.parent)
+        files = Files(self._table.root)
         rejected = list(self._table.broken)
         labels: dict[str, dict[int, int]] = {}
         others: dict[str, int] = {}
@@ -187,6 +190,7 @@ class PolicyItemsSource:
 class _Table:
     """Rows with their numbers, and those that could not be read."""
 
+    root: Path
     path: Path
     rows: list[tuple[int, dict[str, Any]]]
     broken: list[Rejected]
@@ -197,11 +201,11 @@ def _own_name(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.casefold()).strip("_")
 
 
-def _read(root: str, items: str, columns: Mapping[str, str]) -> _Table:
+def _read(root: str, items: str, columns: Mapping[str, str], text_column: str) -> _Table:
     folder = check_path("source.root", root)
     path = folder / items
     if not path.is_file():
-        raise InputError(f"source.items {items} is not a file in {folder}; give the items file, which must lie in the folder of the images")
+        raise InputError(f"source.items {items} is not a file in {folder}; give the items file, by its path inside that folder")
     broken: list[Rejected] = []
     rows: list[tuple[int, dict[str, Any]]] = []
     if path.suffix.lower() == ".jsonl":  # line by line: one that is broken costs itself alone
@@ -217,6 +221,16 @@ def _read(root: str, items: str, columns: Mapping[str, str]) -> _Table:
             else:
                 rows.append((number, cells))
         names = list(dict.fromkeys(name for _, cells in rows for name in cells))
+    elif path.suffix.lower() == ".parquet":
+        table = read_parquet(path, mend="correct it or give another source.items")
+        names = table.column_names
+        # images that lie in the table too are not needed: the folder has them
+        table = table.select([name for name in (*columns.values(), text_column) if name in names])
+        meant = class_names(table.schema)
+        rows = [
+            (number, {name: _named(value, meant.get(name)) for name, value in cells.items()})
+            for number, cells in enumerate(table.to_pylist(), 1)
+        ]
     else:
         names, plain = tables.read_table(path, columns["image_column"])
         rows = [(number, cells) for number, cells in enumerate(plain, 1) if cells]
@@ -224,4 +238,9 @@ def _read(root: str, items: str, columns: Mapping[str, str]) -> _Table:
         if column not in names:
             first = f" (row 1 is broken: {broken[0].reason})" if broken and not rows else ""
             raise InputError(f"{path} has no column {column!r}; it has {', '.join(names) or 'none'}{first}; set source.{role}")
-    return _Table(path, rows, broken)
+    return _Table(folder, path, rows, broken)
+
+
+def _named(value: Any, names: list[str] | None) -> Any:
+    """The name that a number stands for, where the file has names for its numbers."""
+    return names[value] if names is not None and isinstance(value, int) and 0 <= value < len(names) else value
