@@ -63,9 +63,12 @@ def _decide(block: np.ndarray, decide: Callable[[Tensor], Tensor], normalize: bo
             # PyTorch converts float16 many times faster than NumPy
             vectors = floats[:m].copy_(source[:m] if whole is None else whole[rows])
             if normalize:
-                vectors /= torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+                lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+                vectors *= lengths.reciprocal()
+                sums.append(lengths.sum())  # as good as that of all numbers, and there already
+            else:
+                sums.append(vectors.sum())
             logits[rows] = decide(vectors)
-            sums.append(vectors.sum())
         of_zero = decide(torch.zeros(1, width))
         # one by one rows are looked at only where these leave it open: that costs more than to decide
         finite = torch.stack(sums).isfinite().repeat_interleave(size)[:n]
