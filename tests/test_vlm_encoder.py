@@ -194,3 +194,14 @@ def test_the_runs_policy_is_told_to_the_encoder(folders, compose):
     assert one.rules == policy.rules()
     assert policy.category_names[0] in one.rules
     assert one.for_policy(Policy.load("guardkit:scenes")).rules != one.rules
+
+
+def test_it_is_fetched_whole_and_without_a_policy(folders, compose, tmp_path):
+    from guardkit.runs.fetch import run
+
+    plain = ["encoder=vlm", f"encoder.weights=local-dir:{folders('smolvlm')}"]
+    said = run(compose("fetch", *plain), tmp_path / "model")  # its prompt has a place for a policy, which is nobody's yet
+    assert said["use it as"] == f"encoder=vlm encoder.weights=local-dir:{tmp_path / 'model'}"
+    said = run(compose("fetch", *plain, "encoder.prompt='Is it red ?'"), tmp_path / "model")
+    assert said["use it as"] == f"encoder=vlm encoder.weights=local-dir:{tmp_path / 'model'} 'encoder.prompt=Is it red ?'"
+    assert encoder(tmp_path / "model").fingerprint == encoder(folders("smolvlm")).fingerprint

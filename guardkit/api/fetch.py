@@ -10,7 +10,7 @@ from guardkit.encoders.base import Encoder, Portable
 from guardkit.folders import claim, refuse_others
 from guardkit.schema import InputError
 
-_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")  # of a model, whichever library it is for
+_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # of a model, whichever library it is for
 _TEXT = "A photo of two dogs, outdoors."
 _TOLERANCE = 1e-5  # of a coordinate of a unit vector
 
