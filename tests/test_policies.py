@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, picture, strict_json
 
-from guardkit import Policy, PolicyItemsSource, Retrained, ScenesSource, evaluate
+from guardkit import FolderSource, Policy, PolicyItemsSource, Retrained, ScenesSource, evaluate
 from guardkit.artifacts import fingerprint
 from guardkit.baselines.zero_shot import zero_shot
-from guardkit.data.by_policy import by_category
+from guardkit.data.by_policy import by_category, by_own_labels
 from guardkit.schema import InputError, Judgment
 
 # what three policies say of three pairs, in SafeEditBench's layout; L1 forbids nothing
@@ -117,6 +117,10 @@ def test_safeeditbench_by_hand(items, tmp_path):
         }
     )
     assert (found["fixed"]["kind"], found["reader"]["kind"]) == ("fixed", "reads")
+    assert [(test["metric"], test["difference"]) for test in report.summary["tests"]] == [
+        ("macro_f1", pytest.approx(7 / 12 - 13 / 14)),
+        ("policy_exception_score", pytest.approx(5 / 9 - 22 / 23)),
+    ]
     assert report.summary["policies"]["policy_l5"]["n_exceptions"] == 2
     assert report.summary["forbidden_and_allowed"]["policy_l3"] == {"policy_l3": 0, "policy_l1": 2, "policy_l5": 0}
     # a guard that is the same for all was asked once about each image
@@ -232,6 +236,29 @@ def test_a_column_for_each_policy(compose, tmp_path):
     assert figures["scenes_news"]["figures"]["precision"]["value"] == pytest.approx(4 / 6)
     with pytest.raises(InputError, match=r"metadata.csv has no column 'l4'; it has file_name, l3, l5, category; set source.label_column"):
         run(compose("evaluate", *settings, "label_columns={scenes_arts: l3, scenes_news: l4}"), tmp_path / "out2")
+
+
+def test_images_that_belong_together_stay_so_whatever_each_policy_judged(tmp_path, policies):
+    """One policy judged the first and the second of a group, the other the second and the third."""
+    for i, name in enumerate("abcd"):
+        picture(i).save(tmp_path / f"{name}.png")
+    lines = ["a.png,1,,g", "b.png,1,0,g", "c.png,,1,g", "d.png,0,0,"]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,one,two,group", *lines]))
+    sources = {name: FolderSource(policies[0], str(tmp_path), label_column=name) for name in ("one", "two")}
+    images = by_own_labels(sources)
+    assert {record.id: record.group for record in images.loaded.train} == {
+        "a.png": "a.png",
+        "b.png": "a.png",
+        "c.png": "a.png",
+        "d.png": "d.png",
+    }
+    # unsafe where any policy says so
+    assert {record.id: record.label for record in images.loaded.train} == {"a.png": 1, "b.png": 1, "c.png": 1, "d.png": 0}
+    assert images.verdicts == {
+        "one": {"a.png": (1, None), "b.png": (1, None), "d.png": (0, None)},
+        "two": {"b.png": (0, None), "c.png": (1, None), "d.png": (0, None)},
+    }
+    assert (images.loaded.given, images.loaded.rejected) == (4, [])
 
 
 def test_classes_that_each_policy_names(compose, tmp_path):

@@ -261,18 +261,19 @@ def _contenders(guards: Any, trained_on: Sequence[str] | None, trust: Sequence[s
     named = _named(guards)
     if not named:
         raise InputError("nothing to evaluate: give at least one guard")
+    makes = next((name or repr(one) for name, one in named if isinstance(one, Entrant) or _makes_guards(one)), None)
+    if makes is not None:
+        raise InputError(f"{makes} makes a guard of a policy, which goes with several; give policies=[POLICY,POLICY]")
     encoders: dict[str, Encoder] = {}
-    found = []
-    for name, one in named:
-        if isinstance(one, Entrant) or _makes_guards(one):
-            raise InputError(f"{name or one!r} makes a guard of a policy, which goes with several; give policies=[POLICY,POLICY]")
-        if isinstance(one, Contender):
-            found.append(one)
-        elif isinstance(one, str | Path):
-            found.append(load_contender(one, name, encoders, trained_on, trust))
-        else:
-            found.append(_contender_of(one, name, trained_on))
-    return found
+    return [_contender(one, name, encoders, trained_on, trust) for name, one in named]
+
+
+def _contender(
+    one: GuardLike, name: str | None, encoders: dict[str, Encoder], trained_on: Sequence[str] | None, trust: Sequence[str]
+) -> Contender:
+    if isinstance(one, Contender):
+        return one
+    return load_contender(one, name, encoders, trained_on, trust) if isinstance(one, str | Path) else _contender_of(one, name, trained_on)
 
 
 def _encoder_of(folder: Path) -> str:
@@ -356,6 +357,7 @@ def _under_several(
         raise InputError("nothing to evaluate: give at least one guard, or a head to retrain")
     everything = read_benchmark(images, split=split, test_share=test_share, split_seed=split_seed)
     notes = list(images.notes)
+    told: list[str] = []  # notes that training has shown already
     stores = embedding_stores([one for entrant in entrants for one in entrant.contenders.values()], cache)
     for name, one in named:
         store = stores.setdefault(one.encoder.fingerprint, EmbeddingStore(one.encoder, cache))
@@ -374,7 +376,7 @@ def _under_several(
             contenders[policy.name] = replace(_contender_of(made.guard, name), origin=f"retrained on {images.name}")
             figures = {"seconds": made.seconds, "embedding_seconds": made.embedding_seconds, "n_labels": made.n_labels}
             training[policy.name] = figures | {"threshold": made.guard.threshold}
-            notes += [f"{name} under {policy.name}: {note}." for note in made.notes]
+            told += [f"{name} under {policy.name}: {note}." for note in made.notes]
         entrants.append(Entrant(name, "retrained", contenders, missing, training))
     entrants = _unique_entrants(entrants)
     flat = list({one.name: one for entrant in entrants for one in entrant.contenders.values()}.values())
@@ -390,7 +392,7 @@ def _under_several(
     notes += _unknown_to(stores, benchmark, sheet)
     for note in notes:
         log.warning("%s", note)
-    return _Several(policies, images, entrants, benchmark, sheet, seen, notes, time.perf_counter())
+    return _Several(policies, images, entrants, benchmark, sheet, seen, [*notes, *told], time.perf_counter())
 
 
 def _report_policies(
@@ -438,6 +440,7 @@ def _makes_guards(one: Any) -> bool:
 
 def _entrants(guards: Any, policies: Sequence[Policy], trained_on: Sequence[str] | None, trust: Sequence[str]) -> list[Entrant]:
     found = []
+    encoders: dict[str, Encoder] = {}
     for name, one in _named(guards):
         if isinstance(one, Entrant):
             found.append(one)
@@ -445,7 +448,7 @@ def _entrants(guards: Any, policies: Sequence[Policy], trained_on: Sequence[str]
         if _makes_guards(one):
             made = {policy.name: _contender_of(one(policy), name, trained_on) for policy in policies}
         else:
-            (known,) = _contenders([one] if name is None else {name: one}, trained_on, trust)
+            known = _contender(one, name, encoders, trained_on, trust)
             again = getattr(known.guard, "for_policy", None) if getattr(known.guard, "reads_policy", False) else None
             made = {
                 policy.name: known if again is None else replace(known, guard=again(policy), policy=policy, name=known.name)

@@ -70,6 +70,11 @@ class VLMJudge:
         self._unanswered = 0  # calls in a row
 
     @property
+    def n_parameters(self) -> int | None:
+        """Of a local model that was asked something in this run; None: not known."""
+        return getattr(self._vlm.vlm, "n_parameters", None)
+
+    @property
     def fingerprint(self) -> str:
         """A hash over the model's configuration and the questions."""
         return fingerprint({"baseline": "vlm", "version": 1, "vlm": self._vlm.config, "system": _SYSTEM, "prompts": self._prompts})

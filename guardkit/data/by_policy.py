@@ -6,7 +6,7 @@ its own: a column of a table, rows of an items file, or classes that it names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,6 +129,25 @@ def by_category(source: Source, policies: Sequence[Policy]) -> ByPolicy:
     return ByPolicy(source.name, source.asked, loaded, verdicts, tuple(notes), distance)
 
 
+def _joined_groups(lists: Iterable[Sequence[Record]]) -> dict[str, str]:
+    """A group for each id: the same for images that any of the lists has in one group, whose name follows from what else it holds."""
+    leader: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+    def find(key: tuple[str, ...]) -> tuple[str, ...]:
+        while leader.setdefault(key, key) != key:
+            leader[key] = leader[leader[key]]
+            key = leader[key]
+        return key
+
+    ids = {}
+    for number, records in enumerate(lists):
+        for one in records:
+            ids[one.id] = ("id", one.id)
+            leader[find(("group", str(number), one.group))] = find(ids[one.id])
+    first: dict[tuple[str, ...], str] = {}
+    return {name: first.setdefault(find(key), name) for name, key in ids.items()}
+
+
 def by_own_labels(sources: Mapping[str, Source]) -> ByPolicy:
     """Labels of each policy by itself: the same images, read once for each.
 
@@ -141,16 +160,17 @@ def by_own_labels(sources: Mapping[str, Source]) -> ByPolicy:
     loads = {name: load_source(source) for name, source in sources.items()}
     first = next(iter(sources.values()))
     verdicts: dict[str, dict[str, Verdict]] = {}
-    train, test = {}, {}  # type: ignore[var-annotated]
+    train: dict[str, Record] = {}
+    test: dict[str, Record] = {}
+    groups = _joined_groups([*loaded.train, *(loaded.test or [])] for loaded in loads.values())
     rejected: dict[tuple[str, str], Rejected] = {}
     for name, loaded in loads.items():
         verdicts[name] = {one.id: (one.label, one.category) for one in [*loaded.train, *(loaded.test or [])]}
         for records, found in ((loaded.train, train), (loaded.test or [], test)):
             for one in records:
-                known = found.setdefault(one.id, one)
-                if one.label == UNSAFE and known.label == SAFE:
-                    # the strictest policy says into which part of a split it goes
-                    found[one.id] = replace(one, group=known.group, listed_group=known.listed_group)
+                # the strictest policy says into which part of a split it goes
+                if one.id not in found or (one.label == UNSAFE and found[one.id].label == SAFE):
+                    found[one.id] = replace(one, group=groups[one.id])
         rejected |= {(one.id, one.reason): one for one in loaded.rejected}
     if len(sources) > 1 and not set.intersection(*(set(one) for one in verdicts.values())):
         counts = ", ".join(f"{name} {len(one)}" for name, one in verdicts.items())
@@ -173,7 +193,7 @@ def by_own_labels(sources: Mapping[str, Source]) -> ByPolicy:
         encoder_fingerprint=next(iter(loads.values())).encoder_fingerprint,
     )
     distance = getattr(first, "near_duplicate_distance", DISTANCE)
-    # a group has other members where another policy judged other images
+    # images that no policy judged together may be near-duplicates of each other
     merged = group(merged, check_images=False, near_duplicate_distance=distance)
     n = len(merged.train) + len(merged.test or [])
     notes = [

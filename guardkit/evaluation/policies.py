@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from guardkit.evaluation.effectiveness import Row, measure
 from guardkit.evaluation.scoring import Contender, Sheet
 from guardkit.metrics.draws import GroupDraws
 from guardkit.metrics.figures import Images, weighted
-from guardkit.metrics.intervals import Interval, clopper_pearson, percentile_interval
+from guardkit.metrics.intervals import Interval, bootstrap_p_value, clopper_pearson, holm, percentile_interval
 from guardkit.policy import Policy
 from guardkit.schema import SAFE, UNSAFE
 
 OF_A_POLICY = ("f1", "accuracy", "balanced_accuracy", "precision", "recall", "fpr", "auroc")
+COMPARED = ("macro_f1", "policy_exception_score")  # chosen beforehand: each more costs certainty of the others
 OF_ALL_POLICIES = ("macro_f1", "policy_exception_rate", "pooled_balanced_accuracy", "policy_exception_score")
 _SHARES = {"accuracy": "all", "precision": "flagged", "recall": "unsafe", "fpr": "safe"}
 NO_POSITIVES = "the policy forbids none of these images; accuracy says what there is to say"
@@ -80,6 +82,7 @@ class Compliance:
         tests: by policy, differences between classifiers.
         by_policy: entrant -> policy -> figure of `OF_A_POLICY` -> Figure.
         overall: entrant -> figure of `OF_ALL_POLICIES` -> Figure.
+        differences: of every two entrants in what `COMPARED` names, over all policies, by the same redraws.
     """
 
     sheets: dict[str, Sheet]
@@ -87,6 +90,7 @@ class Compliance:
     tests: dict[str, list[Row]]
     by_policy: dict[str, dict[str, dict[str, Figure]]]
     overall: dict[str, dict[str, Figure]]
+    differences: list[Row]
 
 
 def sheet_under(sheet: Sheet, policy: Policy, said: Mapping[str, Verdict], entrants: Sequence[Entrant]) -> Sheet:
@@ -159,14 +163,17 @@ def measure_policies(
         rows += [row | {"policy": name} for row in found]
     by_policy: dict[str, dict[str, dict[str, Figure]]] = {}
     overall: dict[str, dict[str, Figure]] = {}
+    drawn: dict[str, dict[str, np.ndarray]] = {}
     for entrant in entrants:
         there = {name: _Judged.of(sheets[name], entrant.name, draws) for name in sheets if name in entrant.contenders}
         by_policy[entrant.name] = {name: _figures(one) for name, one in there.items()}
-        overall[entrant.name] = _overall(there, sheets[policies[0].name], draws)
+        overall[entrant.name], drawn[entrant.name] = _overall(there, sheets[policies[0].name], draws)
         for name, figures in by_policy[entrant.name].items():
             rows.append(_row(entrant.name, name, "accuracy", figures["accuracy"], there[name]))
         rows += [_row(entrant.name, None, metric, figure) for metric, figure in overall[entrant.name].items()]
-    return Compliance(sheets, rows, tests, by_policy, overall)
+    # of those that decide under every policy, so that all are compared on the same images
+    everywhere = [one.name for one in entrants if len(one.contenders) == len(policies)]
+    return Compliance(sheets, rows, tests, by_policy, overall, _differences({name: drawn[name] for name in everywhere}))
 
 
 @dataclass(frozen=True)
@@ -224,8 +231,8 @@ def _figures(one: _Judged) -> dict[str, Figure]:
     return found
 
 
-def _overall(there: Mapping[str, _Judged], reference: Sheet, draws: GroupDraws) -> dict[str, Figure]:
-    """Of one classifier over all policies.
+def _overall(there: Mapping[str, _Judged], reference: Sheet, draws: GroupDraws) -> tuple[dict[str, Figure], dict[str, np.ndarray]]:
+    """Of one classifier over all policies; and the values of `COMPARED` on all redraws, where they are defined.
 
     macro_f1: the mean of F1 over the policies that forbid some of the images, each counting alike (SafeEditBench's macro-averaged F1; Piao et al.,
     2026, arXiv:2603.01228). The authors' code counts a policy without positives as F1 0 (`zero_division=0`); here it is left out of the
@@ -243,8 +250,9 @@ def _overall(there: Mapping[str, _Judged], reference: Sheet, draws: GroupDraws) 
     names = list(there)
     forbidding = [name for name in names if (there[name].labels == UNSAFE).any()]
     n_images = sum(len(one.labels) for one in there.values())
+    found: dict[str, np.ndarray] = {}
     if forbidding:
-        drawn = np.mean([weighted(["f1"], there[name].images)["f1"][0] for name in forbidding], axis=0)
+        found["macro_f1"] = drawn = np.mean([weighted(["f1"], there[name].images)["f1"][0] for name in forbidding], axis=0)
         macro = _figure(drawn, sum(len(there[name].labels) for name in forbidding))
     else:
         macro = _undefined(n_images, "none of the policies forbids any of these images")
@@ -276,7 +284,36 @@ def _overall(there: Mapping[str, _Judged], reference: Sheet, draws: GroupDraws) 
         rate, score = _figure(per, n_exceptions, n_groups=len(groups)), _figure(pes, n_exceptions)
         if score["value"] is None:
             score["reason"] = "needs unsafe and safe images"
-    return {"macro_f1": macro, "policy_exception_rate": rate, "pooled_balanced_accuracy": pooled, "policy_exception_score": score}
+        found["policy_exception_score"] = pes
+    figures = {"macro_f1": macro, "policy_exception_rate": rate, "pooled_balanced_accuracy": pooled, "policy_exception_score": score}
+    return figures, found
+
+
+def _differences(drawn: Mapping[str, Mapping[str, np.ndarray]]) -> list[Row]:
+    """Every two classifiers; p values are corrected for their number within each figure (Holm)."""
+    tests: list[Row] = []
+    for metric in COMPARED:
+        mine: list[Row] = []
+        for first, second in combinations([name for name in drawn if metric in drawn[name]], 2):
+            difference = drawn[first][metric] - drawn[second][metric]
+            estimate = float(difference[0])
+            if not np.isfinite(estimate):
+                continue
+            interval = percentile_interval(difference[1:], estimate)
+            p = bootstrap_p_value(estimate, difference[1:])
+            mine.append(
+                {
+                    "metric": metric,
+                    "first": first,
+                    "second": second,
+                    "difference": estimate,
+                    "ci_low": interval.low,
+                    "ci_high": interval.high,
+                    "p": p,
+                }
+            )
+        tests += [test | {"p_holm": float(p)} for test, p in zip(mine, holm([test["p"] for test in mine]), strict=True)]
+    return tests
 
 
 def _figure(drawn: np.ndarray, n: int, *, n_groups: int | None = None) -> Figure:

@@ -21,6 +21,7 @@ from guardkit.reports.evaluation_page import section
 from guardkit.schema import SAFE, UNSAFE, takes_embeddings
 
 _KINDS = {"reads": "reads the policy", "retrained": "retrained for each", "fixed": "the same for all"}
+_OVERALL_TITLES = {"macro_f1": "mean F1", "policy_exception_score": "exceptions, score"}
 _TITLES = {name: metric.heading for name, metric in METRICS.items()} | {"accuracy": "Accuracy"}
 
 
@@ -57,7 +58,8 @@ def policies_summary(outcome: PolicyEvaluation) -> dict[str, Any]:
         "notes": list(outcome.notes),
         "prevalence": outcome.prevalence,
         "classifiers": {one.name: _entrant_summary(outcome, one) for one in outcome.entrants},
-        "tests": outcome.found.tests,
+        "tests": outcome.found.differences,
+        "tests_by_policy": outcome.found.tests,
         "passes": sheet.counts,
         "timing_s": dict(outcome.timing_s),
         "command": outcome.command,
@@ -230,6 +232,19 @@ def _sections(outcome: PolicyEvaluation, facts: dict[str, Any]) -> list[dict[str
         for one in entrants
         for name, about in one.training.items()
     ]
+    differences = [
+        {
+            "name": test["first"],
+            "cells": [
+                _plain_cell(test["second"], is_text=True),
+                _plain_cell(_OVERALL_TITLES[test["metric"]], is_text=True),
+                {**_plain_cell(f"{test['difference']:+.3f}"), "interval": f"{test['ci_low']:+.3f} to {test['ci_high']:+.3f}"},
+                _plain_cell(f"{test['p']:.4f}"),
+                _plain_cell(f"{test['p_holm']:.4f}"),
+            ],
+        }
+        for test in outcome.found.differences
+    ]
     costs = cost_rows({name: one["cost"] for name, one in facts["classifiers"].items() if one["cost"] is not None})
     return [
         {
@@ -278,6 +293,13 @@ def _sections(outcome: PolicyEvaluation, facts: dict[str, Any]) -> list[dict[str
             "counted apart.",
             "header": ["classifier", "policy", "labels", "seconds", "seconds of embedding"],
             "rows": training,
+        },
+        {
+            "id": "tests",
+            "title": "Differences between classifiers",
+            "about": "Every two that decide under all policies, by the same redrawn images; p values corrected for their number within each figure (Holm).",
+            "header": ["first", "second", "figure", "first − second", "p", "p (Holm)"],
+            "rows": differences,
         },
         {"id": "costs", "title": COST_TITLE, "about": COST_ABOUT, "header": list(COST_HEADER), "rows": costs},
     ]

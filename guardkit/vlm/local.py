@@ -131,6 +131,11 @@ class TransformersVLM:
             revision=self.revision,
         )
 
+    @property
+    def n_parameters(self) -> int | None:
+        """Of the model; None before it was asked anything, and so loaded."""
+        return sum(value.numel() for value in self._loaded[1].parameters()) if "_loaded" in self.__dict__ else None
+
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         """The processor and the model."""
