@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,7 +139,8 @@ def test_safeeditbench_by_hand(items, tmp_path):
     assert "| accuracy 0.667" in line
     assert "0.583" in line
     page = (tmp_path / "report.html").read_text()
-    assert all(f'<section id="{name}">' in page for name in ("glance", "policies", "differences", "figures", "costs", "run"))
+    assert all(f'<section id="{name}">' in page for name in ("glance", "policies", "differences", "figures", "tests", "costs", "run"))
+    assert not re.findall(r"""(?:src|href)=["'](?!#|data:)([^"']*)""", page)
 
 
 def test_a_table_with_names_for_its_numbers(items, tmp_path):
