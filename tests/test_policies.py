@@ -13,9 +13,11 @@ from conftest import ROOT, picture, strict_json
 
 from guardkit import FolderSource, Policy, PolicyItemsSource, Retrained, ScenesSource, evaluate
 from guardkit.artifacts import fingerprint
+from guardkit.baselines.vlm_judge import VLMJudge
 from guardkit.baselines.zero_shot import zero_shot
 from guardkit.data.by_policy import by_category, by_own_labels
 from guardkit.schema import InputError, Judgment
+from guardkit.vlm.base import Answer
 
 # what three policies say of three pairs, in SafeEditBench's layout; L1 forbids nothing
 SAID = {
@@ -367,6 +369,30 @@ def test_a_guard_may_read_another_policy_by_itself(items, tmp_path):
     assert about["kind"] == "reads"
     recall = {policy: one["figures"]["recall"]["value"] for policy, one in about["by_policy"].items()}
     assert recall == {"policy_l3": 0, "policy_l1": None, "policy_l5": 1 / 4}
+
+
+def test_a_vision_language_model_is_asked_about_each_policy(items, tmp_path):
+    """One model for all policies; what it is asked has the rules of each."""
+    policies = PolicyItemsSource.policies_in(str(items))
+
+    class Model:
+        name, config, asked = "model", {"model": "fake"}, 0
+
+        def ask(self, questions):
+            self.asked += len(questions)
+            unsafe = ['{"verdict": "unsafe"}' if "The rules of Policy L5." in one.prompt else '{"verdict": "safe"}' for one in questions]
+            return [Answer(text, n_calls=1) for text in unsafe]
+
+    model = Model()
+    judge = VLMJudge(policies[0], model, cache_dir=None)
+    sources = {policy.name: PolicyItemsSource(policy, str(items)) for policy in policies}
+    report = evaluate(judge, sources, policies=policies, split="all", output_dir=tmp_path, n_resamples=100)
+    (about,) = report.summary["classifiers"].values()
+    assert (about["kind"], about["cost"]["n_labels"]) == ("reads", 0)
+    # two questions of three have the rules in them, and the one without is stored after the first policy
+    recall = {policy: one["figures"]["recall"]["value"] for policy, one in about["by_policy"].items()}
+    assert recall == {"policy_l3": 0, "policy_l1": None, "policy_l5": 1}
+    assert model.asked == 6 * (3 + 2 + 2)
 
 
 # --- what is wrong is one line ------------------------------------------------------------------------------------------

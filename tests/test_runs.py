@@ -102,7 +102,7 @@ def test_a_misspelt_setting_suggests_the_nearest(compose, override, suggestion):
         ("encoder=nothing_like_it", "encoder=nothing_like_it is not there; encoder is one of clip_vit_b32, clip_vit_l14, "),
         (
             "source.root=photos",
-            "source.root is no setting of the source that is chosen; source=embeddings, source=folder, source=pairs would",
+            "source.root is no setting of the source that is chosen; source=embeddings, source=folder, source=pairs, source=policy_items would",
         ),
         (
             "editor.max_area=0.5",

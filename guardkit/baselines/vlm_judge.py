@@ -9,6 +9,7 @@ calls unsure by chance.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Sequence
@@ -60,14 +61,28 @@ class VLMJudge:
     def __init__(
         self, policy: Policy, vlm: VLM, *, cache_dir: str | None, covers: Sequence[str] | None = None, threshold: float = 0.5
     ) -> None:
-        self.name = f"vlm ({vlm.name})"
-        self.covers, self.threshold = covered("vlm", covers, policy), checked_share("vlm", "threshold", threshold)
+        self.name, self._asked = f"vlm ({vlm.name})", covers
+        self.threshold = checked_share("vlm", "threshold", threshold)
+        self._read(policy)
+        self._vlm = StoredVLM(vlm, None if cache_dir is None else Path(cache_dir).expanduser())
+        self._unanswered = 0  # calls in a row
+
+    def _read(self, policy: Policy) -> None:
+        self.covers = covered("vlm", self._asked, policy)
         if self.covers == frozenset():
             known = ", ".join(policy.category_names)
-            raise InputError(f"baseline.vlm.covers must name categories of policy {policy.name}, which has {known}, got {covers!r}")
-        self._vlm = StoredVLM(vlm, None if cache_dir is None else Path(cache_dir).expanduser())
+            raise InputError(f"baseline.vlm.covers must name categories of policy {policy.name}, which has {known}, got {self._asked!r}")
         self._prompts = _prompts(policy, self.covers)
-        self._unanswered = 0  # calls in a row
+
+    def for_policy(self, policy: Policy) -> VLMJudge:
+        """The same model asked about another policy; it is loaded once for all.
+
+        Raises:
+            InputError: no category to ask about.
+        """
+        other = copy.copy(self)
+        other._read(policy)
+        return other
 
     @property
     def n_parameters(self) -> int | None:

@@ -99,11 +99,15 @@ def _begun(
 
 
 def _built_for_each(baseline: _Baseline, policies: Sequence[Policy], encoders: dict[str, Encoder], ready: Guard | None) -> Entrant:
-    made = {}
-    for number, rules in enumerate(policies):
-        guard = _built(baseline, rules, encoders, ready if not number else _tried(baseline, rules))
-        made[rules.name] = Contender(guard.name, guard, origin=f"baseline {baseline.name}")
-    return Entrant.of(made)
+    first = _built(baseline, policies[0], encoders, ready)
+    made = {policies[0].name: first}
+    for rules in policies[1:]:
+        if getattr(first, "reads_policy", False) and hasattr(first, "for_policy"):  # a model that is loaded once for all
+            made[rules.name] = first.for_policy(rules)
+        else:
+            made[rules.name] = _built(baseline, rules, encoders, _tried(baseline, rules))
+    named = {name: Contender(guard.name, guard, origin=f"baseline {baseline.name}") for name, guard in made.items()}
+    return Entrant.of(named)
 
 
 _RETRAINED = ("n_unsafe", "safe_per_unsafe", "threshold", "seed")
