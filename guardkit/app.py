@@ -14,12 +14,18 @@ from guardkit.terminal import say
 @main("app")
 def app(cfg: DictConfig) -> None:
     """Shows the page until Ctrl-C, then prints what was said."""
+    from guardkit.moderation.listening import warn_of_others
     from guardkit.schema import InputError
 
     if (cfg.pairs is None) == (cfg.guard is None):
         raise InputError(
             "give pairs=DIR, to judge the pairs of a dataset, or guard=DIR, to try a guard and review its queue, and one of the two"
         )
+    warn_of_others(
+        str(cfg.host),
+        may="see the images and judge under any name, for the page has no password",
+        instead="leave host out and come through a tunnel (ssh -L PORT:127.0.0.1:PORT MACHINE) to keep others out",
+    )
     if cfg.pairs is None:
         _show_guard(cfg)
     else:

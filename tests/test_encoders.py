@@ -179,7 +179,7 @@ def test_preprocessing_is_part_of_the_fingerprint(scenes_encoder, tmp_path):
     ("architecture", "weights", "preprocess", "message"),
     [
         (None, "guardkit:nothing", None, "ships no model 'nothing'; it ships .*scenes_clip"),
-        (None, "local-dir:/nowhere", None, "/nowhere holds no open_clip_config.json"),
+        (None, "local-dir:/nowhere", None, "/nowhere is not a folder; python -m guardkit.fetch"),
         ("ViT-B-32", "guardkit:scenes_clip", None, "encoder.architecture must be null"),
         ("ViT-B-32", "/nowhere/model.safetensors", OPENAI, "does not exist"),
         ("ViT-B-32", "openai", OPENAI, "encoder.preprocess belongs to a bare weights file only"),

@@ -139,6 +139,7 @@ def test_a_folder_that_cannot_be_made_is_refused_first(tmp_path):
         ),
         ("train", ["encoder=siglip2_b16", "editor=none"], "encoder ViT-B-16-SigLIP2 \\(webli\\) could not be loaded from the Hub"),
         ("train", ["data.n_unsafe=few"], "data.n_unsafe must be a whole number"),
+        ("moderate", ["input=uploads"], "guard must be given, as in guard=VALUE"),
         ("evaluate", ["guard=typo/name"], "'typo/name' is no folder here, and no guard of that name can be had from the Hub"),
     ],
 )

@@ -30,6 +30,7 @@ from fastapi.testclient import TestClient
 import guardkit
 from guardkit import Band, GuardClassifier, InputError, ScenesSource
 from guardkit.serving.costs import costs_of
+from guardkit.serving.limits import Limits
 from guardkit.serving.page import create_page
 from guardkit.serving.queue import ModerationQueue
 
@@ -130,6 +131,9 @@ def test_a_heat_map_is_that_of_explain(guard):
             answer = client.post(f"/page/explain{query}", content=data)
             assert (answer.status_code, reason in answer.json()["detail"]) == (422, True)
         assert client.get("/healthz").json() == {"status": "ok"}
+    with page_of(guard, limits=Limits(max_pixels=1000)) as (client, _):
+        answer = client.post("/page/explain", content=PNGS[0])
+        assert (answer.status_code, "the image is too large for a heat map" in answer.json()["detail"]) == (422, True)
 
 
 def test_drawing_a_heat_map_keeps_nobody_else_waiting(guard, monkeypatch):
@@ -271,6 +275,11 @@ def test_a_queue_that_is_none_is_one_line(compose, calibrated, decided, uploads,
     ):
         with pytest.raises(InputError, match=message):
             run(compose("app", *settings), tmp_path / "out", announce=print)
+    done = call("guardkit.app", "host=0.0.0.0", f"guard={tmp_path}", cwd=tmp_path)
+    assert [line.split("; ")[0] for line in done.stderr.splitlines()] == [
+        "WARNING: whoever reaches host=0.0.0.0 may see the images and judge under any name, for the page has no password",
+        f"error: {tmp_path} holds no guard (no config.json, nor guard/config.json)",
+    ]
     done = call("guardkit.app", cwd=tmp_path)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (
         2,

@@ -431,7 +431,10 @@ def test_no_page_loads_anything_from_elsewhere_and_other_hosts_are_refused(guard
     with client_of(guard, allowed_hosts=["127.0.0.1", "::1"]) as client:
         local = {"host": "127.0.0.1:8000"}
         for path in ("/docs", "/redoc", "/"):
-            assert client.get(path, headers=local).status_code == 404
+            answer = client.get(path, headers=local)
+            assert (answer.status_code, f"there is nothing at {path}; images go to POST /v1/moderate" in answer.text) == (404, True)
+        answer = client.get("/v1/moderate", headers=local)
+        assert (answer.status_code, answer.json()) == (405, {"detail": "/v1/moderate does not take GET; it takes POST"})
         assert "://" not in client.get("/openapi.json", headers=local).text
         assert client.get("/healthz", headers=local).headers["cache-control"] == "no-store"
         assert client.get("/healthz", headers={"host": "[::1]:8000"}).status_code == 200

@@ -146,6 +146,8 @@ class OpenClipEncoder(FrozenEncoder):
         if not self.weights.startswith(LOCAL):
             return None
         folder = Path(self.weights.removeprefix(LOCAL)).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder; python -m guardkit.fetch encoder=PRESET brings a model, and says where it lies")
         if not (folder / _MODEL).is_file():
             raise InputError(f"{folder} holds no open_clip_config.json; give a folder in the layout of an open_clip model on the Hub")
         if not any(path.suffix in _WEIGHT_SUFFIXES for path in folder.iterdir()):

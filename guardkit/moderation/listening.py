@@ -1,13 +1,17 @@
-"""Where a server of this package listens, and how it ends: the review page and the service alike."""
+"""Where a server of this package listens, who is warned of it, and how it ends: the pages and the service alike."""
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from guardkit.moderation.gate import LOOPBACK
 from guardkit.schema import InputError
+
+log = logging.getLogger(__name__)
 
 
 def listener(host: str, port: int, *, what: str) -> socket.socket:
@@ -27,6 +31,18 @@ def listener(host: str, port: int, *, what: str) -> socket.socket:
         raise InputError(
             f"{what} cannot listen at host={host} port={port} ({reason}); choose another port, or port=0 for any free one"
         ) from error
+
+
+def warn_of_others(host: str, *, may: str, instead: str) -> None:
+    """Logs a warning where others than this machine reach a server that asks them for no key.
+
+    Args:
+        host: the address that is listened at.
+        may: what they may do.
+        instead: what keeps them out.
+    """
+    if host not in LOOPBACK:
+        log.warning("whoever reaches host=%s may %s; %s", host, may, instead)
 
 
 @contextmanager

@@ -16,12 +16,11 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import cv2
-
 from guardkit.checks import check_whole
 from guardkit.counterfactual.pair_dataset import read_pair_dataset, write_reviews
 from guardkit.counterfactual.review import MAX_NAME, MAX_REASON, VERDICTS, ReviewQueue, agreement, image_file, reviewer_name
 from guardkit.images import encode_png, read_image
+from guardkit.limits import shrink
 from guardkit.moderation.draining import Drained
 from guardkit.moderation.gate import Gate, page_address
 from guardkit.moderation.listening import listener, until_stopped
@@ -260,10 +259,9 @@ class Screen:
             image = read_image(image_file(self.queue.folder, name))
         except ImageError as error:
             return {"data": "", "reason": f"no image: {error}"}
-        scale = _MAX_SIDE_PX / max(image.shape[:2])
-        if scale < 1:
-            image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        return {"reason": "", "data": f"data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}"}
+        # without loss: people look for what an edit left behind
+        data = base64.b64encode(encode_png(shrink(image, _MAX_SIDE_PX))).decode()
+        return {"reason": "", "data": f"data:image/png;base64,{data}"}
 
 
 def _plain_name(who: str) -> str:

@@ -153,10 +153,10 @@ def _run_job(run: Callable[[DictConfig], None], cfg: DictConfig) -> None:
         about = {"job": "" if missing else fingerprint(settings_of(cfg)), "overrides": list(HydraConfig.get().overrides.task)}
         if is_one_of_many and not stack.enter_context(_one_of_many(folder, about)):
             return
-        if missing:
-            raise InputError(f"{', '.join(missing)} must be given, as in {missing[0]}=VALUE; see --help")
         _expand_home(cfg)
         stack.enter_context(locked(folder, about=about, on_claim=lambda: _write_settings(folder, cfg)))
+        if missing:  # in here, so that the folder that Hydra made is taken away
+            raise InputError(f"{', '.join(missing)} must be given, as in {missing[0]}=VALUE; see --help")
         run(cfg)
 
 

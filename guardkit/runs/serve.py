@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
 
 from omegaconf import DictConfig
 
-from guardkit.moderation.gate import LOOPBACK
+from guardkit.moderation.listening import warn_of_others
 from guardkit.runs.hydra import plain
 from guardkit.schema import InputError
 from guardkit.serving.limits import Limits
 from guardkit.serving.server import read_key, serve
-
-log = logging.getLogger(__name__)
 
 KEY_VARIABLE = "GUARDKIT_SERVE_KEY"
 
@@ -40,11 +37,8 @@ def run(cfg: DictConfig, *, announce: Callable[[str], None]) -> None:
     limits = Limits(**{one.name: plain(cfg[one.name]) for one in dataclasses.fields(Limits)})
     key = os.environ.get(KEY_VARIABLE) if cfg.key_file is None else read_key(plain(cfg.key_file))
     host = str(cfg.host)
-    if key is None and host not in LOOPBACK:
-        log.warning(
-            "whoever reaches host=%s may ask this service; set key_file or %s, or put a server with a key of its own in front",
-            host,
-            KEY_VARIABLE,
-        )
+    if key is None:
+        instead = f"set key_file or {KEY_VARIABLE}, or put a server with a key of its own in front"
+        warn_of_others(host, may="ask this service", instead=instead)
     make = partial(serving.create_app, guard if guards is None else guards, key=key, limits=limits, trust=plain(cfg.trust))
     serve(make, host=host, port=plain(cfg.port), allowed_hosts=plain(cfg.allowed_hosts), announce=announce)

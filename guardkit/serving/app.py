@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from guardkit import __version__
 from guardkit.moderation.draining import Drained
 from guardkit.moderation.gate import Refused
-from guardkit.schema import InputError
+from guardkit.schema import InputError, shortened
 from guardkit.serving import described
 from guardkit.serving.bodies import asked, scope_of
 from guardkit.serving.door import Door, answer_json, said
@@ -186,9 +186,14 @@ async def _refused(_: Request, error: Exception) -> Response:
     return _Json(said(error), status_code=error.status, headers=_MORE_HEADERS.get(error.status))
 
 
-async def _not_found(_: Request, error: Exception) -> Response:
+async def _not_found(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _Json(said(error.detail), status_code=error.status_code, headers=error.headers)
+    why, place = error.detail, shortened(request.url.path)
+    if error.status_code == 404:
+        why = f"there is nothing at {place}; images go to POST /v1/moderate, and GET /openapi.json lists all routes"
+    elif error.status_code == 405:
+        why = f"{place} does not take {request.method}; it takes {(error.headers or {}).get('Allow', 'another method')}"
+    return _Json(said(why), status_code=error.status_code, headers=error.headers)
 
 
 async def _invalid(_: Request, error: Exception) -> Response:

@@ -8,6 +8,8 @@ from guardkit.checks import check_number, check_whole
 from guardkit.limits import MAX_BYTES, MAX_FRAMES, MAX_PIXELS
 from guardkit.schema import InputError
 
+EXPLAINED_PIXELS = 25_000_000  # of an image that gets a heat map: one is as large as the image, several times over
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -23,7 +23,7 @@ from guardkit.serving.bodies import asked
 from guardkit.serving.costs import Costs
 from guardkit.serving.door import answer_json
 from guardkit.serving.guards import ONE
-from guardkit.serving.limits import Limits
+from guardkit.serving.limits import EXPLAINED_PIXELS, Limits
 from guardkit.serving.queue import ModerationQueue
 from guardkit.thresholds import Band
 
@@ -140,6 +140,7 @@ def _about(
         "policy": guard.policy.name,
         "encoder": guard.encoder.name,
         "categories": [{"name": one.name, "definition": one.definition} for one in guard.policy.categories],
+        "megapixels": {"decided": limits.max_pixels // 1_000_000, "explained": min(limits.max_pixels, EXPLAINED_PIXELS) // 1_000_000},
         "promises": [] if guard.calibration is None else guard.calibration.promises,
         "facts": {
             "token": token,

@@ -23,12 +23,10 @@ from guardkit.schema import Decision, ImageError, InputError, TooLargeError
 from guardkit.serving.batches import Batches
 from guardkit.serving.figures import Figures
 from guardkit.serving.guards import Given, Served, loaded, named
-from guardkit.serving.limits import Limits
+from guardkit.serving.limits import EXPLAINED_PIXELS, Limits
 from guardkit.thresholds import check_scope, undecided
 
 log = logging.getLogger(__name__)
-
-_EXPLAINED_PIXELS = 25_000_000  # a map is as large as the image, several times over
 
 
 @dataclass(frozen=True)
@@ -158,13 +156,18 @@ class Service:
             frames = read_frames(
                 data,
                 lambda image: image if next(seen) == frame else None,
-                max_pixels=min(self.limits.max_pixels, _EXPLAINED_PIXELS),
+                max_pixels=min(self.limits.max_pixels, EXPLAINED_PIXELS),
                 max_frames=self.limits.max_frames,
             )
             if frame >= len(frames):
                 raise ImageError(f"it has {len(frames)} frames, and none of number {frame}")
             with batches.at_work:
                 return served.guard.explain(frames[frame], category, max_pixels=self.limits.max_pixels)
+        except TooLargeError as error:
+            why = (
+                f"the image is too large for a heat map, which takes more memory than a decision ({error}); make it smaller and look again"
+            )
+            raise Refused(422, why) from error
         except (ImageError, InputError) as error:
             raise Refused(422, str(error)) from error
 
