@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture
-from tiny_models import write_smolvlm
+from tiny_models import VLMS, write_smolvlm
 
 from guardkit import GuardClassifier, InputError, Policy, finetune
 from guardkit.data.sources.base import Loaded
@@ -181,6 +181,21 @@ def test_memory_is_that_of_a_few_images_and_the_result_the_same(run, model):
         losses.append([weight.grad.norm() for weight in head.adapters])
     np.testing.assert_allclose(*losses, rtol=1e-3, atol=1e-6)
     assert max(losses[0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "connector"),
+    [("smolvlm", "connector.modality_projection"), ("qwen_vl", "visual.merger"), ("internvl", "multi_modal_projector")],
+)
+def test_language_and_connector_are_adapted_and_the_image_encoder_is_not(tmp_path, name, connector):
+    from guardkit.encoders.adapters import adapted_modules
+
+    VLMS[name](tmp_path)
+    names = adapted_modules(VLMEncoder(str(tmp_path), prompt="is it red ?", device="cpu").model)
+    others = [one for one in names if connector not in one]
+    assert len(others) == 2 * 7  # of each layer of the language model
+    assert all("layers." in one and "vision" not in one and "visual" not in one for one in others)
+    assert len(others) < len(names)
 
 
 def test_half_precision_trains_in_single_precision(model):

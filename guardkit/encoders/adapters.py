@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."  # in PEFT's files, of a model that PEFT wrapped
 _BASE = "base_weights"  # hash over the weights of the model that adapters were trained in
+_CONNECTORS = ("merger", "deepstack_merger_list")  # parts of an image encoder that connect it to the language model, as Qwen-VL's
 _MODULE = re.compile(r"[A-Za-z0-9_.]{1,200}")
 _MAX_MODULES, _MAX_RANK, _MAX_ALPHA, _HEADER_BYTES = 10_000, 1024, 1 << 16, 1 << 22
 _MEND = "copy the guard's folder anew"
@@ -43,7 +44,9 @@ def adapted_modules(model: Any) -> list[str]:
     import torch
 
     vision, output = model.get_encoder(modality="image"), model.get_output_embeddings()
-    frozen = {id(module) for module in (vision.modules() if vision is not model and vision is not model.base_model else ())} | {id(output)}
+    seeing = vision.modules() if vision is not model and vision is not model.base_model else ()
+    connecting = {id(module) for name in _CONNECTORS for module in getattr(vision, name, torch.nn.Module()).modules()}
+    frozen = ({id(module) for module in seeing} - connecting) | {id(output)}
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and id(module) not in frozen]
 
 
