@@ -133,6 +133,9 @@ def test_shards_parquet_and_lists_give_the_same_decisions_and_keep_what_they_say
     assert list(tmp_path.parent.glob("*.png")) == []
     named = guardkit.moderate(guard, tmp_path / "rows.parquet", output_dir=tmp_path / "named", id_column="user")
     assert set(rows_of(named.folder)) == {*map(str, SEEDS), "99"}
+    for place in ("rows.parquet", "list.csv"):
+        with pytest.raises(InputError, match=f"{place} has no column 'uesr'; it has .*user.*; set id_column"):
+            guardkit.moderate(guard, tmp_path / place, output_dir=tmp_path / f"typo_{place}", id_column="uesr")
 
 
 def test_the_worst_frame_of_an_animation_decides_and_is_named(guard, tmp_path):

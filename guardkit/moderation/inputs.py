@@ -130,6 +130,7 @@ class Inputs:
             names, rows = read_table(path, self.file_column)
             if self.file_column not in names:
                 raise InputError(f"input={path} has no column {self.file_column!r}; it has {', '.join(names) or 'none'}; set file_column")
+            self._check_id_column(names, path)
             rows = [row for row in rows if row]
         for number, row in enumerate(rows, 1):
             file = str(row.get(self.file_column) or "").strip()
@@ -142,8 +143,7 @@ class Inputs:
             with open(path, "rb") as opened, pq.ParquetFile(opened) as file:
                 schema = file.schema_arrow
                 column = self._image_column(schema, path)
-                if self.id_column is not None and self.id_column not in schema.names:
-                    raise InputError(f"input={path} has no column {self.id_column!r}; it has {', '.join(schema.names)}; set id_column")
+                self._check_id_column(schema.names, path)
                 number = 0
                 for batch in file.iter_batches(_BATCH_ROWS):
                     others = batch.drop_columns([column]).to_pylist()
@@ -156,6 +156,10 @@ class Inputs:
                         yield Given(printable(identity), *_image(images[row]), own)
         except (pa.ArrowException, OSError) as error:
             yield Given(name, None, f"cannot be read as Parquet: {' '.join(str(error).split())[:120]}")
+
+    def _check_id_column(self, names: Sequence[str], path: Path) -> None:
+        if self.id_column is not None and self.id_column not in names:
+            raise InputError(f"input={path} has no column {self.id_column!r}; it has {', '.join(names)}; set id_column")
 
     def _image_column(self, schema: pa.Schema, path: Path) -> str:
         if self.image_column is not None:

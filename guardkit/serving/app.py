@@ -188,9 +188,9 @@ async def _refused(_: Request, error: Exception) -> Response:
 
 async def _not_found(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    why, place = error.detail, shortened(request.url.path)
+    why, place, root = error.detail, shortened(request.url.path), request.scope.get("root_path", "")
     if error.status_code == 404:
-        why = f"there is nothing at {place}; images go to POST /v1/moderate, and GET /openapi.json lists all routes"
+        why = f"there is nothing at {place}; images go to POST {root}/v1/moderate, and GET {root}/openapi.json lists all routes"
     elif error.status_code == 405:
         why = f"{place} does not take {request.method}; it takes {(error.headers or {}).get('Allow', 'another method')}"
     return _Json(said(why), status_code=error.status_code, headers=error.headers)
