@@ -359,7 +359,13 @@ def cached(make: Any) -> Any:
 
 def _own_size(config: Any, images: Any) -> int:
     """Pixels of a side that the model's image encoder takes."""
-    for found in (getattr(getattr(config, "vision_config", None), "image_size", None), getattr(images, "max_image_size", None)):
+    square = _settings(images, ("size",)).get("size")
+    said = (
+        getattr(getattr(config, "vision_config", None), "image_size", None),
+        _settings(images, ("max_image_size",)).get("max_image_size"),
+        square if isinstance(square, Mapping) and square.get("height") else None,  # others say a range
+    )
+    for found in said:
         value = found[0] if isinstance(found, list | tuple) and found else found
         if isinstance(value, Mapping):
             value = next((value[key] for key in _SIZE_KEYS if value.get(key)), None)
