@@ -136,6 +136,10 @@ def test_shards_parquet_and_lists_give_the_same_decisions_and_keep_what_they_say
     for place in ("rows.parquet", "list.csv"):
         with pytest.raises(InputError, match=f"{place} has no column 'uesr'; it has .*user.*; set id_column"):
             guardkit.moderate(guard, tmp_path / place, output_dir=tmp_path / f"typo_{place}", id_column="uesr")
+    with pytest.raises(
+        InputError, match="id_column=user names a column of Parquet files and of tables of paths, and input=.*shard.tar.gz has neither"
+    ):
+        guardkit.moderate(guard, tmp_path / "shard.tar.gz", output_dir=tmp_path / "columnless", id_column="user")
 
 
 def test_the_worst_frame_of_an_animation_decides_and_is_named(guard, tmp_path):

@@ -87,6 +87,16 @@ class Inputs:
                     "for one image give its folder, or call GuardClassifier.predict"
                 )
 
+        has_rows = any(
+            path.name.lower().endswith((".parquet",) if place.is_dir() else (".parquet", ".csv", ".jsonl"))
+            for place in self.places
+            for path in (_files(place) if place.is_dir() and id_column is not None else [place])
+        )
+        if id_column is not None and not has_rows:
+            raise InputError(
+                f"id_column={id_column} names a column of Parquet files and of tables of paths, and input={self.places[0]} has neither; leave it out"
+            )
+
     def fingerprint(self) -> str:
         """Of what there is: names, sizes and times of change; 64 hex digits. A run goes on only where it is the same."""
         seen = []
