@@ -207,7 +207,7 @@ def _checked(
     differs: str,
 ) -> dict[str, Any] | None:
     mark = _earlier(folder, command, recognise, beside)
-    if mark is not None and goes_on and mark.get("settings") != wanted:
+    if mark is not None and goes_on and mark.get("settings") != wanted and not _is_bare(folder):
         raise InputError(f"{folder} holds results of guardkit {command} that were {differs}; choose another output_dir")
     return mark
 
@@ -229,6 +229,13 @@ def _earlier(folder: Path, command: str, recognise: Callable[[], Any] | None, be
     if mark is not None and mark.get("command") != command:
         raise InputError(f"{folder} holds the results of guardkit {mark.get('command')}, not of {command}; {advice}")
     return mark
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether nothing lies in a folder but what is there before a run's first result: a wrong setting may have ended it."""
+    settings = "hparams.yaml"  # of loggers
+    own = {folder / MARK, folder / LOCK}
+    return all(path.is_dir() or path in own or path.name == settings or path.parent == folder / ".hydra" for path in folder.rglob("*"))
 
 
 def _visible(folder: Path) -> list[str]:

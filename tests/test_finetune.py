@@ -296,7 +296,11 @@ def test_an_adapter_that_lies_is_refused(run, model, tmp_path, name, value, mess
     ("settings", "message"),
     [
         ({"words": ["allowed", "forbidden"]}, "does not write allowed and forbidden as one token each"),
-        ({"rank": 0}, "rank"),
+        ({"words": ["safe"]}, r"lora.words must be two words, .* as in \[safe,unsafe\], got \['safe'\]"),
+        ({"words": "safe"}, "lora.words must be two words"),
+        ({"words": [1, None]}, "lora.words must be two words"),
+        ({"trainer": {"accumulate_grad_batches": 0}}, "trainer.accumulate_grad_batches must be a whole number of at least 1, got 0"),
+        ({"rank": 0}, "lora.rank"),
         ({"images_at_once": 0}, "images_at_once"),
         ({"threshold": "best"}, "threshold must be"),
     ],
@@ -304,6 +308,12 @@ def test_an_adapter_that_lies_is_refused(run, model, tmp_path, name, value, mess
 def test_wrong_settings_are_told_before_training(model, settings, message):
     with pytest.raises(InputError, match=message):
         tuned(model, **settings)
+
+
+def test_rules_of_ones_own_stay(model):
+    encoder = VLMEncoder(str(model), prompt=PROMPT, rules="red is", device="cpu")
+    report = finetune(Colours(), policy("red"), encoder=encoder, n_unsafe=4, trainer={"max_epochs": 0})
+    assert report.guard.encoder.rules == "red is"
 
 
 def test_it_needs_a_whole_vision_language_model(model, scenes_encoder):

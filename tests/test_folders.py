@@ -212,9 +212,19 @@ def test_a_training_that_fails_late_leaves_no_older_figures(train, tmp_path, mon
     def full(path, measured):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("guardkit.api.train.write_predictions", full)
+    monkeypatch.setattr("guardkit.api.trained.write_predictions", full)
     with pytest.raises(OSError, match="No space left"):
         train("experiment=unpaired", "trainer.max_epochs=5", "seed=5", folder=tmp_path)
     assert (tmp_path / "guard").exists()
     assert not (tmp_path / "metrics.json").exists()
     assert is_unfinished(tmp_path)
+
+
+def test_a_run_that_a_wrong_setting_ended_holds_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="wrong"), claim(tmp_path, "finetune", 1):
+        raise ValueError("wrong")
+    with suppress(ValueError), claim(tmp_path, "finetune", 2):
+        (tmp_path / "result.json").touch()
+        raise ValueError("later")
+    with pytest.raises(InputError, match="made with other settings"), claim(tmp_path, "finetune", 3):
+        pass

@@ -117,6 +117,10 @@ def without_image(folder):
     (folder / "chat_template.jinja").write_text(chat_template(""))
 
 
+def with_adapter(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "/nowhere"}')
+
+
 def short_context(folder):
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["max_position_embeddings"] = 12
@@ -129,6 +133,8 @@ def short_context(folder):
         (without_template, {}, "has no chat template; choose a model that was tuned to follow instructions"),
         (without_image, {}, "image"),
         (short_context, {}, r"image and prompt are \d+ tokens, and .* reads 12 \(its context length\); shorten encoder.prompt"),
+        (short_context, {"prompt": "safe " * 10**5}, r"are 1000\d+ tokens, and .* reads 12"),  # told before that many are run
+        (with_adapter, {}, "holds an adapter of a model; give the model itself, whole and without adapter_config.json beside it"),
         (None, {"layer": 3}, "encoder.layer must be from 1 to 2, the layers of .*, got 3"),
         (None, {"prompt": "a {policy}"}, "encoder.prompt has a place for a policy, {policy}, and was given none"),
         (None, {"adapter": "/nowhere"}, "adapter_config.json"),
@@ -150,6 +156,8 @@ def test_what_is_wrong_is_one_line(folders, tmp_path, spoil, settings, message):
         ({"prompt": " "}, "encoder.prompt must be a text"),
         ({"layer": 0}, "encoder.layer"),
         ({"image_size": 0}, "encoder.image_size"),
+        ({"rules": ["x"]}, r"encoder.rules must be a text or null, got \['x'\]"),
+        ({"adapter": 5}, "encoder.adapter must be a text or null, got 5"),
         ({"dtype": "int8"}, "encoder.dtype must be"),
     ],
 )

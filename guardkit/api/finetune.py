@@ -131,7 +131,8 @@ def finetune(
         raise InputError(
             "a LoRA guard is trained on images, and source=embeddings holds their embeddings alone; give the source of the images"
         )
-    base = check_base(encoder).for_policy(policy)
+    base = check_base(encoder)
+    base = base.for_policy(policy) if base.rules is None else base
     base.readout(words)  # what is wrong with model, prompt or words is told before the long part
     idle = without_effect([chosen], look_alikes=look_alikes, safe_per_unsafe=safe_per_unsafe, variants_per_image=variants_per_image)
     for note in idle:

@@ -62,8 +62,8 @@ def inject(model: Any, modules: Sequence[str], *, rank: int, alpha: int) -> dict
         The adapters' weights by name; they alone take gradients.
     """
     require_peft()
-    check_whole("rank", rank, 1, _MAX_RANK)
-    check_whole("alpha", alpha, 1, _MAX_ALPHA)
+    check_whole("lora.rank", rank, 1, _MAX_RANK)
+    check_whole("lora.alpha", alpha, 1, _MAX_ALPHA)
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(_config(modules, rank, alpha), model)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from guardkit.artifacts import fingerprint, read_json, written
-from guardkit.checks import check_choice, check_whole
+from guardkit.checks import check_choice, check_whole, is_list
 from guardkit.encoders.adapters import attach
 from guardkit.encoders.base import prepare_image
 from guardkit.encoders.frozen import Built, FrozenEncoder, hash_tensors, trial
@@ -92,6 +92,9 @@ class VLMEncoder(FrozenEncoder):
         if image_size is not None:
             check_whole("encoder.image_size", image_size, 1, _MAX_SIZE)
         check_choice("encoder.dtype", dtype, DTYPES)
+        for name, text in (("rules", rules), ("adapter", adapter)):
+            if text is not None and not isinstance(text, str):
+                raise InputError(f"encoder.{name} must be a text or null, got {shortened(repr(text))}")
         self.weights, self.prompt, self.rules, self.layer = weights, prompt, rules, layer
         self.image_size, self.dtype, self.adapter = image_size, dtype, adapter
         super().__init__(f"{weights} with an adapter" if adapter else weights, device=device, batch_size=batch_size)
@@ -204,8 +207,9 @@ class VLMEncoder(FrozenEncoder):
         }
         self._text = self.prompt.replace(RULES, disarmed(self.rules or "", self._processor.tokenizer))
         try:
+            tokens = self._checked_tokens(model, said["size"])  # before anything is run, which may be too long for this machine
             dim = trial(lambda batch: self._states(model, batch), said["size"])
-            tokens = self._checked_tokens(model, said["size"])
+            self._check_sight(model, said["size"])
         except InputError:
             raise
         except Exception as error:
@@ -264,11 +268,8 @@ class VLMEncoder(FrozenEncoder):
         return states.float()
 
     def _checked_tokens(self, model: Any, size: Sequence[int]) -> list[int]:
-        """The tokens of image and prompt, once they are known to say what is meant."""
-        import torch
-
-        two = torch.stack([torch.zeros(3, *size), torch.ones(3, *size)])
-        inputs = self._inputs(model, two)
+        """The tokens of image and prompt, once they are known to be few enough."""
+        inputs = self._inputs(model, _two(size))
         most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         n = int(inputs["input_ids"].shape[1])
         if isinstance(most, int) and n > most:
@@ -278,14 +279,18 @@ class VLMEncoder(FrozenEncoder):
             )
         if not bool(inputs["attention_mask"].all()):
             raise ValueError("two images of one size give different numbers of tokens")
+        return [int(one) for one in inputs["input_ids"][0]]
+
+    def _check_sight(self, model: Any, size: Sequence[int]) -> None:
+        import torch
+
         with torch.inference_mode():
-            black, white = self._states(model, two)
+            black, white = self._states(model, _two(size))
         if torch.equal(black, white):
             raise InputError(
                 f"{self.weights} answers the same for a black and a white image: its chat template has no place for an image; choose a "
                 "model that was tuned to look at images"
             )
-        return [int(one) for one in inputs["input_ids"][0]]
 
     # --- what a state says in words -------------------------------------------------------------------------------------
 
@@ -324,10 +329,14 @@ class VLMEncoder(FrozenEncoder):
         Args:
             words: two; see `tokens_of`.
         Raises:
-            InputError: the model's final norm is of another kind, or an earlier layer's state was asked for.
+            InputError: other than two words; the model's final norm is of another kind, or an earlier layer's state was asked for.
         """
         import torch
 
+        if not is_list(words) or len(words) != 2 or not all(isinstance(one, str) and one.strip() for one in words):
+            raise InputError(
+                f"lora.words must be two words, of a safe and of an unsafe answer, as in [safe,unsafe], got {shortened(repr(words))}"
+            )
         ids = self.tokens_of(words)
         if self.layer is not None:
             raise InputError("the words of an answer are read from the last layer; leave encoder.layer=null")
@@ -372,6 +381,13 @@ def _own_size(config: Any, images: Any) -> int:
         if isinstance(value, int) and 0 < value <= _MAX_SIZE:
             return value
     return _USUAL_SIZE
+
+
+def _two(size: Sequence[int]) -> torch.Tensor:
+    """A black and a white image."""
+    import torch
+
+    return torch.stack([torch.zeros(3, *size), torch.ones(3, *size)])
 
 
 def _settings(part: Any, names: Sequence[str]) -> dict[str, Any]:

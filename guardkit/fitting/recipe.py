@@ -146,6 +146,7 @@ def _check_trainer(settings: Mapping[str, Any]) -> None:
     wanted = {**TRAINER, **settings}
     for name, least in (("max_epochs", -1), ("check_val_every_n_epoch", 1), ("num_sanity_val_steps", -1), ("log_every_n_steps", 0)):
         check_whole(f"trainer.{name}", wanted[name], least)
+    check_whole("trainer.accumulate_grad_batches", wanted.get("accumulate_grad_batches", 1), 1)
     for name in ("enable_progress_bar", "enable_model_summary"):
         check_flag(f"trainer.{name}", wanted[name])
     check_choice("trainer.deterministic", wanted["deterministic"], (True, False, "warn"))

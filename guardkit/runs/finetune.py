@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from guardkit.api.finetune import finetune
 from guardkit.api.trained import TrainingReport
+from guardkit.checks import check_map
 from guardkit.runs.hydra import cache_dir, factory, make, make_source, plain, policy
 from guardkit.runs.loggers import check_logger, logger_of
 from guardkit.runs.objects import arm, data, edits, loss
@@ -24,6 +25,7 @@ def run(cfg: DictConfig, settings: Any, folder: Path) -> TrainingReport:
     """
     check_logger(cfg.logger)
     rules = policy(cfg)
+    check_map("lora", cfg.lora, "{rank: 8}", optional=False)
     return finetune(
         make_source(cfg, rules),
         rules,

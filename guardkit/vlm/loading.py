@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from guardkit.schema import InputError
 from guardkit.vlm.base import one_line
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")  # no code and no pickles
 
 
@@ -31,10 +35,13 @@ def load_model(folder: Path, *, what: str, device: str, dtype: str, device_setti
     import transformers
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    if (folder / ADAPTER_CONFIG).is_file():  # transformers would load another folder in its place, which that file names
+        raise InputError(f"{what} holds an adapter of a model; give the model itself, whole and without {ADAPTER_CONFIG} beside it")
     on = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        with bars_on_terminals_only(transformers.utils.logging):
+        # what is missing is told below, in one line
+        with bars_on_terminals_only(transformers.utils.logging), _quiet("transformers.modeling_utils"):
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -57,6 +64,18 @@ def load_model(folder: Path, *, what: str, device: str, dtype: str, device_setti
     if not getattr(processor, "chat_template", None):
         raise InputError(f"{what} has no chat template; choose a model that was tuned to follow instructions")
     return processor, model
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keeps a log's warnings to itself."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def disarmed(text: str, tokenizer: Any) -> str:
