@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from test_vlm import Endpoint, completion
 
 from guardkit import Policy
+from guardkit.baselines.base import covered
 from guardkit.baselines.constant import always_unsafe, prevalence
 from guardkit.baselines.multi_headed import HEADS, multi_headed
 from guardkit.baselines.nsfw_detector import PUBLISHED, nsfw_detector
@@ -487,6 +488,28 @@ def test_a_malicious_torch_file_is_refused_and_nothing_runs(policy, tmp_path):
         assert not sentinel.exists(), name
     torch.load(tmp_path / "sexual.pt", weights_only=False)  # the plain loader would have run it
     assert sentinel.exists()
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        (torch.ones(2, 12).to_sparse(), "x.pt was not loaded"),
+        (torch.ones(2, 12, device="meta"), "x.pt was not loaded: TypeError"),
+        ({"x": Calls(touch, "sentinel")}, "asks for more than tensors and plain values, which is not run$"),
+    ],
+)
+def test_other_things_that_torch_writes_are_no_prompts(policy, tmp_path, held, message):
+    torch.save(held, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=message):
+        q16(policy, str(tmp_path / "x.pt"), StandInEncoder(12), covers=None)
+
+
+def test_names_that_are_no_texts_are_refused(policy, tmp_path):
+    torch.save({"x": torch.ones(3), 5: torch.ones(2)}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="x.pt holds no names with tensors"):
+        nsfw_detector(policy, str(tmp_path / "x.pt"), StandInEncoder(), covers=None)
+    with pytest.raises(InputError, match="baseline.nsfw_detector.covers must be a list of category names, or null for all, got 5"):
+        covered("nsfw_detector", 5, policy)
 
 
 def test_arrays_that_hide_objects_are_refused_by_every_loader(policy, tmp_path):

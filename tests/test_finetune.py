@@ -292,6 +292,19 @@ def test_an_adapter_that_lies_is_refused(run, model, tmp_path, name, value, mess
         _ = VLMEncoder(str(model), prompt="is it red ?", adapter=str(folder), device="cpu").fingerprint
 
 
+def test_an_adapter_of_other_numbers_is_refused(run, model, tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(run.folder / "guard", tmp_path / "guard")
+    path = folder / "adapter_model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+    save_file({name: value.to(torch.complex64) for name, value in load_file(path).items()}, path, metadata=about)
+    with pytest.raises(InputError, match="larger than an adapter|holds other numbers than floating-point ones"):
+        _ = VLMEncoder(str(model), prompt="is it red ?", adapter=str(folder), device="cpu").fingerprint
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

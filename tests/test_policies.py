@@ -450,6 +450,7 @@ def test_policies_that_the_labels_know_nothing_of(policies, compose, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"items": 5}, "source.items must be a path, got 5"),
         ({"items": "none.jsonl"}, "source.items none.jsonl is not a file in "),
         ({"label_column": "label"}, "test.jsonl has no column 'label'; it has image_path, safety_label, policy_name, policy; set source.label_column"),
         ({}, r"test.jsonl has no row of policy 'policy_l9'; it has rows of policy_l1, policy_l3, policy_l5; give one of these"),

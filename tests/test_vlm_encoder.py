@@ -156,6 +156,7 @@ def test_what_is_wrong_is_one_line(folders, tmp_path, spoil, settings, message):
         ({"prompt": " "}, "encoder.prompt must be a text"),
         ({"layer": 0}, "encoder.layer"),
         ({"image_size": 0}, "encoder.image_size"),
+        ({"weights": "x" * 5000}, "encoder.weights: x+ … x+ is no folder here"),
         ({"rules": ["x"]}, r"encoder.rules must be a text or null, got \['x'\]"),
         ({"adapter": 5}, "encoder.adapter must be a text or null, got 5"),
         ({"dtype": "int8"}, "encoder.dtype must be"),
@@ -163,7 +164,7 @@ def test_what_is_wrong_is_one_line(folders, tmp_path, spoil, settings, message):
 )
 def test_wrong_settings_are_refused_before_anything_is_loaded(folders, settings, message):
     with pytest.raises(InputError, match=message):
-        encoder(folders("smolvlm"), **settings)
+        VLMEncoder(**{"weights": str(folders("smolvlm")), **settings})
 
 
 def test_another_kind_of_model_is_refused(tmp_path):

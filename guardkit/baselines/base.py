@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from guardkit.artifacts import fingerprint
-from guardkit.checks import check_number
+from guardkit.checks import check_number, is_list
 from guardkit.encoders.base import Encoder
 from guardkit.policy import Policy
 from guardkit.schema import InputError
@@ -89,7 +89,7 @@ def covered(baseline: str, covers: Sequence[str] | None, policy: Policy) -> froz
     """
     if covers is None:
         return None
-    if isinstance(covers, str) or not covers or not all(isinstance(one, str) for one in covers):
+    if not is_list(covers) or not covers or not all(isinstance(one, str) for one in covers):
         raise InputError(f"baseline.{baseline}.covers must be a list of category names, or null for all, got {covers!r}")
     return frozenset(covers) & frozenset(policy.category_names)
 

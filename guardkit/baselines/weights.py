@@ -89,9 +89,10 @@ def read_array(path: Path) -> np.ndarray:
     elif suffix == _NUMPY:
         array = read_npy(path, "get the published file anew")
     elif suffix in _TORCH:
-        array = _refused(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
+        array = _refused(path, lambda: _from_torch(path))
         if isinstance(array, torch.Tensor) and array.is_floating_point():
-            array = array.detach().float().numpy()
+            tensor = array
+            array = _refused(path, lambda: tensor.detach().float().numpy())  # one without its numbers, or sparse
     elif suffix in _PICKLES:
         array = _refused(path, lambda: _unpickle(path))
     else:
@@ -115,10 +116,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if suffix == _SAFETENSORS:
         state = _refused(path, lambda: load_file(path))
     elif suffix in _TORCH:
-        state = _refused(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
+        state = _refused(path, lambda: _from_torch(path))
     else:
         raise InputError(f"{path}: weights must end in {_SAFETENSORS}, {', '.join(_TORCH)}")
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise InputError(f"{path} holds no names with tensors; get the published file anew")
     for name, value in state.items():
         if not _refused(path, partial(_is_finite, value)):
@@ -152,6 +155,13 @@ def _refused(path: Path, read: Callable[[], Any]) -> Any:
         raise InputError(f"{path} was not loaded: {' '.join(str(error).split())[:200]}") from error
     except Exception as error:  # a pickle's opcodes raise anything: EOFError, IndexError, MemoryError, UnicodeDecodeError
         raise InputError(f"{path} was not loaded: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _from_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's own words advise to run what the file asks for
+        raise pickle.UnpicklingError("it is damaged, or asks for more than tensors and plain values, which is not run") from error
 
 
 # numpy keeps the function that its own pickles name private, and has moved it

@@ -169,7 +169,9 @@ def attach(model: Any, folder: Path, base: str) -> str:
     except (OSError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is missing or damaged ({reason}); {_MEND}") from error
-    if not all(bool(value.isfinite().all()) for value in values.values()):
+    if not all(value.is_floating_point() for value in values.values()):
+        raise InputError(f"{path} holds other numbers than floating-point ones; {_MEND}")
+    if not all(bool(value.float().isfinite().all()) for value in values.values()):
         raise InputError(f"{path} holds NaN or infinite values, which decide nothing; {_MEND}")
     weights = inject(model, modules, rank=rank, alpha=alpha)
     with torch.no_grad():

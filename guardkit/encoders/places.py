@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from guardkit.hub import hub_folder
-from guardkit.schema import InputError
+from guardkit.schema import InputError, shortened
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
 
@@ -35,8 +35,14 @@ def named_folder(weights: object, *, holds: str) -> Path | None:
     if weights.startswith(HUB):
         return None
     folder = Path(weights.removeprefix(LOCAL)).expanduser()
-    if not folder.is_dir():
-        raise InputError(f"encoder.weights: {folder} is no folder here; give {LOCAL}FOLDER, or {HUB}ORG/NAME for a model on the Hub")
+    try:
+        is_there = folder.is_dir()
+    except OSError:  # such as a name that no file system takes
+        is_there = False
+    if not is_there:
+        raise InputError(
+            f"encoder.weights: {shortened(str(folder), 200)} is no folder here; give {LOCAL}FOLDER, or {HUB}ORG/NAME for a model on the Hub"
+        )
     if not (folder / holds).is_file():
         raise InputError(f"encoder.weights: {folder} holds no {holds}; give the folder of one model")
     return folder

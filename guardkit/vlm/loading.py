@@ -39,9 +39,9 @@ def load_model(folder: Path, *, what: str, device: str, dtype: str, device_setti
         raise InputError(f"{what} holds an adapter of a model; give the model itself, whole and without {ADAPTER_CONFIG} beside it")
     on = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         # what is missing is told below, in one line
-        with bars_on_terminals_only(transformers.utils.logging), _quiet("transformers.modeling_utils"):
+        with bars_on_terminals_only(transformers.utils.logging), _quiet("transformers"):
+            processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 folder,
                 dtype=dtype,

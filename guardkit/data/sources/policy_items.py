@@ -203,7 +203,7 @@ def _own_name(name: str) -> str:
 
 def _read(root: str, items: str, columns: Mapping[str, str], text_column: str) -> _Table:
     folder = check_path("source.root", root)
-    path = folder / items
+    path = folder / check_path("source.items", items)
     if not path.is_file():
         raise InputError(f"source.items {items} is not a file in {folder}; give the items file, by its path inside that folder")
     broken: list[Rejected] = []
