@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--tests", type=int, default=225, help="test scenes of each label and rendering")
     parser.add_argument("--arms", nargs="+", default=["unpaired", "pairs_aug"])
     parser.add_argument("--lora-epochs", type=int, default=20)
+    parser.add_argument("--only", default="", help="ways whose name holds this text")
     args = parser.parse_args()
     policy = Policy.load("guardkit:scenes")
     clip = OpenClipEncoder(None, "guardkit:scenes_clip", batch_size=32)
@@ -71,6 +72,7 @@ def main() -> None:
         "linear head on states, the policy in the prompt": whole,
         "LoRA guard": None,
     }
+    ways = {name: encoder for name, encoder in ways.items() if args.only in name}
     print("| guard | arm | AUROC in | AUROC out | F1 in | F1 out | seconds a training |\n|---|---|---|---|---|---|---|", flush=True)
     source = ScenesSource(policy, n_train=1024, n_test=args.tests)
     alone = words_alone(whole, policy, source)

@@ -12,7 +12,7 @@ import torch
 from conftest import picture
 from tiny_models import VLMS, write_smolvlm
 
-from guardkit import GuardClassifier, InputError, Policy, finetune
+from guardkit import GuardClassifier, InputError, LinearHead, Policy, finetune
 from guardkit.data.sources.base import Loaded
 from guardkit.encoders.vlm import VLMEncoder
 from guardkit.images import ArrayContent
@@ -221,8 +221,8 @@ def test_it_reads_another_policy(run):
     assert run.guard.for_policy(run.guard.policy) is run.guard
 
 
-def test_a_guard_that_reads_no_policy_says_so(train):
-    guard = train("experiment=unpaired").guard
+def test_a_guard_that_reads_no_policy_says_so(scenes_encoder, scenes_policy):
+    guard = GuardClassifier(LinearHead.build(scenes_encoder, scenes_policy), scenes_encoder, scenes_policy)
     assert not guard.reads_policy
     with pytest.raises(InputError, match="does not read policies: .*; train one for policy colours"):
         guard.for_policy(policy("red"))

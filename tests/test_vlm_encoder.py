@@ -214,3 +214,10 @@ def test_it_is_fetched_whole_and_without_a_policy(folders, compose, tmp_path):
     said = run(compose("fetch", *plain, "encoder.prompt='Is it red ?'"), tmp_path / "model")
     assert said["use it as"] == f"encoder=vlm encoder.weights=local-dir:{tmp_path / 'model'} 'encoder.prompt=Is it red ?'"
     assert encoder(tmp_path / "model").fingerprint == encoder(folders("smolvlm")).fingerprint
+
+
+def test_loading_says_nothing(folders, capfd):
+    _ = encoder(folders("smolvlm")).fingerprint
+    said = "".join(capfd.readouterr())
+    assert "sharded" not in said
+    assert "warning" not in said.lower()

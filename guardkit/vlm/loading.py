@@ -68,14 +68,17 @@ def load_model(folder: Path, *, what: str, device: str, dtype: str, device_setti
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Keeps a log's warnings to itself."""
+    """Keeps a log's warnings to itself. By a filter: transformers decides by the level of this log what it checks and says elsewhere."""
     logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.addFilter(_is_error)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def disarmed(text: str, tokenizer: Any) -> str:
