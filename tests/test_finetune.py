@@ -159,6 +159,17 @@ def test_two_runs_give_the_same_bytes_and_an_interrupted_one_too(run, model, tmp
         assert (tmp_path / "guard" / name).read_bytes() == (run.folder / "guard" / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("lost", [{"loops": {}}, {"state_dict": {}}, {"loops": None}])
+def test_a_checkpoint_with_parts_lost_is_none(run, tmp_path, lost):
+    from guardkit.fitting.module import check_checkpoint
+
+    whole = run.folder / "checkpoints" / "last.ckpt"
+    check_checkpoint(whole)
+    torch.save(torch.load(whole, weights_only=True) | lost, tmp_path / "x.ckpt")
+    with pytest.raises(InputError, match="x.ckpt cannot be resumed from"):
+        check_checkpoint(tmp_path / "x.ckpt")
+
+
 def test_other_settings_are_refused_in_its_folder(run, model):
     with pytest.raises(
         InputError, match="holds results of guardkit finetune that were made with other settings; choose another output_dir"

@@ -310,7 +310,11 @@ def check_checkpoint(path: str | Path) -> None:
     """Raises InputError unless the file holds tensors and plain values, as a checkpoint of `GuardModule` does."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"guardkit", "loops", "callbacks"} <= checkpoint.keys():
+        if (
+            not {"guardkit", "loops", "callbacks"} <= checkpoint.keys()
+            or "fit_loop" not in checkpoint["loops"]
+            or not checkpoint["state_dict"]
+        ):
             raise ValueError("it is none of a guard's training")
     except Exception as error:  # whatever bytes it holds, torch has a kind of error for them
         raise InputError(
