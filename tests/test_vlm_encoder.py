@@ -216,8 +216,13 @@ def test_it_is_fetched_whole_and_without_a_policy(folders, compose, tmp_path):
     assert encoder(tmp_path / "model").fingerprint == encoder(folders("smolvlm")).fingerprint
 
 
-def test_loading_says_nothing(folders, capfd):
-    _ = encoder(folders("smolvlm")).fingerprint
+def test_loading_says_nothing(folders, tmp_path, capfd):
+    """Neither of layers that were not sharded, nor of tokens that no text has."""
+    folder = shutil.copytree(folders("smolvlm"), tmp_path / "odd")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["bos_token_id"] = 10**6
+    (folder / "config.json").write_text(json.dumps(config))
+    _ = encoder(folder).fingerprint
     said = "".join(capfd.readouterr())
     assert "sharded" not in said
-    assert "warning" not in said.lower()
+    assert "bos_token_id" not in said

@@ -67,14 +67,16 @@ def load_model(folder: Path, *, what: str, device: str, dtype: str, device_setti
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Keeps a log's warnings to itself. By a filter: transformers decides by the level of this log what it checks and says elsewhere."""
-    logger = logging.getLogger(name)
-    logger.addFilter(_is_error)
+def _quiet(library: str) -> Iterator[None]:
+    """Keeps a library's warnings to itself: by its handlers, because transformers decides by the levels of its logs what it checks."""
+    handlers = list(logging.getLogger(library).handlers)
+    for handler in handlers:
+        handler.addFilter(_is_error)
     try:
         yield
     finally:
-        logger.removeFilter(_is_error)
+        for handler in handlers:
+            handler.removeFilter(_is_error)
 
 
 def _is_error(record: logging.LogRecord) -> bool:
