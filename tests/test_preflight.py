@@ -315,7 +315,7 @@ def test_a_dataset_without_a_pair_is_no_success(compose, tmp_path, monkeypatch, 
         (["data.all_views=maybe"], "data.all_views must be true or false, got 'maybe'"),
         (["encoder.preprocess=nan"], r"encoder.preprocess must be \{size, mean, .*\}, each with its value, got nan"),
         (["head=mlp", "head.hidden=0"], "head.hidden must be a whole number from 1 to 1048576, got 0"),
-        (["encoder=open_clip", "encoder.weights=local-dir:/nowhere"], "holds no open_clip_config.json"),
+        (["encoder=open_clip", "encoder.weights=local-dir:/nowhere"], "is not a folder; python -m guardkit.fetch"),
         (["verifier=guard", "verifier.guard.folder=/nowhere"], "/nowhere"),
         (
             ["verifier=guard", "verifier.guard=/nowhere"],

@@ -344,7 +344,7 @@ def test_fewer_images_than_asked_for_is_said_and_used(train, caplog):
         (["editor=inpaint", "editor.method=magic"], "editor.method must be one of telea"),
         (["loss.prevalence=0"], r"loss.prevalence must lie in \(0, 1\)"),
         (["seed=-1"], "seed must be a whole number from 0 to"),
-        (["encoder=open_clip", "encoder.weights=local-dir:/nowhere"], "holds no open_clip_config.json"),
+        (["encoder=open_clip", "encoder.weights=local-dir:/nowhere"], "is not a folder; python -m guardkit.fetch"),
     ],
 )
 def test_wrong_values_get_one_readable_line(train, overrides, message):
