@@ -159,6 +159,17 @@ def test_two_runs_give_the_same_bytes_and_an_interrupted_one_too(run, model, tmp
         assert (tmp_path / "guard" / name).read_bytes() == (run.folder / "guard" / name).read_bytes(), name
 
 
+def test_a_checkpoint_that_lost_some_weights_is_one_line(run, model, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    whole = torch.load(path, weights_only=True)
+    torch.save(whole | {"state_dict": dict(list(whole["state_dict"].items())[1:])}, path)
+    with pytest.raises(
+        InputError, match=r"the checkpoint is damaged: head\.\S+ has shape None, expected .*begin anew in another output_dir"
+    ):
+        tuned(model, tmp_path / "run")
+
+
 @pytest.mark.parametrize("lost", [{"loops": {}}, {"state_dict": {}}, {"loops": None}])
 def test_a_checkpoint_with_parts_lost_is_none(run, tmp_path, lost):
     from guardkit.fitting.module import check_checkpoint

@@ -143,6 +143,14 @@ class GuardModule(L.LightningModule):
         if earlier.get("head", {}).get("kind") == self.head.kind:
             earlier["head"] = completed(earlier["head"], now["head"], type(self.head))
         check_same("the checkpoint", earlier, now)
+        has, wanted = (
+            {name: tuple(value.shape) for name, value in weights.items()} for weights in (checkpoint["state_dict"], self.state_dict())
+        )
+        wrong = next((name for name in sorted(wanted.keys() | has.keys()) if has.get(name) != wanted.get(name)), None)
+        if wrong is not None:
+            raise InputError(
+                f"the checkpoint is damaged: {wrong} has shape {has.get(wrong)}, expected {wanted.get(wrong)}; give another one, or begin anew in another output_dir"
+            )
         self._coins = known["coins"]
 
     def on_train_start(self) -> None:
