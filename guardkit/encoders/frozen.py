@@ -204,15 +204,10 @@ def checked_device(name: str) -> torch.device:
 
 def hash_state(model: torch.nn.Module) -> str:
     """Over names, types, shapes and values of a model's weights, 64 hex digits."""
-    return hash_tensors(model.state_dict())
-
-
-def hash_tensors(values: Mapping[str, torch.Tensor]) -> str:
-    """Over names, types, shapes and values, 64 hex digits."""
     import torch
 
     digest = hashlib.sha256()
-    for name, value in sorted(values.items()):
+    for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         # as bytes: numpy has no bfloat16
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

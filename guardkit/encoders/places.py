@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from guardkit.hub import hub_folder
 from guardkit.schema import InputError, shortened
@@ -46,6 +47,20 @@ def named_folder(weights: object, *, holds: str) -> Path | None:
     if not (folder / holds).is_file():
         raise InputError(f"encoder.weights: {folder} holds no {holds}; give the folder of one model")
     return folder
+
+
+def named_weights(recorded: Mapping[str, Any], text: str, *, holds: str) -> dict[str, Any] | None:
+    """What `Movable.named` gives of a model in a folder or on the Hub: the recorded arguments with other weights.
+
+    Args:
+        recorded, text: see there.
+        holds: a file that a model's folder has; another folder is to be searched.
+    """
+    path = Path(text).expanduser()
+    if path.is_dir() and not (path / holds).is_file():
+        return None
+    is_bare_id = not text.startswith((HUB, LOCAL)) and not path.exists() and text.count("/") == 1
+    return dict(recorded["config"]) | {"weights": f"{HUB}{text}" if is_bare_id else text}
 
 
 def encoder_folder(weights: str, patterns: Sequence[str], *, remedy: str) -> Path:

@@ -22,7 +22,7 @@ from guardkit.artifacts import read_json, weights_variant, written
 from guardkit.checks import check_choice
 from guardkit.encoders.base import CutTexts
 from guardkit.encoders.frozen import Built, FrozenEncoder, checked_device, hash_state, trial
-from guardkit.encoders.places import HUB, LOCAL, encoder_folder, named_folder, offline
+from guardkit.encoders.places import LOCAL, encoder_folder, named_folder, named_weights, offline
 from guardkit.progress import bars_on_terminals_only
 from guardkit.schema import InputError, shortened
 
@@ -103,11 +103,7 @@ class TransformersEncoder(FrozenEncoder):
     @classmethod
     def named(cls, recorded: Mapping[str, Any], text: str) -> dict[str, Any] | None:
         """See `Movable`."""
-        path = Path(text).expanduser()
-        if path.is_dir() and not (path / _CONFIG).is_file():
-            return None
-        is_bare_id = not text.startswith((HUB, LOCAL)) and not path.exists() and text.count("/") == 1
-        return dict(recorded["config"]) | {"weights": f"{HUB}{text}" if is_bare_id else text}
+        return named_weights(recorded, text, holds=_CONFIG)
 
     @classmethod
     def candidates(cls, recorded: Mapping[str, Any], place: Path, files: Sequence[str]) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ from guardkit.artifacts import fingerprint, read_json, written
 from guardkit.checks import check_choice, check_whole, is_list
 from guardkit.encoders.adapters import attach
 from guardkit.encoders.base import prepare_image
-from guardkit.encoders.frozen import Built, FrozenEncoder, hash_tensors, trial
-from guardkit.encoders.places import HUB, LOCAL, encoder_folder, named_folder, offline
+from guardkit.encoders.frozen import Built, FrozenEncoder, hash_state, trial
+from guardkit.encoders.places import LOCAL, encoder_folder, named_folder, named_weights, offline
 from guardkit.policy import Policy
 from guardkit.schema import InputError, shortened
 from guardkit.vlm.loading import DTYPES, MODEL_FILES, disarmed, load_model
@@ -118,16 +118,16 @@ class VLMEncoder(FrozenEncoder):
     def _with(self, **changed: Any) -> VLMEncoder:
         return VLMEncoder(**{**self.config, **changed}, device=self.device, batch_size=self.batch_size)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """See `FrozenEncoder`: what the model was read from is made anew with it, the output's weights among it."""
+        return {key: value for key, value in super().__getstate__().items() if key not in ("_processor", "_readout", "_text")}
+
     # --- where it is, and may have moved: see `guardkit.encoders.lookup` ------------------------------------------------
 
     @classmethod
     def named(cls, recorded: Mapping[str, Any], text: str) -> dict[str, Any] | None:
         """See `Movable`."""
-        path = Path(text).expanduser()
-        if path.is_dir() and not (path / _CONFIG).is_file():
-            return None
-        is_bare_id = not text.startswith((HUB, LOCAL)) and not path.exists() and text.count("/") == 1
-        return dict(recorded["config"]) | {"weights": f"{HUB}{text}" if is_bare_id else text}
+        return named_weights(recorded, text, holds=_CONFIG)
 
     @classmethod
     def candidates(cls, recorded: Mapping[str, Any], place: Path, files: Sequence[str]) -> list[dict[str, Any]]:
@@ -186,9 +186,8 @@ class VLMEncoder(FrozenEncoder):
             raise InputError(f"encoder.layer must be from 1 to {len(layers)}, the layers of {self.weights}, got {self.layer}")
         if self.reads_policy and self.rules is None:
             raise InputError(f"encoder.prompt has a place for a policy, {RULES}, and was given none; pass rules=TEXT, or use for_policy")
-        weights = model.state_dict()
-        hashed = cached(lambda: hash_tensors(weights))
-        adapter = None if self.adapter is None else attach(model, Path(self.adapter), hashed())
+        base = hash_state(model)  # now, so that layers that are not run need not be kept for it
+        adapter = None if self.adapter is None else attach(model, Path(self.adapter), base)
         language.layers = layers[: self.layer]
         # the state is wanted as it leaves the layer: its length is lost with any encoder, and a norm of the length does not need it
         self._readout = getattr(language, norm), model.get_output_embeddings()
@@ -232,7 +231,7 @@ class VLMEncoder(FrozenEncoder):
                 "vision": _settings(getattr(model.config, "vision_config", model.config), _DECIDES),
                 "adapter": adapter,
             },
-            hash_weights=hashed,
+            hash_weights=lambda: base,
         )
 
     def _inputs(self, model: Any, batch: torch.Tensor) -> Any:
@@ -352,18 +351,6 @@ class VLMEncoder(FrozenEncoder):
                 )
             gains = norm(torch.ones_like(states[:1])).float()[0]
             return (output.weight[ids].float() * gains).cpu().numpy()
-
-
-def cached(make: Any) -> Any:
-    """A function without arguments that works once."""
-    made: list[Any] = []
-
-    def get() -> Any:
-        if not made:
-            made.append(make())
-        return made[0]
-
-    return get
 
 
 def _own_size(config: Any, images: Any) -> int:
