@@ -95,7 +95,7 @@ def _of_opened(source: ImageLike, max_pixels: int, work: Callable[[Image.Image],
 
 
 class _Quiet:
-    """Silences what Pillow and OpenCV say about an image, for as long as some thread reads one.
+    """Silences what Pillow, OpenCV and torchvision say about an image, for as long as some thread reads one.
 
     `warnings.catch_warnings` alone is not safe here: of two threads that overlap, the one that leaves last restores
     the filters of the other, for good. So the first reader sets the filter and the last one takes it away.
@@ -113,6 +113,7 @@ class _Quiet:
                 self._filters = warnings.catch_warnings()
                 self._filters.__enter__()
                 warnings.filterwarnings("ignore", module=r"PIL\.")
+                warnings.filterwarnings("ignore", module=r"torchvision\.io")  # which calls its decoder outdated
                 self._level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
             self.readers += 1
 

@@ -1,6 +1,6 @@
 """From an image that Pillow has opened to what a viewer shows: first frame, sRGB, upright, on white.
 
-It works in strips: what the decoder gave and the result are all that is there as a whole.
+It works in strips: what the decoder gave and the result are all that is there as a whole. Usual JPEG files need not even that.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image
 
+from guardkit import jpeg
 from guardkit.colour import Conversion, as_rgb, conversion_to_srgb
 from guardkit.limits import check_scans, check_size, decoding
 from guardkit.schema import ImageError, TooLargeError
@@ -43,7 +44,12 @@ def as_shown(image: Image.Image, max_pixels: int) -> np.ndarray:
         ImageError: it cannot be worked on, or has colours that nobody can show; damaged files raise all that decoders raise.
     """
     check_size(*image.size, max_pixels)
-    with decoding(*image.size), _first_frame(image):
+    with decoding(*image.size), _first_frame(image) as data:
+        # a colour profile is judged by a loaded image
+        if data is not None and image.mode == "RGB" and "icc_profile" not in image.info:
+            stored = jpeg.decode(data, *image.size)
+            if stored is not None:
+                return _turned(stored, _orientation(image))
         image.load()
         return _upright(image)
 
@@ -82,20 +88,21 @@ def _frame(image: Image.Image, number: int, max_pixels: int, take: Callable[[np.
 
 
 @contextmanager
-def _first_frame(image: Image.Image) -> Iterator[None]:
-    """The frame that a viewer shows first, where Pillow does not come to it by itself."""
+def _first_frame(image: Image.Image) -> Iterator[bytes | None]:
+    """The frame that a viewer shows first, where Pillow does not come to it by itself. Gives the bytes of a JPEG."""
     if image.format == "AVIF":
         _check_avif(image)
-    if image.format in ("JPEG", "MPO") and (data := _encoded(image)) is not None:
+    data = _encoded(image) if image.format in ("JPEG", "MPO") else None
+    if data is not None:
         check_scans(data, *image.size)
     if image.format != "PNG" or image.tell() or not getattr(image, "default_image", False) or not _goes_on(image):
-        yield
+        yield data
         return
     # the default image of such an animation is for those who know no animations; the first frame lies on an empty canvas
     image.paste(_empty(image), (0, 0, *image.size))
     image.seek(1)
     try:
-        yield
+        yield None
     finally:
         image.seek(0)
 
@@ -145,6 +152,16 @@ def _opencv_reads_avif() -> bool:
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16)).save(buffer, "AVIF")
     return cv2.imdecode(np.frombuffer(buffer.getvalue(), np.uint8), cv2.IMREAD_COLOR) is not None
+
+
+def _turned(stored: np.ndarray, orientation: int) -> np.ndarray:
+    """Stored pixels, upright."""
+    if orientation not in _STORED:
+        return stored
+    height, width = stored.shape[:2]
+    upright = np.empty((width, height, 3) if orientation in (5, 6, 7, 8) else stored.shape, np.uint8)
+    _STORED[orientation](upright)[:] = stored
+    return upright
 
 
 def _upright(image: Image.Image) -> np.ndarray:
