@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import os
 import shutil
 import signal
@@ -97,6 +98,44 @@ def scenes_encoder():
     from guardkit.encoders.open_clip import OpenClipEncoder
 
     return OpenClipEncoder(None, "guardkit:scenes_clip", batch_size=16)
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """The address of an S3 server in this process; see `bucket`."""
+    import logging
+
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server, monkeypatch, tmp_path):
+    """The URL of an empty bucket of its own on a real S3 server, `s3://test-...`, which the environment leads to."""
+    import boto3
+
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "the-tests-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-tests-secret")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    name = f"test-{next(_bucket_numbers)}"
+    client = boto3.client("s3", region_name="us-east-1")
+    client.create_bucket(Bucket=name)
+    client.close()
+    return f"s3://{name}"
+
+
+_bucket_numbers = itertools.count(1)
 
 
 def strict_json(path: Path):
