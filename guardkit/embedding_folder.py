@@ -1,4 +1,4 @@
-"""Folders of embeddings that other CLIP tools can read and write: `embed` writes them, `source=embeddings` reads them.
+"""Folders of embeddings that other CLIP tools can read and write: `embed` writes them (`shards.embedding`), `source=embeddings` reads them.
 
 The layout is clip-retrieval's: numbered `.npy` parts beside Parquet tables of the same rows. Ours add a manifest, written
 last, that names the encoder.
@@ -7,92 +7,22 @@ last, that names the encoder.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from guardkit import __version__
-from guardkit.artifacts import read_json, write_json, write_table, written
-from guardkit.embeddings import EmbeddingStore
-from guardkit.folders import claim, is_unfinished
-from guardkit.progress import progress
+from guardkit.artifacts import read_json
+from guardkit.folders import is_unfinished
 from guardkit.reading import map_array, read_array, read_table
-from guardkit.schema import UNLABELLED, InputError, Record, Rejected
+from guardkit.schema import InputError
 
 MANIFEST, REJECTED = "manifest.json", "rejected.parquet"
 _COPY = "copy the shard anew"
 _BLOCK = 512  # records embedded between two looks at the clock
-
-
-def write_embedding_folder(
-    records: Iterable[Record], store: EmbeddingStore, folder: Path, *, rejected: Sequence[Rejected] = (), shard_size: int = 10_000
-) -> dict[str, int]:
-    """Embeds records into a folder in the layout that clip-retrieval and autofaiss read; the manifest comes last.
-
-    Args:
-        records: with contents; a label of -1 is written as null.
-        store: what it holds is not encoded again, so an interrupted run goes on where it was.
-        folder: written to; one that another encoder or another tool filled is refused.
-        rejected: inputs that were already found unusable, to be listed with the rest.
-        shard_size: rows per file.
-    Returns:
-        Counts: given = written + rejected.
-    Raises:
-        InputError: the folder holds embeddings of another encoder, or some that guardkit did not write.
-    """
-    folder = Path(folder)
-
-    def recognise() -> dict[str, Any] | None:
-        # a copy without hidden files has no mark
-        return {"encoder": str(_read_manifest(folder / MANIFEST).get("encoder_fingerprint"))} if (folder / MANIFEST).is_file() else None
-
-    settings = {"encoder": store.encoder.fingerprint}
-    with claim(folder, "embed", settings, recognise=recognise, differs="made by another encoder"):
-        (folder / MANIFEST).unlink(missing_ok=True)
-        refused = list(rejected)
-        n_written = n_shards = 0
-        total = len(records) if isinstance(records, Sequence) else None
-        stream = iter(progress(records, total=total, what="embedding images"))
-        waiting: list[Record] = []
-        vectors = np.zeros((0, store.encoder.dim), np.float32)
-        block = list(islice(stream, min(_BLOCK, shard_size)))
-        while block or waiting:
-            readable, more, unreadable = store.embed_readable(block)
-            refused += unreadable
-            waiting += readable
-            vectors = np.concatenate([vectors, more])
-            block = list(islice(stream, min(_BLOCK, shard_size)))
-            # a shard is written when it is full, or when nothing more comes
-            while len(waiting) >= shard_size or (waiting and not block):
-                with written(folder / "img_emb" / f"img_emb_{n_shards}.npy") as temporary:
-                    np.save(temporary, vectors[:shard_size].astype(np.float16))
-                write_table(folder / "metadata" / f"metadata_{n_shards}.parquet", _metadata(waiting[:shard_size]))
-                n_written, n_shards = n_written + len(waiting[:shard_size]), n_shards + 1
-                waiting, vectors = waiting[shard_size:], vectors[shard_size:]
-        for stale in [*folder.glob("img_emb/img_emb_*.npy"), *folder.glob("metadata/metadata_*.parquet")]:
-            if _number(stale) >= n_shards:
-                stale.unlink()
-        listed = {"id": pa.array([r.id for r in refused], pa.string()), "reason": pa.array([r.reason for r in refused], pa.string())}
-        write_table(folder / REJECTED, pa.table(listed))
-        counts = {"given": n_written + len(refused), "written": n_written, "rejected": len(refused)}
-        manifest: dict[str, Any] = {
-            "encoder": store.encoder.config | {"name": store.encoder.name},
-            "encoder_fingerprint": store.encoder.fingerprint,
-            "preprocessing": store.encoder.preprocessing,
-            "dim": store.encoder.dim,
-            "dtype": "float16",
-            "normalized": True,
-            "n_shards": n_shards,
-            "guardkit_version": __version__,
-            **counts,
-        }
-        write_json(folder / MANIFEST, manifest)
-    return counts
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -237,21 +167,6 @@ def _numbered(folder: Path, kind: str, suffix: str) -> dict[int, Path]:
             raise InputError(f"{path} has no number of its own (expected {kind}_<i>{suffix}); move it elsewhere")
         shards[number] = path
     return dict(sorted(shards.items()))
-
-
-def _metadata(records: list[Record]) -> pa.Table:
-    regions = np.array([record.region or (np.nan,) * 4 for record in records], dtype=float)
-    columns: dict[str, Any] = {
-        "image_path": [record.id for record in records],
-        "label": pa.array([None if record.label == UNLABELLED else record.label for record in records], pa.int8()),
-        "category": pa.array([record.category for record in records], pa.string()),
-        "source": [record.source for record in records],
-        "group": [record.group for record in records],
-        "caption": [record.caption for record in records],
-    }
-    for i, name in enumerate(("x_min", "y_min", "x_max", "y_max")):
-        columns[name] = pa.array(regions[:, i], from_pandas=True)
-    return pa.table(columns)
 
 
 def _number(path: Path) -> int:

@@ -206,6 +206,33 @@ class FileContent:
 
 
 @dataclass(frozen=True, eq=False)
+class BytesContent:
+    """An encoded image that is in memory already.
+
+    Attributes:
+        data: of the file.
+        name: for people.
+        max_pixels: larger images are not read.
+    """
+
+    data: bytes
+    name: str
+    max_pixels: int = MAX_PIXELS
+
+    def __str__(self) -> str:
+        return self.name
+
+    @cached_property
+    def key(self) -> str:
+        """That of a file with these bytes."""
+        return bytes_key(self.data)
+
+    def load(self) -> np.ndarray:
+        """(h, w, 3) uint8 RGB. Raises ImageError."""
+        return read_image(self.data, max_pixels=self.max_pixels)
+
+
+@dataclass(frozen=True, eq=False)
 class ArrayContent:
     """Pixels that are in memory already."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -25,18 +25,37 @@ def progress(items: Iterable[T], *, total: int | None, what: str) -> Iterator[T]
         total: how many there will be, if known.
         what: is being done, for instance "embedding images".
     """
+    with ticking(total=total, what=what) as tick:
+        for item in items:
+            yield item
+            tick(1)
+
+
+@contextmanager
+def ticking(*, total: int | None, what: str) -> Iterator[Callable[[int], None]]:
+    """Gives a function that is told how many more items are done. Arguments as of `progress`."""
     if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=what)
+        with tqdm(total=total, desc=what) as bar:
+
+            def show(n: int) -> None:
+                bar.update(n)
+
+            yield show
         return
-    started = last = time.monotonic()
-    for n, item in enumerate(items, 1):
-        yield item
+    n_done, started = 0, time.monotonic()
+    last = started
+
+    def tick(n: int) -> None:
+        nonlocal n_done, last
+        n_done += n
         now = time.monotonic()
         if now - last >= LOG_EVERY_S:
             last = now
-            rate = n / (now - started)
-            left = f", {(total - n) / rate:.0f} s left" if total else ""
-            log.info("%s: %d%s, %.1f/s%s", what, n, f" of {total}" if total else "", rate, left)
+            rate = n_done / (now - started)
+            left = f", {(total - n_done) / rate:.0f} s left" if total and rate else ""
+            log.info("%s: %d%s, %.1f/s%s", what, n_done, f" of {total}" if total else "", rate, left)
+
+    yield tick
 
 
 @contextmanager

@@ -177,3 +177,10 @@ def shared():
 def open_files() -> set[str]:
     """Paths of what this process has open (Linux)."""
     return {os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}
+
+
+def embed_records(records, encoder, folder, *, shard_size=10_000, cache_dir=None):
+    """An embedding folder of records, as `embed` writes it of a source."""
+    from guardkit.shards.embedding import shards_of_records, write_embedding_folder
+
+    return write_embedding_folder(shards_of_records(list(records), shard_size), encoder, folder, cache_dir=cache_dir)

@@ -21,12 +21,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, open_files, picture
+from conftest import ROOT, embed_records, open_files, picture
 from tampering import resign, swap
 
 from guardkit.artifacts import fingerprint, write_json, written
 from guardkit.data.sources.embeddings import EmbeddingsSource
-from guardkit.embedding_folder import read_embedding_folder, write_embedding_folder
+from guardkit.embedding_folder import read_embedding_folder
 from guardkit.embeddings import EmbeddingStore
 from guardkit.folders import is_unfinished
 from guardkit.images import ArrayContent, FileContent
@@ -197,14 +197,17 @@ def test_folder_round_trip_and_layout(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     bad = Record("text.png", 0, None, "test", "x", FileContent(tmp_path / "text.png"))
     given = [*records(6), bad, *records(11)[6:]]
-    counts = write_embedding_folder(given, EmbeddingStore(CountingEncoder(), None), tmp_path / "out", shard_size=5)
+    counts = embed_records(given, CountingEncoder(), tmp_path / "out", shard_size=5)
     assert counts == {"given": 12, "written": 11, "rejected": 1}
     array = np.load(tmp_path / "out/img_emb/img_emb_0.npy")
     assert array.dtype == np.float16
     table = pq.read_table(tmp_path / "out/metadata/metadata_0.parquet")
     assert len(table) == len(array) == 5
     assert {"image_path", "label", "category", "caption"} <= set(table.column_names)
-    assert pq.read_table(tmp_path / "out/rejected.parquet").to_pylist() == [{"id": "text.png", "reason": "not an image of a known type"}]
+    rejected = pq.read_table(tmp_path / "out/rejected.parquet").to_pylist()
+    assert [(one["id"], one["reason"], one["shard"], one["label"]) for one in rejected] == [
+        ("text.png", "not an image of a known type", 1, 0)
+    ]
     vectors, metadata, manifest = read_embedding_folder(tmp_path / "out")
     np.testing.assert_allclose(vectors, EmbeddingStore(CountingEncoder(), None).embed(CONTENTS), atol=1e-3)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
@@ -213,7 +216,7 @@ def test_folder_round_trip_and_layout(tmp_path):
     other = CountingEncoder()
     other.fingerprint = "f" * 64
     with pytest.raises(InputError, match="made by another encoder"):
-        write_embedding_folder(records(), EmbeddingStore(other, None), tmp_path / "out")
+        embed_records(records(), other, tmp_path / "out")
 
 
 def foreign_folder(folder, vectors, table):
@@ -277,7 +280,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path, scenes_policy, vectors, l
 def test_embeddings_of_another_encoder_are_not_trained_on(compose, tmp_path):
     from guardkit.runs.train import run
 
-    write_embedding_folder(records(), EmbeddingStore(CountingEncoder(), None), tmp_path / "emb")
+    embed_records(records(), CountingEncoder(), tmp_path / "emb")
     manifest = json.loads((tmp_path / "emb/manifest.json").read_text())
     assert manifest["dim"] == 12
     cfg = compose("train", "experiment=unpaired", "source=embeddings", f"source.root={tmp_path / 'emb'}")
@@ -368,42 +371,50 @@ def test_what_another_tool_wrote_is_not_overwritten(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(2, 12)).astype(np.float16)
     folder = foreign_folder(tmp_path / "f", vectors, {"image_path": ["a", "b"]})
     with pytest.raises(InputError, match=r"holds files that guardkit embed did not write .img_emb, metadata"):
-        write_embedding_folder(records(), EmbeddingStore(CountingEncoder(), None), folder)
+        embed_records(records(), CountingEncoder(), folder)
     np.testing.assert_array_equal(np.load(folder / "img_emb/img_emb_00.npy"), vectors)
 
 
 def test_an_interrupted_folder_is_not_taken_for_whole_and_goes_on(tmp_path):
-    def interrupted():
-        yield from records(7)
-        raise KeyboardInterrupt
-
-    def start(encoder, given):
-        return write_embedding_folder(given, EmbeddingStore(encoder, tmp_path / "cache"), tmp_path / "out", shard_size=3)
+    class Interrupted(CountingEncoder):
+        def encode_preprocessed(self, images, **options):
+            if self.n >= 6:
+                raise KeyboardInterrupt
+            return super().encode_preprocessed(images, **options)
 
     with pytest.raises(KeyboardInterrupt):
-        start(CountingEncoder(), interrupted())
+        embed_records(records(), Interrupted(), tmp_path / "out", shard_size=3)
     with pytest.raises(InputError, match="is not complete; run python -m guardkit.embed with output_dir="):
         read_embedding_folder(tmp_path / "out")
     other = CountingEncoder()
     other.fingerprint = "f" * 64
     with pytest.raises(InputError, match="made by another encoder"):
-        write_embedding_folder(records(), EmbeddingStore(other, None), tmp_path / "out")
+        embed_records(records(), other, tmp_path / "out")
     again = CountingEncoder()
-    assert start(again, records()) == {"given": 11, "written": 11, "rejected": 0}
-    assert again.n == 5  # the first six were in the store
+    assert embed_records(records(), again, tmp_path / "out", shard_size=3) == {"given": 11, "written": 11, "rejected": 0}
+    assert again.n == 5  # the first six were in the folder
     assert [len(np.load(path)) for path in sorted((tmp_path / "out/img_emb").iterdir())] == [3, 3, 3, 2]
     assert len(read_embedding_folder(tmp_path / "out")[0]) == 11
     assert not is_unfinished(tmp_path / "out")
+    # a finished folder is gone on with too, and only what changed is made anew
+    changed = records()
+    changed[4] = replace(changed[4], label=1 - changed[4].label)
+    assert embed_records(changed, again, tmp_path / "out", shard_size=3)["written"] == 11
+    assert again.n == 8
+    assert read_embedding_folder(tmp_path / "out")[1]["label"].to_pylist() == [one.label for one in changed]
 
 
 @pytest.mark.parametrize("shard_size", [1, 4, 11, 50])
-def test_shards_are_full_whatever_was_rejected(tmp_path, shard_size):
+def test_a_part_is_what_could_be_read_of_a_shard(tmp_path, shard_size):
     given = [Record(f"{i}.png", 0, None, "test", str(i), CountedContent(i, bad=i % 3 == 0)) for i in range(20)]
-    counts = write_embedding_folder(given, EmbeddingStore(CountingEncoder(), None), tmp_path / "out", shard_size=shard_size)
+    counts = embed_records(given, CountingEncoder(), tmp_path / "out", shard_size=shard_size)
     assert counts == {"given": 20, "written": 13, "rejected": 7}
-    sizes = [len(np.load(tmp_path / f"out/img_emb/img_emb_{i}.npy")) for i in range(-(-13 // shard_size))]
-    assert sizes[:-1] == [shard_size] * (len(sizes) - 1)
-    vectors, table, _ = read_embedding_folder(tmp_path / "out")
+    sizes = [len(np.load(tmp_path / f"out/img_emb/img_emb_{i}.npy")) for i in range(-(-20 // shard_size))]
+    assert sizes == [sum(i % 3 > 0 for i in range(first, min(20, first + shard_size))) for first in range(0, 20, shard_size)]
+    vectors, table, manifest = read_embedding_folder(tmp_path / "out")
+    assert [(one["given"], one["written"]) for one in manifest["shards"]] == [
+        (min(20, first + shard_size) - first, n) for first, n in zip(range(0, 20, shard_size), sizes, strict=True)
+    ]
     assert table.column("image_path").to_pylist() == [f"{i}.png" for i in range(20) if i % 3]
     np.testing.assert_allclose(
         vectors, EmbeddingStore(CountingEncoder(), None).embed([CountedContent(i) for i in range(20) if i % 3]), atol=1e-3
@@ -412,7 +423,7 @@ def test_shards_are_full_whatever_was_rejected(tmp_path, shard_size):
 
 def test_nothing_readable_is_a_whole_folder_without_embeddings(tmp_path):
     given = [Record("a", 0, None, "test", "a", CountedContent(0, bad=True))]
-    counts = write_embedding_folder(given, EmbeddingStore(CountingEncoder(), None), tmp_path / "out")
+    counts = embed_records(given, CountingEncoder(), tmp_path / "out")
     assert counts == {"given": 1, "written": 0, "rejected": 1}
     with pytest.raises(InputError, match="out holds no embeddings"):
         read_embedding_folder(tmp_path / "out")
@@ -463,7 +474,7 @@ def break_shard(folder, how):
     ],
 )
 def test_a_damaged_folder_says_where(tmp_path, how, message):
-    write_embedding_folder(records(), EmbeddingStore(CountingEncoder(), None), tmp_path / "out", shard_size=4)
+    embed_records(records(), CountingEncoder(), tmp_path / "out", shard_size=4)
     break_shard(tmp_path / "out", how)
     with pytest.raises(InputError, match=message):
         read_embedding_folder(tmp_path / "out")

@@ -124,10 +124,7 @@ def test_shards_parquet_and_lists_give_the_same_decisions_and_keep_what_they_say
         for seed in SEEDS:
             identity = name.format(seed) if place == "list.csv" else f"{place}{'' if '#' in name else '/'}{name.format(seed)}"
             assert rows[identity]["score"] == pytest.approx(by_folder[f"{seed}.png"]["score"], abs=1e-6)
-            if place == "shard.tar.gz":
-                assert json.loads(rows[identity]["json"]) == {"user": seed}
-            else:
-                assert str(rows[identity]["user"]) == str(seed)
+            assert str(rows[identity]["user"]) == str(seed)
         if place == "rows.parquet":
             assert {row["input_score"] for row in rows.values()} == {"own", None}
     assert list(tmp_path.parent.glob("*.png")) == []
@@ -215,16 +212,16 @@ def test_a_bank_with_broken_lines_is_refused(guard, uploads, tmp_path, lines):
 
 
 def test_a_stopped_run_goes_on_and_gives_the_same_rows(guard, uploads, tmp_path, monkeypatch):
-    from guardkit.api import moderate as module
     from guardkit.moderation.stream import Moderator
+    from guardkit.shards import inputs
 
-    monkeypatch.setattr(module, "_PART_INPUTS", 4)
+    monkeypatch.setattr(inputs.Inputs.shards, "__defaults__", (4, None))  # files in a shard
     whole = pq.read_table(guardkit.moderate(guard, uploads, output_dir=tmp_path / "whole").folder / "decisions.parquet")
     decide, n_decided = Moderator.decide, []
 
     def stopping(self, inputs):
-        for number, one in enumerate(decide(self, inputs)):
-            if number == 10:
+        for one in decide(self, inputs):
+            if len(n_decided) == 10:
                 raise KeyboardInterrupt
             n_decided.append(one)
             yield one
@@ -235,13 +232,38 @@ def test_a_stopped_run_goes_on_and_gives_the_same_rows(guard, uploads, tmp_path,
     assert not (tmp_path / "again/decisions.parquet").exists()
     n_decided.clear()
     report = guardkit.moderate(guard, uploads, output_dir=tmp_path / "again")
-    assert len(n_decided) == 15 - 8  # two parts were written
+    assert len(n_decided) == 15 - 8  # two shards were written
     assert pq.read_table(report.folder / "decisions.parquet").to_pylist() == whole.to_pylist()
-    # with another guard, or other inputs, it is not gone on with
-    monkeypatch.undo()
-    (uploads / "new.png").write_bytes(encoded(picture(77)))
-    with pytest.raises(InputError, match="made with another guard, input or other settings"):
+    # with other settings it is not gone on with
+    with pytest.raises(InputError, match="made with another guard or other settings"):
+        guardkit.moderate(guard, uploads, output_dir=tmp_path / "again", trim_bars=True)
+
+
+def test_a_shard_that_changed_while_a_run_was_stopped_is_decided_anew(guard, uploads, tmp_path, monkeypatch, caplog):
+    from guardkit.moderation.stream import Moderator
+    from guardkit.shards import inputs
+
+    monkeypatch.setattr(inputs.Inputs.shards, "__defaults__", (4, None))
+    decide, n_decided = Moderator.decide, []
+
+    def stopping(self, inputs):
+        for one in decide(self, inputs):
+            if len(n_decided) == 10:
+                raise KeyboardInterrupt
+            n_decided.append(one)
+            yield one
+
+    monkeypatch.setattr(Moderator, "decide", stopping)
+    with pytest.raises(KeyboardInterrupt):
         guardkit.moderate(guard, uploads, output_dir=tmp_path / "again")
+    monkeypatch.undo()
+    monkeypatch.setattr(inputs.Inputs.shards, "__defaults__", (4, None))
+    (uploads / "0.png").write_bytes(encoded(picture(77)))
+    report = guardkit.moderate(guard, uploads, output_dir=tmp_path / "again")
+    assert "1 of 4 shards changed since they were worked on, the first is uploads/, files 1 to 4" in caplog.text
+    fresh = guardkit.moderate(guard, uploads, output_dir=tmp_path / "fresh")
+    assert rows_of(report.folder) == rows_of(fresh.folder)
+    assert report.counts == fresh.counts
 
 
 def test_the_page_shows_the_queue_blurred_and_loads_nothing(guard, uploads, tmp_path):
@@ -258,7 +280,7 @@ def test_the_page_shows_the_queue_blurred_and_loads_nothing(guard, uploads, tmp_
     ("given", "message"),
     [
         ("nowhere", "is not there; give a folder, a tar file, a Parquet file, or a list of paths"),
-        ("one.jpg", "is none of what can be decided over"),
+        ("one.jpg", "is none of what can be read"),
         ("empty", "holds nothing to decide over"),
         ([], "input is an empty list"),
         ("columns.parquet", "no column of encoded images; it has a, b; set image_column"),

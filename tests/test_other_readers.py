@@ -9,14 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT, strict_json
+from conftest import ROOT, embed_records, strict_json
 from PIL import Image
 from test_editors_pipeline import CountingEditor, photograph, pipeline
 from test_pairs import refuse_some
 
 from guardkit.counterfactual.pair_dataset import write_pair_dataset
 from guardkit.data.sources.pairs import PairsSource
-from guardkit.embedding_folder import write_embedding_folder
 from guardkit.embeddings import EmbeddingStore
 from guardkit.schema import InputError, Rejected
 
@@ -83,7 +82,7 @@ def test_embedding_tools_read_the_parts_in_the_order_of_their_names(scenes_encod
     """clip-retrieval and autofaiss sort the files of both folders by name and read them side by side."""
     records = [replace(photograph(i), id=f"{i}.png") for i in range(12)]
     store = EmbeddingStore(scenes_encoder, None)
-    write_embedding_folder(records, store, tmp_path, shard_size=1)
+    embed_records(records, scenes_encoder, tmp_path, shard_size=1)
     vectors = {path.stem.removeprefix("img_emb_"): np.load(path) for path in sorted((tmp_path / "img_emb").glob("*.npy"))}
     tables = {path.stem.removeprefix("metadata_"): pd.read_parquet(path) for path in sorted((tmp_path / "metadata").glob("*.parquet"))}
     assert list(vectors) == list(tables) == sorted(map(str, range(12)))
@@ -93,7 +92,7 @@ def test_embedding_tools_read_the_parts_in_the_order_of_their_names(scenes_encod
         np.testing.assert_allclose(np.linalg.norm(part.astype(float), axis=1), 1, atol=1e-3)
         assert tables[number]["image_path"].tolist() == [f"{number}.png"]
         np.testing.assert_allclose(part, store.embed([records[int(number)].content]), atol=1e-3)
-    assert pd.read_parquet(tmp_path / "rejected.parquet").columns.tolist() == ["id", "reason"]
+    assert pd.read_parquet(tmp_path / "rejected.parquet").columns.tolist() == ["id", "reason", "shard"]
     assert strict_json(tmp_path / "manifest.json")["written"] == 12
 
 

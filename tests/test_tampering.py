@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import picture
+from conftest import embed_records, picture
 from tampering import resign, stored, survives, swap, tampered
 from test_editors_pipeline import CountingEditor, darker, photograph, pipeline
 from test_embeddings import CONTENTS, CountingEncoder, records
@@ -26,7 +26,6 @@ from guardkit.data.sources.folder import FolderSource
 from guardkit.data.sources.pairs import PairsSource
 from guardkit.efficiency.cells import Cell
 from guardkit.efficiency.results import CellStore, opened
-from guardkit.embedding_folder import write_embedding_folder
 from guardkit.embeddings import EmbeddingStore
 from guardkit.evaluation.judgments import JudgmentStore
 from guardkit.policy import Policy
@@ -49,7 +48,7 @@ def check(path, read, is_right, least):
 @pytest.mark.parametrize(("name", "least"), [("manifest.json", 80), ("img_emb/img_emb_1.npy", 25), ("metadata/metadata_0.parquet", 100)])
 def test_embedding_folders(tmp_path, scenes_policy, name, least):
     folder = tmp_path / "emb"
-    write_embedding_folder(records(), EmbeddingStore(CountingEncoder(), None), folder, shard_size=5)
+    embed_records(records(), CountingEncoder(), folder, shard_size=5)
 
     def read():
         loaded = EmbeddingsSource(scenes_policy, str(folder)).load()

@@ -16,6 +16,7 @@ _HASH_PX, _LOW = 32, 8
 # Rounding the small version to whole grey values alone moves a coefficient by about 0.001, so a sign means something
 # from here on; with fewer such signs than this (blank images, stripes, plain gradients) different images look alike.
 _NOISE, _MIN_SIGNS = 0.004, 16
+_NEXT = 1000  # hashes that one is compared with, of those that share two bands with it
 
 
 def perceptual_hash(image: np.ndarray) -> int:
@@ -82,6 +83,43 @@ def _spanning_edges(values: np.ndarray, bucket: np.ndarray, max_distance: int) -
             edges.append((np.full(len(found), one), found))
             reached.extend(found)
     return edges
+
+
+def earliest_near(hashes: np.ndarray, max_distance: int = 4) -> np.ndarray:
+    """For each hash the first one of all that comes before it and differs in at most `max_distance` bits.
+
+    Two hashes that differ in at most m of 64 bits agree in at least two of m + 2 bands, so only hashes that share a pair of bands are
+    compared. Of very many that share one, each is compared with its next thousand only: the work is bounded, and one of them may be missed.
+
+    Args:
+        hashes: (n,) uint64.
+        max_distance: Hamming distance in bits, in [0, 15].
+    Returns:
+        (n,) int: the place of that hash; -1 where there is none.
+    """
+    hashes = np.asarray(hashes, np.uint64)
+    if not len(hashes):
+        return np.zeros(0, int)
+    values, firsts, position = np.unique(hashes, return_index=True, return_inverse=True)
+    earliest = firsts.copy()  # of what is near a value, itself among it
+    edges = np.linspace(0, 64, max_distance + 3).astype(int)
+    bands = [(values >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1) for low, high in itertools.pairwise(edges)]
+    for one, other in itertools.combinations(range(len(bands)), 2):
+        key = (bands[one] << np.uint64(edges[other + 1] - edges[other])) | bands[other]
+        order = np.lexsort((firsts, key))
+        sorted_key, here = key[order], np.arange(len(order))
+        for step in range(1, _NEXT + 1):
+            here = here[here + step < len(order)]
+            here = here[sorted_key[here] == sorted_key[here + step]]
+            if not len(here):
+                break
+            first, second = order[here], order[here + step]
+            near = np.bitwise_count(values[first] ^ values[second]) <= max_distance
+            first, second = first[near], second[near]
+            np.minimum.at(earliest, first, firsts[second])
+            np.minimum.at(earliest, second, firsts[first])
+    found = earliest[position]
+    return np.where(found < np.arange(len(hashes)), found, -1)
 
 
 # Unit vectors in half precision are off by at most about 3e-4, so two roundings of one vector lie within this distance.

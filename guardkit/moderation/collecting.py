@@ -13,11 +13,11 @@ import pyarrow as pa
 from guardkit.artifacts import write_table
 from guardkit.checks import check_path, is_list
 from guardkit.moderation.corrections import corrected, read_reviews
-from guardkit.moderation.inputs import Inputs
 from guardkit.moderation.stream import ACTIONS, encoded_bytes
 from guardkit.policy import Policy
 from guardkit.reading import read_table
-from guardkit.schema import ImageError, InputError
+from guardkit.schema import Content, ImageError, InputError
+from guardkit.shards.inputs import Inputs
 
 _SCHEMA = pa.schema(
     {
@@ -77,7 +77,7 @@ def read_decisions(folder: str | Path, name: str, categories: Sequence[str] = ()
     return rows
 
 
-def decided_bytes(source: bytes | Path, row: Mapping[str, Any]) -> bytes:
+def decided_bytes(source: bytes | Path | Content, row: Mapping[str, Any]) -> bytes:
     """The bytes that a decision is of: nobody must judge another image under its name.
 
     Args:

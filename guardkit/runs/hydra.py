@@ -326,6 +326,12 @@ def plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
+def asked_for(group: str) -> str:
+    """What was typed for a group or its settings, the first of it; "" where nothing was."""
+    typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return next((one for one in typed if one.lstrip("+").startswith((f"{group}=", f"{group}."))), "")
+
+
 def policy(cfg: DictConfig) -> Policy:
     """The user's own file where `policy_file` names one, else the chosen one of conf/policy."""
     from guardkit.policy import Policy

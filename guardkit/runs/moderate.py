@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from guardkit.api.moderate import ModerationReport, check_fail_on, moderate
-from guardkit.runs.hydra import plain
+from guardkit.runs.hydra import make, plain
 
 _SETTINGS = (
     "scope", "block_list", "allow_list", "trim_bars", "max_pixels", "max_frames", "image_column", "id_column", "file_column", "limit", "json_lines", "trust",
@@ -24,5 +24,7 @@ def run(cfg: DictConfig, folder: Path) -> tuple[ModerationReport, bool]:
         The report, and whether there was an action that `fail_on` names.
     """
     fatal = check_fail_on(plain(cfg.fail_on))
-    report = moderate(plain(cfg.guard), plain(cfg.input), output_dir=folder, **{name: plain(cfg[name]) for name in _SETTINGS})
+    report = moderate(
+        plain(cfg.guard), plain(cfg.input), output_dir=folder, engine=make(cfg.engine), **{name: plain(cfg[name]) for name in _SETTINGS}
+    )
     return report, any(report.actions[action] for action in fatal)

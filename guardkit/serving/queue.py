@@ -16,10 +16,10 @@ from guardkit.images import encode_jpeg, read_frames
 from guardkit.moderation.collecting import collect_corrections, decided_bytes, read_decisions
 from guardkit.moderation.corrections import VERDICTS, Verdict, read_reviews
 from guardkit.moderation.gate import Refused
-from guardkit.moderation.inputs import Inputs
 from guardkit.moderation.ordering import queue_order
 from guardkit.policy import Policy
-from guardkit.schema import ImageError, InputError
+from guardkit.schema import Content, ImageError, InputError
+from guardkit.shards.inputs import Inputs
 
 REVIEWS, CORRECTIONS = "reviews.jsonl", "corrections.parquet"
 MAX_SHOWN = 1000
@@ -131,7 +131,7 @@ class ModerationQueue:
         return [{"reviewer": one.reviewer, "verdict": one.verdict, "category": one.category} for one in self._said.get(row, {}).values()]
 
 
-def _picture(source: Path | bytes, row: Mapping[str, Any]) -> bytes:
+def _picture(source: Path | bytes | Content, row: Mapping[str, Any]) -> bytes:
     """A JPEG of the frame that decided. Raises ImageError where it is no longer what was decided."""
     frames = read_frames(decided_bytes(source, row), lambda image: encode_jpeg(image, max_px=_PICTURE_PX))
     return frames[min(row["frame"] or 0, len(frames) - 1)]

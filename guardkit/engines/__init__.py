@@ -1,0 +1,1 @@
+"""Who does the work: this process, actors of Ray, or jobs of a Slurm cluster."""

@@ -1,0 +1,35 @@
+"""What an engine is: the same function on many items, in any order, here or elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Engine(Protocol):
+    """Does tasks.
+
+    Attributes:
+        name: as in `engine=NAME`.
+        is_here: whether it works in this process, one task after the other.
+    """
+
+    name: str
+    is_here: bool
+
+    def run(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[int, R]]:
+        """Calls the task on every item.
+
+        Args:
+            task: may be called more than once on an item, where a worker ended before it had answered. An engine with workers elsewhere
+                pickles it once for each of them, and keeps it there.
+            items: small; each is pickled when its turn comes.
+        Yields:
+            The place of an item, and what the task gave, as they are done.
+        Raises:
+            InputError: as the task raised it, or a worker ended again and again. Other errors of the task are raised as they are.
+        """
+        ...

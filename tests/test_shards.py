@@ -1,0 +1,206 @@
+"""Shards in, shards out: everything is a row, columns are carried, and a run that is stopped, killed or repeated gives the same folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import picture
+
+import guardkit
+from guardkit import InputError
+from guardkit.data.duplicates import earliest_near
+from guardkit.embedding_folder import read_embedding_folder
+
+SEEDS = range(6)
+
+
+def encoded(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+IMAGES = {seed: encoded(picture(seed)) for seed in SEEDS}
+
+
+def add(tar, name, data):
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """As img2dataset writes them, the second cut short by somebody's full disk, and two loose files."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in (0, 1):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            for seed in SEEDS:
+                key = f"{number:05d}{seed:04d}"
+                said = {"caption": f"picture {seed}", "url": f"https://example.org/{seed}", "width": 96, "exif": {"Make": "x"}, "key": key}
+                add(tar, f"{key}.png", IMAGES[seed])
+                add(tar, f"{key}.txt", said["caption"].encode())
+                add(tar, f"{key}.json", json.dumps(said).encode())
+        pq.write_table(pa.table({"key": ["a"], "caption": ["b"]}), folder / f"{number:05d}.parquet")
+        (folder / f"{number:05d}_stats.json").write_text("{}")
+    (folder / "loose.png").write_bytes(IMAGES[0])
+    (folder / "notes.md").write_text("no image")
+    return folder
+
+
+def files_of(folder):
+    """Every file but the lock, by its bytes."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_a_shard_in_is_a_part_out_with_its_keys_and_fields(scenes_encoder, shards, tmp_path):
+    counts = guardkit.embed(input=shards, encoder=scenes_encoder, output_dir=tmp_path / "out")
+    assert counts == {"given": 14, "written": 13, "rejected": 1}
+    vectors, table, manifest = read_embedding_folder(tmp_path / "out")
+    assert [(one["shard"], one["given"], one["written"]) for one in manifest["shards"]] == [
+        ("00000.tar", 6, 6),
+        ("00001.tar", 6, 6),
+        ("shards/, files 1 to 2", 2, 1),
+    ]
+    rows = table.to_pylist()
+    assert [row["image_path"] for row in rows[:2]] == ["00000.tar/000000000.png", "00000.tar/000000001.png"]
+    assert [(row["caption"], row["url"], row["width"], row["exif"], row["key"]) for row in rows[6:8]] == [
+        (f"picture {seed}", f"https://example.org/{seed}", 96, '{"Make": "x"}', f"00001000{seed}") for seed in (0, 1)
+    ]
+    plain = scenes_encoder.encode_images([np.asarray(picture(seed).convert("RGB")) for seed in SEEDS])
+    np.testing.assert_allclose(vectors[:6], plain, atol=2e-3)
+    np.testing.assert_array_equal(vectors[:6], vectors[6:12])
+    rejected = pq.read_table(tmp_path / "out/rejected.parquet").to_pylist()
+    assert rejected == [{"id": "notes.md", "reason": "not an image of a known type", "shard": 2}]
+    assert not (tmp_path / "out/.shards").exists()
+
+
+def test_parquet_tar_and_files_give_the_same_vectors(scenes_encoder, shards, tmp_path):
+    table = pa.Table.from_pylist([{"image": {"bytes": IMAGES[seed], "path": None}, "label": seed % 2, "id": f"p{seed}"} for seed in SEEDS])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    (tmp_path / "files").mkdir()
+    for seed in SEEDS:
+        (tmp_path / f"files/{seed}.png").write_bytes(IMAGES[seed])
+    (tmp_path / "list.txt").write_text("".join(f"files/{seed}.png\n" for seed in SEEDS))
+    found = {}
+    for name in ("shards/00000.tar", "rows.parquet", "files", "list.txt"):
+        guardkit.embed(input=tmp_path / name, encoder=scenes_encoder, output_dir=tmp_path / f"out/{name}", shard_size=4)
+        found[name], rows, _ = read_embedding_folder(tmp_path / f"out/{name}")
+        if name == "rows.parquet":
+            assert rows["label"].to_pylist() == [seed % 2 for seed in SEEDS]
+            assert rows["image_path"].to_pylist() == [f"rows.parquet#{seed}" for seed in SEEDS]
+    for vectors in found.values():
+        np.testing.assert_array_equal(vectors, found["files"])
+
+
+@pytest.mark.parametrize("limit", [1, 6, 7, 13, 99])
+def test_a_limit_counts_inputs_over_all_shards(scenes_encoder, shards, tmp_path, limit):
+    counts = guardkit.embed(input=shards, encoder=scenes_encoder, output_dir=tmp_path / "out", limit=limit)
+    assert counts["given"] == min(limit, 14)
+    assert counts["written"] + counts["rejected"] == counts["given"]
+
+
+def test_a_finished_folder_is_kept_and_what_changed_is_made_anew(scenes_encoder, shards, tmp_path, caplog):
+    out = tmp_path / "out"
+    guardkit.embed(input=shards, encoder=scenes_encoder, output_dir=out)
+    before = files_of(out)
+    when = (out / "img_emb/img_emb_0.npy").stat().st_mtime_ns
+    guardkit.embed(input=shards, encoder=scenes_encoder, output_dir=out)
+    assert files_of(out) == before
+    assert (out / "img_emb/img_emb_0.npy").stat().st_mtime_ns == when
+    (out / "img_emb/img_emb_0.npy").write_bytes(b"cut")
+    (shards / "loose.png").write_bytes(IMAGES[3])
+    guardkit.embed(input=shards, encoder=scenes_encoder, output_dir=out)
+    assert "img_emb/img_emb_0.npy is gone or not as it was written; 00000.tar is worked on anew" in caplog.text
+    assert "1 of 3 shards changed since they were worked on, the first is shards/, files 1 to 2; they are worked on anew" in caplog.text
+    guardkit.embed(input=shards, encoder=scenes_encoder, output_dir=tmp_path / "fresh")
+    assert files_of(out) == files_of(tmp_path / "fresh")
+    # fewer shards than before: nothing is left of the others
+    for name in ("00001.tar", "00001.parquet", "00001_stats.json"):
+        (shards / name).unlink()
+    guardkit.embed(input=shards, encoder=scenes_encoder, output_dir=out)
+    assert len(read_embedding_folder(out)[0]) == 7
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:40_000]), "the shard ends here"),
+        (lambda path: path.write_bytes(b"no tar" * 1000), "the shard ends here"),
+        (lambda path: path.write_bytes(b""), "the shard ends here"),
+    ],
+    ids=["cut", "no tar", "empty"],
+)
+def test_what_can_be_read_of_a_damaged_shard_is_kept(scenes_encoder, shards, tmp_path, break_it, reason):
+    break_it(shards / "00001.tar")
+    counts = guardkit.embed(input=shards, encoder=scenes_encoder, output_dir=tmp_path / "out")
+    assert counts["written"] + counts["rejected"] == counts["given"]
+    rejected = {row["id"]: row["reason"] for row in pq.read_table(tmp_path / "out/rejected.parquet").to_pylist()}
+    assert reason in rejected["00001.tar"]
+
+
+def test_a_tar_with_evil_names_writes_nowhere(scenes_encoder, tmp_path):
+    with tarfile.open(tmp_path / "evil.tar", "w") as tar:
+        add(tar, "../../up.png", IMAGES[0])
+        add(tar, "/etc/absolute.png", IMAGES[1])
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+            member = tarfile.TarInfo(f"special_{kind.decode()}.png")
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    counts = guardkit.embed(input=tmp_path / "evil.tar", encoder=scenes_encoder, output_dir=tmp_path / "out")
+    assert counts == {"given": 6, "written": 2, "rejected": 4}
+    assert {row["reason"] for row in pq.read_table(tmp_path / "out/rejected.parquet").to_pylist()} == {"no regular file in the shard"}
+    assert {path.name for path in tmp_path.iterdir()} == {"evil.tar", "out"}
+
+
+def test_rows_of_parquet_without_an_image_are_rejected_with_what_they_say(scenes_encoder, tmp_path):
+    rows = [{"image": IMAGES[0], "user": 1}, {"image": None, "user": 2}, {"image": b"", "user": 3}, {"image": b"no image", "user": 4}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    counts = guardkit.embed(input=tmp_path / "rows.parquet", encoder=scenes_encoder, output_dir=tmp_path / "out")
+    assert counts == {"given": 4, "written": 1, "rejected": 3}
+    assert [(row["reason"], row["user"]) for row in pq.read_table(tmp_path / "out/rejected.parquet").to_pylist()] == [
+        ("no image in this row", 2),
+        ("empty file", 3),
+        ("not an image of a known type", 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "give either source, .* or input, .*; got both or neither"),
+        ({"input": "nowhere"}, "input=nowhere is not there"),
+        ({"input": ["."], "output_dir": "out"}, "lies within input="),
+        ({"input": "x.tar", "max_pixels": 0}, "max_pixels must be"),
+        ({"input": "empty"}, "holds nothing to embed"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(scenes_encoder, tmp_path, monkeypatch, settings, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.tar").touch()
+    with pytest.raises(InputError, match=message):
+        guardkit.embed(encoder=scenes_encoder, **{"output_dir": tmp_path.parent / "elsewhere"} | settings)
+
+
+@pytest.mark.parametrize("distance", [0, 4, 9])
+def test_the_earliest_near_hash_is_found(distance):
+    rng = np.random.default_rng(0)
+    centres = rng.integers(0, 2**64, 40, np.uint64)
+    flips = np.array([sum(1 << int(bit) for bit in rng.choice(64, rng.integers(0, 8), replace=False)) for _ in range(400)], np.uint64)
+    hashes = centres[rng.integers(0, 40, 400)] ^ flips
+    near = np.bitwise_count(hashes[:, None] ^ hashes[None]) <= distance
+    expected = [int(row[:i].argmax()) if row[:i].any() else -1 for i, row in enumerate(near)]
+    assert earliest_near(hashes, distance).tolist() == expected
+    assert earliest_near(hashes[:0], distance).tolist() == []
