@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from guardkit.schema import InputError
+from guardkit.schema import InputError, shortened
+from guardkit.storage import check_url, is_url, local_path
 
 MAX_SEED = 2**63 - 1  # that torch takes
 
@@ -73,10 +74,17 @@ def check_map(name: str, value: object, example: str, *, optional: bool = True) 
 
 
 def check_path(name: str, value: object) -> Path:
-    """The path that a text or a Path is, with ~ expanded. An empty one is refused: it would be the present folder."""
+    """The path that a text or a Path is, with ~ expanded. An empty one is refused: it would be the present folder, and so is a URL."""
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         hint = "; was a variable of the shell empty?" if value == "" else ""
         raise InputError(f"{name} must be a path, got {value!r}{hint}")
+    if is_url(value):
+        path = local_path(check_url(name, str(value)))
+        if path is None:
+            raise InputError(
+                f"{name} must be a path on this machine, got the URL {shortened(str(value), 200)}; copy what lies there, and give its path"
+            )
+        return path
     return Path(os.fsdecode(value)).expanduser()
 
 

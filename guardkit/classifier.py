@@ -21,7 +21,7 @@ from guardkit.encoders.base import Encoder, ReadsPolicy
 from guardkit.encoders.lookup import ENCODER_KINDS, find_encoder
 from guardkit.explaining.explanation import Explanation
 from guardkit.explaining.methods import heat_map
-from guardkit.guard_folder import FILES, read_guard, write_guard
+from guardkit.guard_folder import FILES, read_guard, upload_guard, write_guard
 from guardkit.heads import Head, JoinedHead, LinearHead
 from guardkit.hub import upload_folder
 from guardkit.images import read_image
@@ -32,6 +32,7 @@ from guardkit.policy import Policy
 from guardkit.schema import Decision, ImageError, InputError
 from guardkit.score_maps import Calibration, ScoreMap
 from guardkit.seen import SeenImages
+from guardkit.storage import is_url, local_path
 from guardkit.thresholds import DEFAULT, Band, Thresholds, check_scope, undecided
 
 _UNUSABLE = "embeddings hold NaN or infinite values, or rows of zeros; embed those images again or leave them out"
@@ -445,16 +446,19 @@ class GuardClassifier:
 
     # --- keeping ------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, folder: str | Path) -> Path | str:
         """Writes `config.json`, `model.safetensors`, `policy.yaml`, `training_images.parquet` and a model card; config.json comes last.
 
         Args:
-            folder: new, empty, or that of a guard, which is replaced as a whole.
+            folder: new, empty, or that of a guard, which is replaced as a whole; or such a place in object storage, "s3://bucket/guard".
         Returns:
-            The folder.
+            The folder, or the URL as it was given.
         Raises:
-            InputError: the folder holds something else, or head or encoder could not be built again.
+            InputError: the folder holds something else or cannot be written, or head or encoder could not be built again.
         """
+        if isinstance(folder, str) and is_url(folder) and local_path(folder) is None:
+            upload_guard(folder, self._save)
+            return folder
         return self._save(folder)
 
     def push_to_hub(
@@ -528,10 +532,10 @@ class GuardClassifier:
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> GuardClassifier:
-        """Loads a guard from a folder, or from the Hugging Face Hub by its id.
+        """Loads a guard from a folder, from object storage, or from the Hugging Face Hub by its id.
 
         Args:
-            folder: a guard's folder, that of the training run, or "organisation/name" on the Hub.
+            folder: a guard's folder, that of the training run, the URL of one ("s3://bucket/guard"), or "organisation/name" on the Hub.
             encoder: where the guard's encoder is, when it is not where it was trained: an encoder, or a text that
                 `find_encoder` understands, such as a folder that is searched for it. It must be the same one.
             head: the class of its head, or a head of that class, where it is not guardkit's and not to be imported.

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,13 @@ from guardkit.guard_parts import check_logits, filled, head_class, outlines, rea
 from guardkit.heads import HEAD_KINDS, Head
 from guardkit.hub import hub_folder, is_hub_id
 from guardkit.kinds import require_trust
+from guardkit.local_copies import local, local_copy
 from guardkit.policy import Policy
+from guardkit.publishing import published
 from guardkit.schema import InputError
 from guardkit.seen import FILE as SEEN
 from guardkit.seen import SeenImages
+from guardkit.storage import check_url, items, joined
 from guardkit.thresholds import Thresholds
 
 FORMATS = (1, 2)  # read; the last is written
@@ -103,7 +107,7 @@ def read_guard(
 
 
 def _locate(folder: str | Path, revision: str | None, token: str | bool | None) -> Path:
-    path = check_path("the guard's folder", folder)
+    path = local("the guard's folder", folder, only=lambda name: name.removeprefix("guard/") in FILES)
     name = os.fsdecode(folder)
     if path.exists():
         if not path.is_dir():
@@ -212,7 +216,7 @@ def write_guard(
     Raises:
         InputError: the folder holds something else.
     """
-    folder = Path(folder).expanduser()
+    folder = check_path("the guard's folder", folder)
     _check_free(folder)
     kind, settings = HEAD_KINDS.describe(head)
     with ExitStack() as files:
@@ -251,23 +255,42 @@ def write_guard(
     return folder
 
 
+def upload_guard(url: str, save: Callable[[Path], object]) -> None:
+    """Writes a guard's files as objects, config.json as the last; an older guard there is replaced.
+
+    Args:
+        url: of the place, under which there is nothing yet, or a guard and nothing else.
+        save: writes the guard into a folder.
+    Raises:
+        InputError: the place holds something else, or cannot be written.
+    """
+    url = check_url("the guard's folder", url)
+    names = {one.name for one in items(url)}
+    _check_names(url, {name for name in names if not name.startswith(".")}, lambda: local_copy(joined(url, CONFIG)))
+    with tempfile.TemporaryDirectory(prefix="guardkit-") as place:
+        folder = Path(place) / "guard"
+        save(folder)
+        published(folder, url, last=[CONFIG], replaced=names & FILES)
+
+
 def _check_free(folder: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder to save the guard in")
     # names with a dot in front belong to tools such as git, and to a writer that was killed
-    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    _check_names(str(folder), {path.name for path in folder.iterdir() if not path.name.startswith(".")}, lambda: folder / CONFIG)
+
+
+def _check_names(where: str, names: Set[str], config: Callable[[], Path]) -> None:
     foreign = sorted(names - FILES)
     if not foreign and names - set(ADAPTERS):
         try:
-            is_guard = {"format", "head", "policy", "weights_sha256", "digest"} <= read_json(
-                folder / CONFIG, "a guard's configuration"
-            ).keys()
+            is_guard = {"format", "head", "policy", "weights_sha256", "digest"} <= read_json(config(), "a guard's configuration").keys()
         except InputError:
             is_guard = False
         foreign = [] if is_guard else sorted(names)
     if foreign:
         raise InputError(
-            f"{folder} holds {foreign[0]!r}, which is not a guard's; save the guard in a new or empty folder, or in one that holds nothing but a guard"
+            f"{where} holds {foreign[0]!r}, which is not a guard's; save the guard in a new or empty folder, or in one that holds nothing but a guard"
         )

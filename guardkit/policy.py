@@ -14,7 +14,9 @@ from typing import Any
 import yaml
 
 from guardkit.artifacts import SHIPPED, brought_along, fingerprint, written
+from guardkit.local_copies import local
 from guardkit.schema import InputError
+from guardkit.storage import is_url
 
 _RESERVED = ("safe", "unsafe", "decision")
 # aliases in a YAML file can make a small text a value that is huge when written out in an error
@@ -171,7 +173,7 @@ class Policy:
         """Reads a YAML file.
 
         Args:
-            path: of the file, or "guardkit:NAME" for one that comes with guardkit, such as "guardkit:scenes".
+            path: of the file, its URL in object storage, or "guardkit:NAME" for one that comes with guardkit, such as "guardkit:scenes".
         Raises:
             InputError: naming the file, the field and the fix.
         """
@@ -181,6 +183,8 @@ class Policy:
             if name not in names:
                 raise InputError(f"guardkit ships no policy {name!r}; it ships {', '.join(names)}")
             path = folder / f"{name}.yaml"
+        elif is_url(path):
+            path = local("policy_file", path)
         try:
             data = _parsed(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError as error:

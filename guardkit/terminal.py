@@ -5,6 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from pathlib import Path
+
+_names: dict[str, str] = {}
+
+
+def call_it(path: Path, name: str) -> None:
+    """From now on a path is shown under another name: that of a copy of somebody's, as the place that they know."""
+    _names[str(path)] = name
 
 
 def printable(text: str) -> str:
@@ -12,6 +20,8 @@ def printable(text: str) -> str:
 
     File names and settings of strangers are shown in messages, and a terminal obeys what is hidden in them.
     """
+    for path, name in list(_names.items()):
+        text = text.replace(path, name)
     return "".join(character if character.isprintable() or character == "\n" else _escaped(character) for character in text)
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from guardkit.api.evaluate import load_contender
 from guardkit.artifacts import write_json, write_table, written
+from guardkit.checks import check_path
 from guardkit.classifier import GuardClassifier
 from guardkit.data.sources.base import Source
 from guardkit.evaluation.benchmark import read_benchmark
@@ -94,7 +95,7 @@ def calibrate(
         InputError: a wrong value, a class is missing, or too few images for a promise of the decision.
     """
     asked = Asked(max_fpr, min_recall, queue_per_day, volume_per_day, prevalence, confidence, by_category)
-    folder = None if output_dir is None else Path(output_dir).expanduser()
+    folder = None if output_dir is None else check_path("output_dir", output_dir)
     if folder is not None and folder.is_dir():
         refuse_others(folder, "calibrate", replaces=True)
     contender = load_contender(guard, None, {}, None, trust) if isinstance(guard, str | Path) else _contender(guard)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from guardkit.api.evaluate import load_contender
 from guardkit.artifacts import write_json, written
-from guardkit.checks import check_number, check_whole
+from guardkit.checks import check_number, check_path, check_whole
 from guardkit.classifier import GuardClassifier
 from guardkit.data.sources.base import Source
 from guardkit.encoders.base import Encoder
@@ -75,7 +75,7 @@ def compare(
     check_number("prevalence", prevalence, "(0, 1)")
     check_whole("n_resamples", n_resamples, 100)
     check_whole("seed", seed, 0)
-    folder = None if output_dir is None else Path(output_dir).expanduser()
+    folder = None if output_dir is None else check_path("output_dir", output_dir)
     if folder is not None and folder.is_dir():
         refuse_others(folder, "compare", replaces=True)
     encoders: dict[str, Encoder] = {}

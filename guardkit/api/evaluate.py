@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from guardkit.artifacts import read_json
-from guardkit.checks import check_choice, check_number, check_whole, is_list
+from guardkit.checks import check_choice, check_number, check_path, check_whole, is_list
 from guardkit.classifier import GuardClassifier
 from guardkit.data.by_policy import ByPolicy, by_category, by_own_labels, check_policies
 from guardkit.data.sources.base import Source
@@ -108,7 +108,7 @@ def evaluate(
     """
     started = time.perf_counter()
     check_settings(split=split, seed=seed, split_seed=split_seed, n_resamples=n_resamples, prevalence=prevalence, trained_on=trained_on)
-    folder, cache = Path(output_dir).expanduser(), None if cache_dir is None else Path(cache_dir).expanduser()
+    folder, cache = check_path("output_dir", output_dir), None if cache_dir is None else Path(cache_dir).expanduser()
     refuse_others(folder, "evaluate", replaces=True)
     attacks = robustness or RobustnessSettings(protocols=())
     if policies is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from guardkit import __version__
-from guardkit.checks import is_list
+from guardkit.checks import check_path, is_list
 from guardkit.classifier import GuardClassifier
 from guardkit.encoders.base import Traceable
 from guardkit.encoders.lookup import ENCODER_KINDS
@@ -78,7 +78,7 @@ def export_guard(
     if not is_list(parts) or not parts or not set(parts) <= set(PARTS):
         raise InputError(f"parts must be a list of {' and '.join(PARTS)}, got {parts!r}")
     check_installed()
-    folder = Path(output_dir).expanduser()
+    folder = check_path("output_dir", output_dir)
     refuse_others(folder, "export", replaces=True)
     if not isinstance(guard, GuardClassifier):
         guard = GuardClassifier.from_pretrained(guard, trust=trust, device="cpu")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from guardkit.checks import check_path
 from guardkit.encoders.base import Encoder, Portable
 from guardkit.folders import claim, refuse_others
 from guardkit.schema import InputError
@@ -27,7 +28,7 @@ def fetch_encoder(encoder: Encoder, output_dir: str | Path) -> Encoder:
         InputError: the model cannot be had, or not be written for use without a network; the folder belongs to something
             else; or what was written gives other vectors.
     """
-    folder = Path(output_dir).expanduser()
+    folder = check_path("output_dir", output_dir)
     if not isinstance(encoder, Portable):
         raise InputError(
             f"encoder {encoder.name} cannot be written into a folder; copy its files, or take encoder=open_clip or transformers"

@@ -18,7 +18,7 @@ import lightning as L
 import torch
 
 from guardkit.api.trained import TrainingReport, reported
-from guardkit.checks import MAX_SEED, check_whole
+from guardkit.checks import MAX_SEED, check_path, check_whole
 from guardkit.classifier import GuardClassifier
 from guardkit.counterfactual.edits import Edits
 from guardkit.data.arms import Arm, arm_named, without_effect
@@ -124,7 +124,9 @@ def finetune(
     recipe.check()
     check_threshold(threshold)
     chosen = arm_named(arm)
-    folder, cache = (None if place is None else Path(place).expanduser() for place in (output_dir, cache_dir))
+    folder, cache = (
+        None if place is None else check_path(name, place) for name, place in (("output_dir", output_dir), ("cache_dir", cache_dir))
+    )
     if folder is not None:
         refuse_others(folder, "finetune", replaces=False)
     if isinstance(source, EmbeddingsSource):

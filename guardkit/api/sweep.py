@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from guardkit import __version__
-from guardkit.checks import MAX_SEED, check_choice, check_whole, is_list, is_number, is_whole
+from guardkit.checks import MAX_SEED, check_choice, check_path, check_whole, is_list, is_number, is_whole
 from guardkit.counterfactual.edits import Edits
 from guardkit.data.arms import Arm, arm_named, without_effect
 from guardkit.data.look_alikes import LookAlikes
@@ -155,7 +155,7 @@ def sweep(
     check_threshold(threshold)
     pulls = _strengths(strengths)
     computes_on = _device(device)
-    folder = Path(output_dir).expanduser()
+    folder = check_path("output_dir", output_dir)
     cache = None if cache_dir is None else Path(cache_dir).expanduser()
     refuse_others(folder, "sweep", replaces=False)
     store = EmbeddingStore(encoder, cache)

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from guardkit.checks import check_choice, check_whole
+from guardkit.checks import check_choice, check_path, check_whole
 from guardkit.counterfactual.edits import Edits
 from guardkit.counterfactual.pair_dataset import write_pair_dataset
 from guardkit.data.budget import check_edits
@@ -57,7 +57,7 @@ def synthesize(
     check_whole("limit", limit, 1, optional=True)
     check_whole("variants_per_image", variants_per_image, 1)
     check_choice("direction", direction, _LABELS)
-    folder = Path(output_dir).expanduser()
+    folder = check_path("output_dir", output_dir)
     refuse_others(folder, "synthesize", replaces=False)
     cache = folder / ".cache" if cache_dir is None else Path(cache_dir).expanduser()
     store = EmbeddingStore(encoder, cache)

@@ -13,7 +13,7 @@ import lightning as L
 import torch
 
 from guardkit.api.trained import WRITTEN, TrainingReport, reported
-from guardkit.checks import MAX_SEED, check_whole
+from guardkit.checks import MAX_SEED, check_path, check_whole
 from guardkit.classifier import GuardClassifier
 from guardkit.counterfactual.edits import Edits
 from guardkit.data.arms import Arm, arm_named, without_effect
@@ -111,7 +111,7 @@ def train_guard(
     chosen, make_head = arm_named(arm), head_factory(head)
     if extend is not None:
         _check_extension(extend, encoder, policy)
-    folder, cache = _path(output_dir), _path(cache_dir)
+    folder, cache = _path("output_dir", output_dir), _path("cache_dir", cache_dir)
     if folder is not None:
         refuse_others(folder, "train", replaces=True)
     if ckpt_path is not None:
@@ -190,8 +190,8 @@ def _check_extension(guard: GuardClassifier, encoder: Encoder, policy: Policy) -
     JoinedHead.of(guard.head)
 
 
-def _path(place: str | Path | None) -> Path | None:
-    return None if place is None else Path(place).expanduser()
+def _path(setting: str, place: str | Path | None) -> Path | None:
+    return None if place is None else check_path(setting, place)
 
 
 def _callbacks(given: Sequence[L.Callback] | None, folder: Path | None) -> list[L.Callback]:

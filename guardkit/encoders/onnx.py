@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from guardkit.artifacts import fingerprint, hash_file
+from guardkit.checks import check_path
 from guardkit.encoders.base import checked_preprocess, prepare_image
 from guardkit.encoders.frozen import Built, FrozenEncoder, checked_device, trial
 from guardkit.encoders.places import HUB, encoder_folder
+from guardkit.local_copies import local_folder
 from guardkit.schema import InputError
+from guardkit.storage import is_url, local_path
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +34,7 @@ class OnnxEncoder(FrozenEncoder):
     dynamic or fixed. A vector is one of its outputs, (batch, d).
 
     Args:
-        weights: an .onnx file, or "hf-hub:ORG/NAME/PATH.onnx". What it keeps outside itself must lie beside it or below.
+        weights: an .onnx file, its URL in object storage, or "hf-hub:ORG/NAME/PATH.onnx". What it keeps outside itself must lie beside it or below.
         preprocess: size (pixels, or height and width), mean, std (3 numbers each), interpolation (bicubic, bilinear),
             resize_mode (shortest, longest, squash), and optionally resize: what images are resized to before `size` is
             cropped from their middle.
@@ -51,7 +54,7 @@ class OnnxEncoder(FrozenEncoder):
             raise InputError(f"encoder.weights must be an {_SUFFIX} file or {HUB}ORG/NAME/PATH{_SUFFIX}, got {weights!r}")
         if weights.startswith(HUB) and weights.count("/") < 2:
             raise InputError(f"encoder.weights must name a file of the repository, {HUB}ORG/NAME/PATH{_SUFFIX}, got {weights}")
-        if not weights.startswith(HUB) and not Path(weights).expanduser().is_file():
+        if not weights.startswith(HUB) and not _path(weights).is_file():
             raise InputError(f"encoder.weights: {weights} does not exist; give an {_SUFFIX} file or {HUB}ORG/NAME/PATH{_SUFFIX}")
         self.weights, self.output = weights, output
         self._preprocess = _stated(preprocess)
@@ -80,7 +83,7 @@ class OnnxEncoder(FrozenEncoder):
 
     def _find(self) -> Path:
         if not self.weights.startswith(HUB):
-            return Path(self.weights).expanduser()
+            return _path(self.weights)
         organisation, name, path = self.weights.removeprefix(HUB).split("/", 2)
         remedy = "without a network, copy the file from a machine that has one, and give its path"
         # what a large model keeps outside itself is by habit named after it: model.onnx_data, model.onnx.data
@@ -205,6 +208,14 @@ def _only(what: str, found: Sequence[Any]) -> Any:
     if len(found) != 1:
         raise ValueError(f"it has {len(found)} {what}s ({', '.join(one.name for one in found)}), expected one, the images")
     return found[0]
+
+
+def _path(weights: str) -> Path:
+    """What `weights` is if it is a path, or a URL, of which there is a copy here then, with what lies beside it under a name that goes on."""
+    if not is_url(weights) or local_path(weights) is not None:
+        return check_path("encoder.weights", weights)
+    above, _, name = weights.rpartition("/")
+    return local_folder(above, only=lambda one: one.startswith(name)) / name
 
 
 def _black(n: int, size: Sequence[int]) -> torch.Tensor:

@@ -20,7 +20,9 @@ from guardkit.encoders.frozen import Built, FrozenEncoder, checked_device, hash_
 from guardkit.encoders.known import KnownImages
 from guardkit.encoders.places import HUB, LOCAL, offline
 from guardkit.hub import hub_folder
+from guardkit.local_copies import local
 from guardkit.schema import InputError
+from guardkit.storage import is_url
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +38,7 @@ class OpenClipEncoder(FrozenEncoder):
     Args:
         architecture: open_clip's name, such as "ViT-B-32"; null with a folder or a Hub id, which name their own.
         weights: a pretrained tag of that architecture ("openai"), "hf-hub:ORG/NAME", "local-dir:FOLDER", a weights
-            file, or "guardkit:NAME" for a model that comes with guardkit.
+            file, the URL of a folder or file in object storage, or "guardkit:NAME" for a model that comes with guardkit.
         preprocess: size (pixels), mean, std (3 numbers each), interpolation and resize_mode; required with a bare
             weights file, whose right values cannot be guessed, and refused otherwise.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
@@ -60,8 +62,9 @@ class OpenClipEncoder(FrozenEncoder):
             )
         self.architecture, self.weights = architecture, weights
         self._preprocess = None if preprocess is None else checked_preprocess(preprocess)
+        self._path = _path(weights)
         self._folder = self._find_folder()
-        self._is_file = self._folder is None and not weights.startswith(HUB) and Path(weights).expanduser().suffix in _FILE_SUFFIXES
+        self._is_file = self._folder is None and not weights.startswith(HUB) and self._path.suffix in _FILE_SUFFIXES
         if (self._folder or weights.startswith(HUB)) and architecture is not None:
             raise InputError(f"encoder.architecture must be null with weights={weights}, which name their own, got {architecture!r}")
         if architecture is None and not (self._folder or weights.startswith(HUB)):
@@ -90,6 +93,8 @@ class OpenClipEncoder(FrozenEncoder):
         architecture, path = recorded["config"].get("architecture"), Path(text).expanduser()
         if text.startswith((LOCAL, HUB, SHIPPED)):
             return {"architecture": None, "weights": text}
+        if is_url(text):
+            return {"architecture": None, "weights": text} if _path(text).is_dir() else _of_file(recorded, text)
         if path.is_dir():
             return {"architecture": None, "weights": f"{LOCAL}{path}"} if (path / _MODEL).is_file() else None
         if path.is_file():
@@ -143,9 +148,9 @@ class OpenClipEncoder(FrozenEncoder):
     def _find_folder(self) -> Path | None:
         if (folder := shipped(self.weights)) is not None:
             return folder
-        if not self.weights.startswith(LOCAL):
+        folder = self._path
+        if not self.weights.startswith(LOCAL) and not (is_url(self.weights) and folder.is_dir()):
             return None
-        folder = Path(self.weights.removeprefix(LOCAL)).expanduser()
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder; python -m guardkit.fetch encoder=PRESET brings a model, and says where it lies")
         if not (folder / _MODEL).is_file():
@@ -155,7 +160,7 @@ class OpenClipEncoder(FrozenEncoder):
         return folder
 
     def _check_file(self) -> None:
-        if not Path(self.weights).expanduser().is_file():
+        if not self._path.is_file():
             raise InputError(
                 f"weights file {self.weights} does not exist; give a file, a folder as {LOCAL}FOLDER or a Hub id as {HUB}ORG/NAME"
             )
@@ -175,7 +180,7 @@ class OpenClipEncoder(FrozenEncoder):
         name = self._source
         if self.architecture is not None:
             self._check_architecture(open_clip)
-            options["pretrained"] = str(Path(self.weights).expanduser()) if self._is_file else self._checked_tag(open_clip, name)
+            options["pretrained"] = str(self._path) if self._is_file else self._checked_tag(open_clip, name)
             if self._preprocess is not None:
                 options["force_preprocess_cfg"] = self._preprocess
         self._ask_the_hub(open_clip)
@@ -294,7 +299,13 @@ def is_architecture(name: str) -> bool:
     return name in open_clip.list_models()
 
 
-def _of_file(recorded: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _path(weights: str) -> Path:
+    """What `weights` is if it is a path, or a URL, of which there is a copy here then."""
+    place = weights.removeprefix(LOCAL)
+    return local("encoder.weights", place) if is_url(place) else Path(place).expanduser()
+
+
+def _of_file(recorded: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
     """A bare file says neither architecture nor preprocessing, but the guard does."""
     return {"architecture": recorded["config"].get("architecture"), "weights": str(path), "preprocess": dict(recorded["preprocessing"])}
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from guardkit.hub import hub_folder
+from guardkit.local_copies import local
 from guardkit.schema import InputError, shortened
+from guardkit.storage import is_url
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
 
@@ -26,7 +28,7 @@ def named_folder(weights: object, *, holds: str) -> Path | None:
     """The folder that a setting `encoder.weights` means; None for one on the Hub.
 
     Args:
-        weights: "local-dir:FOLDER", a folder, or "hf-hub:ORG/NAME".
+        weights: "local-dir:FOLDER", a folder, its URL in object storage, or "hf-hub:ORG/NAME".
         holds: a file that must be in it.
     Raises:
         InputError: it means neither, or the file is not there.
@@ -35,6 +37,8 @@ def named_folder(weights: object, *, holds: str) -> Path | None:
         raise InputError(f"encoder.weights must be {HUB}ORG/NAME or {LOCAL}FOLDER, got {weights!r}")
     if weights.startswith(HUB):
         return None
+    if is_url(weights.removeprefix(LOCAL)):
+        weights = str(local("encoder.weights", weights.removeprefix(LOCAL)))
     folder = Path(weights.removeprefix(LOCAL)).expanduser()
     try:
         is_there = folder.is_dir()

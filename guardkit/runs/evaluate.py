@@ -14,7 +14,6 @@ from omegaconf import DictConfig, open_dict
 
 from guardkit.api.evaluate import EvaluationReport, check_settings, check_several, evaluate
 from guardkit.artifacts import SHIPPED
-from guardkit.checks import check_path
 from guardkit.data.sources.base import Source
 from guardkit.folders import refuse_others
 from guardkit.policy import Policy
@@ -83,7 +82,7 @@ def policies_of(cfg: DictConfig) -> list[Policy]:
 
 def _policy(name: str) -> Policy:
     if Path(name).suffix in (".yaml", ".yml") or name.startswith(SHIPPED):
-        return Policy.load(name if name.startswith(SHIPPED) else check_path("policies", name))
+        return Policy.load(name)
     return Policy.from_dict(plain(compose_group("policy", name, [], root={})))
 
 

@@ -6,9 +6,7 @@ import functools
 import inspect
 import json
 import os
-import stat
 import sys
-import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -28,10 +26,13 @@ from guardkit import __version__
 from guardkit.artifacts import brought_along, fingerprint, write_json, written
 from guardkit.checks import check_path
 from guardkit.folders import FINISHED, LOCK, UNFINISHED, expect, locked, read_mark
+from guardkit.local_copies import default_cache_dir, own_temporary_folder
+from guardkit.publishing import brought_here, working_folder
 from guardkit.runs.errors import user_error
 from guardkit.runs.overrides import job_name, mended
 from guardkit.runs.signals import end_stopped, stoppable, was_stopped
 from guardkit.schema import InputError
+from guardkit.storage import is_url, local_path
 from guardkit.terminal import complain, forgiving_streams, one_line, print_nowhere, say
 
 if TYPE_CHECKING:
@@ -47,46 +48,25 @@ _ONLY_PRINT = frozenset({"--help", "-h", "--hydra-help", "--cfg", "-c", "--info"
 _ERROR, _JOBS = "error.txt", ".jobs"
 
 
-def default_cache_dir() -> str:
-    """GUARDKIT_CACHE, else guardkit's folder in the user's cache, else, without a home directory, a temporary one."""
-    root = os.environ.get("GUARDKIT_CACHE")
-    if root:
-        return root
-    try:
-        return str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "guardkit")
-    except RuntimeError:
-        return str(_own_temporary_folder())
-
-
-def _own_temporary_folder() -> Path:
-    """A folder of this user's that nobody else may write to, the same for all of the user's processes."""
-    folder = Path(tempfile.gettempdir()) / f"guardkit-{os.getuid()}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
-    except OSError:
-        is_own = False
-    if not is_own:
-        raise InputError(
-            f"there is no home directory, and {folder} cannot be used as a cache; set GUARDKIT_CACHE or cache_dir to a folder of your own"
-        )
-    return folder
-
-
 def _settle_without_home() -> None:
     """Gives libraries that ask for a home directory or a user name one, where the system has none."""
     try:
         Path.home()
     except RuntimeError:
-        os.environ["HOME"] = str(_own_temporary_folder())
+        os.environ["HOME"] = str(own_temporary_folder())
         os.environ.setdefault("USER", f"uid{os.getuid()}")
 
 
 # here, because a launcher's processes import this module and run no entry point
 OmegaConf.register_new_resolver("default_cache_dir", default_cache_dir, replace=True)
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
+OmegaConf.register_new_resolver("working_folder", lambda place: _working_folder(str(place)), replace=True)
 OmegaConf.register_new_resolver("job_name", lambda overrides: job_name([str(one) for one in overrides]), replace=True)
+
+
+def _working_folder(place: str) -> str:
+    """Where a run works whose results go to `place`, a path or a URL."""
+    return str(working_folder(place)) if is_url(place) else os.path.expanduser(place)
 
 
 def main(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -157,6 +137,12 @@ def _run_job(run: Callable[[DictConfig], None], cfg: DictConfig) -> None:
         stack.enter_context(locked(folder, about=about, on_claim=lambda: _write_settings(folder, cfg)))
         if missing:  # in here, so that the folder that Hydra made is taken away
             raise InputError(f"{', '.join(missing)} must be given, as in {missing[0]}=VALUE; see --help")
+        if is_url(cfg.output_dir):
+            if is_one_of_many and local_path(cfg.output_dir) is None:
+                raise InputError(
+                    f"a multirun writes into a folder on this machine, got output_dir={cfg.output_dir}; give a path, and copy it"
+                )
+            stack.enter_context(brought_here(cfg.output_dir))
         run(cfg)
 
 
@@ -338,7 +324,7 @@ def policy(cfg: DictConfig) -> Policy:
 
     if cfg.policy_file is None:
         return Policy.from_dict(OmegaConf.to_container(cfg.policy, resolve=True))
-    return Policy.load(check_path("policy_file", cfg.policy_file))
+    return Policy.load(cfg.policy_file)
 
 
 def cache_dir(cfg: DictConfig) -> Path | None:
