@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from guardkit.embedding_blocks import decide_blocks
 from guardkit.embedding_folder import find_embedding_parts
 from guardkit.encoders.base import Encoder, ReadsPolicy
 from guardkit.encoders.lookup import ENCODER_KINDS, find_encoder
+from guardkit.encoders.ways import drawn_images, of_the_same_weights, said_way
 from guardkit.explaining.explanation import Explanation
 from guardkit.explaining.methods import heat_map
 from guardkit.guard_folder import FILES, read_guard, upload_guard, write_guard
@@ -34,6 +36,8 @@ from guardkit.score_maps import Calibration, ScoreMap
 from guardkit.seen import SeenImages
 from guardkit.storage import is_url, local_path
 from guardkit.thresholds import DEFAULT, Band, Thresholds, check_scope, undecided
+
+log = logging.getLogger(__name__)
 
 _UNUSABLE = "embeddings hold NaN or infinite values, or rows of zeros; embed those images again or leave them out"
 _BEYOND = "the guard's weights or the image's embedding are beyond all bounds"
@@ -537,7 +541,8 @@ class GuardClassifier:
         Args:
             folder: a guard's folder, that of the training run, the URL of one ("s3://bucket/guard"), or "organisation/name" on the Hub.
             encoder: where the guard's encoder is, when it is not where it was trained: an encoder, or a text that
-                `find_encoder` understands, such as a folder that is searched for it. It must be the same one.
+                `find_encoder` understands, such as a folder that is searched for it. It must be the same one; an encoder with the same
+                weights that resizes images by another library is taken, with a warning that says how far scores moved.
             head: the class of its head, or a head of that class, where it is not guardkit's and not to be imported.
             trust: top-level packages of other people, such as ["mypackage"], that head and encoder may be imported from.
                 What is imported runs, with arguments that the guard holds: name only packages that you installed yourself.
@@ -555,7 +560,7 @@ class GuardClassifier:
         found = find_encoder(
             config["encoder"], encoder, needed_by=f"guard {stored.folder}", trust=trust, device=device, batch_size=batch_size
         )
-        return cls(
+        guard = cls(
             stored.head,
             found,
             stored.policy,
@@ -567,6 +572,21 @@ class GuardClassifier:
             calibration=None if config["calibration"] is None else Calibration.from_dict(config["calibration"]),
             history=config["history"],
             licences=config.get("licences"),
+        )
+        trained_on = config["encoder"]["fingerprint"]
+        own = None if found.fingerprint == trained_on else of_the_same_weights(trained_on, found)
+        if own is not None:
+            log.warning("%s", guard._moved(own, stored.folder))
+        return guard
+
+    def _moved(self, own: Encoder, folder: Path) -> str:
+        """What it changes that images are read another way than for its training: one sentence."""
+        images = drawn_images()
+        here, there = (self.probabilities(encoder.encode_images(images)) for encoder in (self.encoder, own))
+        return (
+            f"guard {folder} was trained with {said_way(own.preprocessing)} and is given {self.encoder.name} with "
+            f"{said_way(self.encoder.preprocessing)}: on {len(images)} drawn images its scores moved by up to {np.abs(here - there).max():.4f}; "
+            f"for its own scores give that encoder with {said_way(own.preprocessing)}, or none"
         )
 
 

@@ -317,8 +317,11 @@ def test_a_configuration_signed_anew_is_refused_in_one_line(folder, scenes_encod
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("encoder", "config", "hook", "x"), "encoder.config must be among architecture, weights, preprocess, got architecture, hook"),
-        (put("encoder", "config", "device", "cuda"), "encoder.config must be among architecture, weights, preprocess, got"),
+        (
+            put("encoder", "config", "hook", "x"),
+            "encoder.config must be among architecture, weights, preprocess, backend, got architecture, backend, hook",
+        ),
+        (put("encoder", "config", "device", "cuda"), "encoder.config must be among architecture, weights, preprocess, backend, got"),
         (put("encoder", "config", "weights", 3), "encoder.config.weights must be a text, got 3"),
         (put("encoder", "config", "preprocess", [1]), r"encoder.config.preprocess must be an object or null, got \[1\]"),
         (drop("encoder", "config", "weights"), "encoder.config.weights is missing"),
@@ -362,7 +365,7 @@ class MyEncoder(OpenClipEncoder):
     pass
 
 class Gone(OpenClipEncoder):
-    def __init__(self, architecture, weights, *, preprocess=None):
+    def __init__(self, architecture, weights, *, preprocess=None, backend=None):
         open("/nowhere/at all")
 """
 

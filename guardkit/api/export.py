@@ -146,7 +146,7 @@ def _metadata(guard: GuardClassifier) -> dict[str, Any]:
             "dim": encoder.dim,
             "fingerprint": encoder.fingerprint,
         },
-        "preprocessing": _preprocessing(encoder.preprocessing),
+        "preprocessing": _preprocessing(encoder.preprocessing, rounds_down=ENCODER_KINDS.name(type(encoder)) == "transformers"),
         "policy": {"name": guard.policy.name, "digest": guard.policy.digest},
         "categories": list(guard.policy.category_names),
         "thresholds": guard.thresholds.to_dict(),
@@ -161,14 +161,14 @@ def _without_place(name: str) -> str:
     return place.name if name.startswith(LOCAL) or place.exists() else name
 
 
-def _preprocessing(said: Mapping[str, Any]) -> dict[str, Any]:
+def _preprocessing(said: Mapping[str, Any], *, rounds_down: bool) -> dict[str, Any]:
     """An encoder's preprocessing with what guardkit's own encoders leave unsaid, because `prepare_image` does it."""
     whole = {
         "resize": list(said["size"]),
         "resize_library": said.get("backend", "pil"),
         "crop": "center",
         # of an odd number of rows or columns too many, see `prepare_pixels`
-        "crop_rounding": "down" if "backend" in said else "even",
+        "crop_rounding": "down" if rounds_down else "even",
         "padding": 0,
         "channels": "RGB",
         "layout": "NCHW",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import threading
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from guardkit.artifacts import fingerprint
-from guardkit.checks import check_whole
-from guardkit.encoders.base import encode_in_batches, prepare_pixels
+from guardkit.checks import check_choice, check_whole
+from guardkit.encoders.base import BACKENDS, PIL, encode_in_batches, prepare_pixels
 from guardkit.kinds import MAX_WIDTH
 from guardkit.schema import InputError
 
@@ -29,26 +30,26 @@ class Built:
 
     Attributes:
         model: as its library gives it.
-        preprocess: (h, w, 3) uint8 RGB -> (3, height, width) float32.
+        preprocess: (h, w, 3) uint8 RGB, and what is to be done to it, as in `FrozenEncoder.preprocessing` -> (3, height, width) float32.
         encode: (b, 3, height, width) -> (b, d), each on any device, as the model gives them.
         dim: d.
-        preprocessing: what `preprocess` does, in plain JSON types.
+        preprocessing: what `preprocess` does whichever way images are read, in plain JSON types.
         architecture: what decides an embedding and cannot be told from names and shapes of weights.
         hash_weights: a hash over the weights; asked once.
     """
 
     model: Any
-    preprocess: Callable[[np.ndarray], torch.Tensor]
+    preprocess: Callable[[np.ndarray, Mapping[str, Any]], torch.Tensor]
     encode: Callable[[torch.Tensor], torch.Tensor]
     dim: int
     preprocessing: dict[str, Any]
     architecture: Mapping[str, Any]
     hash_weights: Callable[[], str]
 
-    @property
-    def fingerprint(self) -> str:
-        """Over weights, architecture and preprocessing."""
-        return fingerprint({"weights": self.hash_weights(), "architecture": dict(self.architecture), "preprocessing": self.preprocessing})
+    @cached_property
+    def weights_hash(self) -> str:
+        """Over the weights, 64 hex digits."""
+        return self.hash_weights()
 
 
 class FrozenEncoder(ABC):
@@ -58,11 +59,15 @@ class FrozenEncoder(ABC):
         name: for people.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         batch_size: images encoded at once.
+        backend: what resizes images, "pil" or "torchvision"; None: as the kind of encoder decides.
     """
 
-    def __init__(self, name: str, *, device: str, batch_size: int) -> None:
+    _names_pil = False  # whether its preprocessing says so, which that of most kinds did not when there was no other
+
+    def __init__(self, name: str, *, device: str, batch_size: int, backend: str | None = None) -> None:
         check_whole("encoder.batch_size", batch_size, 1)
-        self.name, self.device, self.batch_size = name, device, batch_size
+        check_choice("encoder.backend", backend, (None, *BACKENDS))
+        self.name, self.device, self.batch_size, self._backend = name, device, batch_size, backend
         self._lock = threading.Lock()
         self._pickled: str | None = None
 
@@ -106,7 +111,7 @@ class FrozenEncoder(ABC):
                 # whoever asks first may be in inference mode, and weights that are made there take no gradients ever after
                 with torch.inference_mode(False):
                     built = self._build()
-                if self._pickled is not None and built.fingerprint != self._pickled:
+                if self._pickled is not None and self._fingerprint_of(built) != self._pickled:
                     raise InputError(
                         f"the weights of encoder {self.name} changed after it was pickled; pickle it anew, or put the old ones back"
                     )
@@ -121,7 +126,25 @@ class FrozenEncoder(ABC):
     @property
     def preprocessing(self) -> dict[str, Any]:
         """What is done to an image first, in plain JSON types; see `Encoder`."""
-        return self._loaded.preprocessing
+        return self._loaded.preprocessing | self._way
+
+    @property
+    def backend(self) -> str:
+        """What resizes images, "pil" or "torchvision"."""
+        return self._backend or PIL
+
+    @property
+    def _way(self) -> dict[str, Any]:
+        """What the preprocessing says of how images are read."""
+        return {"backend": self.backend} if self.backend != PIL or self._names_pil else {}
+
+    def reading_as(self, preprocessing: Mapping[str, Any]) -> Self:
+        """This encoder, its model shared, reading images as another preprocessing says: by its backend."""
+        self._loaded  # noqa: B018 - the copy has it too
+        new = copy.deepcopy(self)
+        new.__dict__.pop("fingerprint", None)
+        new._backend, new._pickled = preprocessing.get("backend", PIL), None
+        return new
 
     @property
     def dim(self) -> int:
@@ -131,7 +154,11 @@ class FrozenEncoder(ABC):
     @cached_property
     def fingerprint(self) -> str:
         """Over the weights' names, types, shapes and values, the architecture's settings, and the preprocessing."""
-        return self._loaded.fingerprint
+        return self._fingerprint_of(self._loaded)
+
+    def _fingerprint_of(self, built: Built) -> str:
+        preprocessing = built.preprocessing | self._way
+        return fingerprint({"weights": built.weights_hash, "architecture": dict(built.architecture), "preprocessing": preprocessing})
 
     @property
     def _device(self) -> torch.device:
@@ -148,7 +175,7 @@ class FrozenEncoder(ABC):
 
     def preprocess(self, image: np.ndarray) -> torch.Tensor:
         """(h, w, 3) uint8 RGB -> (3, height, width) float32, resized and standardised as `preprocessing` says."""
-        return self._loaded.preprocess(image)
+        return self._loaded.preprocess(image, self.preprocessing)
 
     def encode_images(self, images: Sequence[np.ndarray], *, fixed_batch: bool = False, normalize: bool = True) -> np.ndarray:
         """(h, w, 3) uint8 RGB images -> (n, d) float32; see `Encoder` and `encode_in_batches`."""

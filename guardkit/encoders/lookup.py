@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from guardkit.encoders.base import Encoder
 from guardkit.encoders.places import LOCAL
+from guardkit.encoders.ways import WAYS, of_the_same_weights
 from guardkit.kinds import Kinds, check_arguments
 from guardkit.schema import InputError, shortened
 
@@ -72,6 +73,8 @@ def find_encoder(
 ) -> Encoder:
     """The encoder that was recorded, recognised by its fingerprint over weights and preprocessing.
 
+    One that is given may read images another way (see `guardkit.encoders.ways`) if its weights are those; its fingerprint is another then.
+
     Args:
         recorded: what a guard says of it: kind, name, config, fingerprint, preprocessing and dim.
         given: None: built from `recorded["config"]`. An encoder: used as it is. Else a text: a model's folder, or one that
@@ -101,7 +104,7 @@ def find_encoder(
         elif (arguments := kind.named(recorded, os.fspath(given))) is None:
             return _search(kind, recorded, Path(given).expanduser(), options, needs)
         else:
-            found = build_encoder(kind, arguments, **options)
+            found = build_encoder(kind, _read_as(recorded, arguments), **options)
         found.fingerprint  # noqa: B018 - builds it, so that what is wrong is told here
     except Exception as error:
         if not isinstance(error, InputError) and ENCODER_KINDS.package(recorded["kind"]) is None:
@@ -130,8 +133,14 @@ def build_encoder(kind: type, config: Mapping[str, Any], **options: Any) -> Enco
     return encoder
 
 
+def _read_as(recorded: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of an encoder that reads images as was recorded, wherever its weights are."""
+    return {key: recorded["config"][key] for key in WAYS if key in recorded["config"]} | dict(arguments)
+
+
 def _checked(recorded: Mapping[str, Any], encoder: Encoder, needed_by: str) -> Encoder:
-    if (encoder.fingerprint, encoder.dim) == (recorded["fingerprint"], recorded["dim"]):
+    is_same = encoder.fingerprint == recorded["fingerprint"] or of_the_same_weights(recorded["fingerprint"], encoder) is not None
+    if is_same and encoder.dim == recorded["dim"]:
         return encoder
     raise InputError(
         f"{needed_by} needs encoder {recorded['name']} ({recorded['dim']}-d, fingerprint {recorded['fingerprint'][:12]}, "
@@ -146,7 +155,7 @@ def _search(kind: type[Movable], recorded: Mapping[str, Any], folder: Path, opti
     for arguments in _candidates(kind, recorded, folder):
         tried.append(str(arguments["weights"]).removeprefix(LOCAL))
         try:
-            encoder = build_encoder(kind, arguments, **options)
+            encoder = build_encoder(kind, _read_as(recorded, arguments), **options)
             if encoder.fingerprint == recorded["fingerprint"]:
                 return encoder
         except InputError:

@@ -39,6 +39,7 @@ class OnnxEncoder(FrozenEncoder):
             resize_mode (shortest, longest, squash), and optionally resize: what images are resized to before `size` is
             cropped from their middle.
         output: name of the output that is the image's vector; None: the only one.
+        backend: what resizes images, "pil" or "torchvision"; they differ by up to two of 255 levels. None: pil.
         device: "auto" (a GPU, if ONNX Runtime can use one), "cpu", "cuda", "cuda:1", ...
         batch_size: images encoded at once.
     Raises:
@@ -46,7 +47,14 @@ class OnnxEncoder(FrozenEncoder):
     """
 
     def __init__(
-        self, weights: str, *, preprocess: Mapping[str, Any], output: str | None = None, device: str = "auto", batch_size: int = 32
+        self,
+        weights: str,
+        *,
+        preprocess: Mapping[str, Any],
+        output: str | None = None,
+        backend: str | None = None,
+        device: str = "auto",
+        batch_size: int = 32,
     ) -> None:
         if not find_spec("onnxruntime") or not find_spec("onnx"):
             raise InputError('encoder=onnx needs ONNX and ONNX Runtime; install them with: pip install "guardkit[onnx]"')
@@ -58,7 +66,8 @@ class OnnxEncoder(FrozenEncoder):
             raise InputError(f"encoder.weights: {weights} does not exist; give an {_SUFFIX} file or {HUB}ORG/NAME/PATH{_SUFFIX}")
         self.weights, self.output = weights, output
         self._preprocess = _stated(preprocess)
-        super().__init__(Path(weights).name if not weights.startswith(HUB) else weights, device=device, batch_size=batch_size)
+        name = weights if weights.startswith(HUB) else Path(weights).name
+        super().__init__(name, device=device, batch_size=batch_size, backend=backend)
 
     # --- where it is, and may have moved: see `guardkit.encoders.lookup` ------------------------------------------------
 
@@ -77,7 +86,7 @@ class OnnxEncoder(FrozenEncoder):
     @property
     def config(self) -> dict[str, Any]:
         """Arguments that build this encoder again."""
-        return {"weights": self.weights, "preprocess": self._preprocess, "output": self.output}
+        return {"weights": self.weights, "preprocess": self._preprocess, "output": self.output, "backend": self._backend}
 
     # --- the model, built once ----------------------------------------------------------------------------------------
 
@@ -110,7 +119,7 @@ class OnnxEncoder(FrozenEncoder):
             ) from error
         return Built(
             session,
-            preprocess=lambda image: prepare_image(image, said),
+            preprocess=prepare_image,
             encode=session.run,
             dim=dim,
             preprocessing=said,

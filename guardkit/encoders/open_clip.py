@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from guardkit.artifacts import SHIPPED, read_json, shipped, write_json, written
-from guardkit.encoders.base import CutTexts, checked_preprocess
+from guardkit.encoders.base import PREPROCESS_FIELDS, CutTexts, checked_preprocess, prepare_image
 from guardkit.encoders.frozen import Built, FrozenEncoder, checked_device, hash_state, trial
 from guardkit.encoders.known import KnownImages
 from guardkit.encoders.places import HUB, LOCAL, offline
@@ -41,6 +41,7 @@ class OpenClipEncoder(FrozenEncoder):
             file, the URL of a folder or file in object storage, or "guardkit:NAME" for a model that comes with guardkit.
         preprocess: size (pixels), mean, std (3 numbers each), interpolation and resize_mode; required with a bare
             weights file, whose right values cannot be guessed, and refused otherwise.
+        backend: what resizes images: "torchvision", or "pil" as open_clip's own transform; they differ by up to two of 255 levels. None: pil.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         batch_size: images encoded at once.
     Raises:
@@ -53,6 +54,7 @@ class OpenClipEncoder(FrozenEncoder):
         weights: str,
         *,
         preprocess: Mapping[str, Any] | None = None,
+        backend: str | None = None,
         device: str = "auto",
         batch_size: int = 32,
     ) -> None:
@@ -77,7 +79,7 @@ class OpenClipEncoder(FrozenEncoder):
         if self._is_file:
             self._check_file()
         name = weights if architecture is None else f"{architecture} ({Path(weights).name if self._is_file else weights})"
-        super().__init__(name, device=device, batch_size=batch_size)
+        super().__init__(name, device=device, batch_size=batch_size, backend=backend)
         self._cut = CutTexts(name)
 
     @cached_property
@@ -138,8 +140,8 @@ class OpenClipEncoder(FrozenEncoder):
             save_file({name: value.cpu().contiguous() for name, value in self.model.state_dict().items()}, temporary)
         if isinstance(self._tokenizer, open_clip.tokenizer.HFTokenizer):  # open_clip brings the other kind along
             self._tokenizer.save_pretrained(folder)
-        write_json(folder / _MODEL, {"model_cfg": settings, "preprocess_cfg": self.preprocessing})
-        return OpenClipEncoder(None, f"{LOCAL}{folder}", device=self.device, batch_size=self.batch_size)
+        write_json(folder / _MODEL, {"model_cfg": settings, "preprocess_cfg": self._loaded.preprocessing})
+        return OpenClipEncoder(None, f"{LOCAL}{folder}", backend=self._backend, device=self.device, batch_size=self.batch_size)
 
     def reads(self, folder: Path) -> bool:
         """See `Portable`."""
@@ -205,7 +207,8 @@ class OpenClipEncoder(FrozenEncoder):
             raise InputError(f"encoder {self.name} could not be loaded ({type(error).__name__}: {reason}); {remedy}") from error
         return Built(
             model,
-            preprocess=lambda image: transform(Image.fromarray(image)),
+            # by hand only what open_clip's own does not do
+            preprocess=lambda image, how: prepare_image(image, how) if "backend" in how else transform(Image.fromarray(image)),
             encode=lambda batch: model.encode_image(batch.to(self._device)),
             dim=dim,
             preprocessing=said,
@@ -247,7 +250,7 @@ class OpenClipEncoder(FrozenEncoder):
     @property
     def config(self) -> dict[str, Any]:
         """Arguments that build this encoder again."""
-        return {"architecture": self.architecture, "weights": self.weights, "preprocess": self._preprocess}
+        return {"architecture": self.architecture, "weights": self.weights, "preprocess": self._preprocess, "backend": self._backend}
 
     def encode_pixels(self, pixels: torch.Tensor, *, normalize: bool = True, prepared: bool = False) -> torch.Tensor:
         """(n, 3, h, w) float in [0, 1] -> (n, d), differentiable with respect to the pixels; see `Differentiable`."""
@@ -307,7 +310,8 @@ def _path(weights: str) -> Path:
 
 def _of_file(recorded: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
     """A bare file says neither architecture nor preprocessing, but the guard does."""
-    return {"architecture": recorded["config"].get("architecture"), "weights": str(path), "preprocess": dict(recorded["preprocessing"])}
+    stated = {key: value for key, value in recorded["preprocessing"].items() if key in PREPROCESS_FIELDS}
+    return {"architecture": recorded["config"].get("architecture"), "weights": str(path), "preprocess": stated}
 
 
 def _width(path: Path) -> Any:

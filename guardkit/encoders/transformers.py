@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from guardkit.artifacts import read_json, weights_variant, written
-from guardkit.checks import check_choice
-from guardkit.encoders.base import CutTexts
+from guardkit.encoders.base import BACKENDS, TORCHVISION, CutTexts
 from guardkit.encoders.frozen import Built, FrozenEncoder, checked_device, hash_state, trial
 from guardkit.encoders.places import LOCAL, encoder_folder, named_folder, named_weights, offline
 from guardkit.progress import bars_on_terminals_only
@@ -62,14 +61,13 @@ class _Family:
     texts: _Texts | None = None
 
 
-_BOTH = ("pil", "torchvision")
 _FAMILIES = {  # by the `model_type` of config.json
-    "clip": _Family(_BOTH, _Texts(lower_case=False, masks_padding=True)),
-    "siglip": _Family(_BOTH, _Texts(lower_case=True, masks_padding=False)),  # SigLIP 2 with images of one size as well
-    "dinov2": _Family(_BOTH),
-    "dinov2_with_registers": _Family(_BOTH),
-    "dinov3_vit": _Family(("torchvision",)),
-    "dinov3_convnext": _Family(("torchvision",)),
+    "clip": _Family(BACKENDS, _Texts(lower_case=False, masks_padding=True)),
+    "siglip": _Family(BACKENDS, _Texts(lower_case=True, masks_padding=False)),  # SigLIP 2 with images of one size as well
+    "dinov2": _Family(BACKENDS),
+    "dinov2_with_registers": _Family(BACKENDS),
+    "dinov3_vit": _Family((TORCHVISION,)),
+    "dinov3_convnext": _Family((TORCHVISION,)),
 }
 
 
@@ -91,10 +89,11 @@ class TransformersEncoder(FrozenEncoder):
         InputError: a folder that is not there or incomplete, a model of another family, or an unknown backend.
     """
 
+    _names_pil = True
+
     def __init__(self, weights: str, *, backend: str | None = None, device: str = "auto", batch_size: int = 32) -> None:
-        check_choice("encoder.backend", backend, (None, *_BOTH))
-        self.weights, self._backend = weights, backend
-        super().__init__(weights, device=device, batch_size=batch_size)
+        self.weights = weights
+        super().__init__(weights, device=device, batch_size=batch_size, backend=backend)
         self._cut = CutTexts(weights)
         named_folder(weights, holds=_CONFIG)  # what is wrong with it is told at once
 
@@ -118,6 +117,11 @@ class TransformersEncoder(FrozenEncoder):
     def config(self) -> dict[str, Any]:
         """Arguments that build this encoder again."""
         return {"weights": self.weights, "backend": self._backend}
+
+    @property
+    def backend(self) -> str:
+        """Of the image processor, "pil" or "torchvision"."""
+        return self._backend or self._family.backends[0]
 
     # --- carried elsewhere: see `Portable` ------------------------------------------------------------------------------
 
@@ -167,7 +171,9 @@ class TransformersEncoder(FrozenEncoder):
         ours = {"local_files_only": True, "trust_remote_code": False}
         try:
             with bars_on_terminals_only(transformers.utils.logging):
-                processor = transformers.AutoImageProcessor.from_pretrained(folder, backend=self._backend or family.backends[0], **ours)
+                processors = {
+                    backend: transformers.AutoImageProcessor.from_pretrained(folder, backend=backend, **ours) for backend in family.backends
+                }
                 loaded: Any = transformers.AutoModel.from_pretrained(
                     folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, variant=weights_variant(files), **ours
                 )
@@ -175,7 +181,7 @@ class TransformersEncoder(FrozenEncoder):
             if report["missing_keys"]:  # by itself it would only warn, and go on with random ones
                 raise ValueError(f"the weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
             model.eval().requires_grad_(False).to(device)
-            said = _preprocessing(processor)
+            said = _preprocessing(processors[self.backend])
 
             forward = model if family.texts is None else model.get_image_features
             dim = trial(lambda batch: forward(pixel_values=batch.to(device)).pooler_output, said["size"])
@@ -190,7 +196,7 @@ class TransformersEncoder(FrozenEncoder):
         vision = getattr(model.config, "vision_config", model.config)
         return Built(
             model,
-            preprocess=lambda image: processor(images=Image.fromarray(image), return_tensors="pt")["pixel_values"][0],
+            preprocess=lambda image, how: processors[how["backend"]](images=Image.fromarray(image), return_tensors="pt")["pixel_values"][0],
             encode=lambda batch: forward(pixel_values=batch.to(self._device)).pooler_output,
             dim=dim,
             preprocessing=said,
@@ -326,6 +332,5 @@ def _preprocessing(processor: Any) -> dict[str, Any]:
         "std": [float(value) for value in processor.image_std],
         "interpolation": _INTERPOLATIONS[int(processor.resample)],
         "resize_mode": "squash" if is_squashed else "shortest",
-        "backend": processor.backend,
     }
     return said if seen == to else said | {"resize": to}

@@ -65,6 +65,7 @@ class VLMEncoder(FrozenEncoder):
         image_size: pixels of a side that every image is scaled to; None: what the model's own image encoder takes, else 448.
         dtype: "float32", "bfloat16", "float16", or "auto": as saved.
         adapter: a folder with a LoRA adapter, see `guardkit.encoders.adapters`; None: the model as it is.
+        backend: what scales images to that size, "pil" or "torchvision"; they differ by up to two of 255 levels. None: pil.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         batch_size: images encoded at once.
     Raises:
@@ -82,6 +83,7 @@ class VLMEncoder(FrozenEncoder):
         image_size: int | None = None,
         dtype: str = "float32",
         adapter: str | None = None,
+        backend: str | None = None,
         device: str = "auto",
         batch_size: int = 8,
     ) -> None:
@@ -97,7 +99,7 @@ class VLMEncoder(FrozenEncoder):
                 raise InputError(f"encoder.{name} must be a text or null, got {shortened(repr(text))}")
         self.weights, self.prompt, self.rules, self.layer = weights, prompt, rules, layer
         self.image_size, self.dtype, self.adapter = image_size, dtype, adapter
-        super().__init__(f"{weights} with an adapter" if adapter else weights, device=device, batch_size=batch_size)
+        super().__init__(f"{weights} with an adapter" if adapter else weights, device=device, batch_size=batch_size, backend=backend)
         named_folder(weights, holds=_CONFIG)  # what is wrong with it is told at once
 
     # --- the policy it reads ------------------------------------------------------------------------------------------
@@ -146,7 +148,7 @@ class VLMEncoder(FrozenEncoder):
     def config(self) -> dict[str, Any]:
         """Arguments that build this encoder again."""
         names = ("weights", "prompt", "rules", "layer", "image_size", "dtype", "adapter")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"backend": self._backend}
 
     # --- carried elsewhere: see `Portable` ------------------------------------------------------------------------------
 
@@ -219,7 +221,7 @@ class VLMEncoder(FrozenEncoder):
             ) from error
         return Built(
             model,
-            preprocess=lambda image: prepare_image(image, said),
+            preprocess=prepare_image,
             encode=lambda batch: self._states(model, batch),
             dim=dim,
             preprocessing=said,

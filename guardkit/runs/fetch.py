@@ -12,7 +12,7 @@ from guardkit.api.fetch import fetch_encoder
 from guardkit.encoders.base import told
 from guardkit.encoders.lookup import ENCODER_KINDS
 from guardkit.policy import Policy
-from guardkit.runs.hydra import make
+from guardkit.runs.hydra import compose_group, make
 
 _ANY_POLICY = "guardkit:template"  # told to an encoder that reads one, to see that the copy gives the same vectors
 
@@ -30,11 +30,12 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, str]:
     fetched = told(asked, Policy.load(_ANY_POLICY))
     encoder = fetch_encoder(fetched, folder)
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    kind = ENCODER_KINDS.name(type(encoder))
     usual = {name: one.default for name, one in inspect.signature(type(encoder)).parameters.items()}
+    if kind in ENCODER_KINDS.ours:
+        usual |= {"backend": compose_group("encoder", kind, [], root={}).backend}
     own = {name: getattr(asked, name, None) if name == "rules" else value for name, value in encoder.config.items()}
-    given = {"encoder": ENCODER_KINDS.name(type(encoder))} | {
-        f"encoder.{name}": value for name, value in own.items() if value is not None and value != usual.get(name)
-    }
+    given = {"encoder": kind} | {f"encoder.{name}": value for name, value in own.items() if value is not None and value != usual.get(name)}
     return {
         "width": str(encoder.dim),
         "size": f"{size / 1e6:.0f} MB",
