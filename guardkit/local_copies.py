@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from guardkit.artifacts import fingerprint, read_json, write_json, written
 from guardkit.checks import check_path
 from guardkit.schema import InputError
-from guardkit.storage import Item, check_url, is_url, item, items, local_path, opened, unusable_name
+from guardkit.storage import Item, check_url, is_url, item, items, joined, local_path, opened, unusable_name
 from guardkit.storage_errors import MissingError, StorageError, shown
 from guardkit.terminal import call_it
 
@@ -109,6 +109,19 @@ def local_folder(url: str, *, only: Callable[[str], bool] | None = None) -> Path
     return _fetched(url, found, inside=url.rpartition("/")[2])
 
 
+def url_of(path: Path) -> str | None:
+    """The URL of the object that a file is a copy of; None: it is none that this process asked for."""
+    for folder, url in _copies.items():
+        if path == folder:
+            return url
+        if path.is_relative_to(folder):
+            return joined(url, path.relative_to(folder).as_posix())
+    return None
+
+
+_copies: dict[Path, str] = {}
+
+
 def fetch_into(folder: Path, found: Sequence[Item]) -> None:
     """Copies objects into a folder, under their names, several at once; files of the right size are there already.
 
@@ -162,7 +175,9 @@ def _fetched(url: str, found: Sequence[Item], inside: str = "") -> Path:
     versions = [[one.name, one.size, one.version or uuid.uuid4().hex] for one in found]
     root = Path(default_cache_dir()) / "objects"
     folder = root / fingerprint([url, versions])[:32]
-    call_it(folder / (inside or found[0].name), url)
+    place = folder / (inside or found[0].name)
+    _copies[place.resolve()] = _copies[place] = url
+    call_it(place, url)
     with FileLock(root / f"{folder.name}.lock", mode=0o600):
         if not (folder / _ABOUT).is_file() or not all(_is_whole(folder / inside / one.name, one.size) for one in found):
             fetch_into(folder / inside, found)

@@ -3,8 +3,11 @@
 import json
 import logging
 import os
+import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from commands import call
 from conftest import ROOT, picture
@@ -12,6 +15,10 @@ from conftest import ROOT, picture
 from guardkit import GuardClassifier, Policy, local_copies, storage
 from guardkit.artifacts import shipped
 from guardkit.checks import check_path
+from guardkit.data.sources.embeddings import EmbeddingsSource
+from guardkit.data.sources.folder import FolderSource
+from guardkit.data.sources.pairs import PairsSource
+from guardkit.data.sources.parquet import ParquetSource
 from guardkit.encoders.open_clip import OpenClipEncoder
 from guardkit.folders import MARK, claim, locked, read_mark
 from guardkit.heads import LinearHead
@@ -258,3 +265,127 @@ def test_places_where_no_results_can_go(url, said, bucket, cache):
     with pytest.raises(InputError, match=said) as error:
         work(url, {}, lambda folder: None)
     assert "hush" not in str(error.value)
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+def load(source):
+    loaded = source.load()
+    assert loaded.given == len(loaded.train) + len(loaded.test or []) + len(loaded.rejected)
+    return loaded
+
+
+def uploaded(folder, url):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            storage.upload(path, f"{url}/{path.relative_to(folder).as_posix()}")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Class folders with good and bad images."""
+    folder = tmp_path / "photos"
+    for number in range(6):
+        path = folder / ("safe" if number % 2 else "violence/deep") / f"{number} ä.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(number).save(path)
+    (folder / "safe/broken.png").write_bytes(b"no image")
+    (folder / "safe/notes.txt").write_text("x")
+    (folder / "safe/.hidden.png").write_bytes(b"x")
+    (folder / "LICENSE").write_text("x")
+    return folder
+
+
+def test_class_folders_in_a_bucket_are_read_as_on_disk(photos, bucket, cache, scenes_policy):
+    uploaded(photos, f"{bucket}/photos")
+    here, there = load(FolderSource(scenes_policy, str(photos))), load(FolderSource(scenes_policy, f"{bucket}/photos"))
+    assert [(one.id, one.label, one.category, one.group, one.content.key) for one in there.train] == [
+        (one.id, one.label, one.category, one.group, one.content.key) for one in here.train
+    ]
+    assert there.rejected == here.rejected
+    assert {one.id for one in there.rejected} == {"safe/broken.png", "safe/notes.txt"}
+    assert (there.train[0].content.load() == here.train[0].content.load()).all()
+    assert str(there.train[0].content) == f"{bucket}/photos/{there.train[0].id}"
+    assert not cache.exists()  # images are read where they lie
+
+
+def test_a_table_of_images_in_a_bucket(photos, bucket, cache, scenes_policy):
+    names = ["safe/1 a\u0308.png", "violence\\deep\\0 ä.png", "../x.png", "/abs.png", "gone.png", "safe/broken.png"]
+    rows = "".join(f"{name},{label}\n" for name, label in zip(names, (0, 1, 0, 0, 1, 0), strict=True))
+    (photos / "metadata.csv").write_text(f"file_name,label\n{rows}", encoding="utf-8")
+    uploaded(photos, f"{bucket}/photos")
+    here, there = load(FolderSource(scenes_policy, str(photos))), load(FolderSource(scenes_policy, f"{bucket}/photos"))
+    assert [one.id for one in there.train] == [one.id for one in here.train] == ["safe/1 ä.png", "violence/deep/0 ä.png"]
+    assert sorted(there.rejected, key=str) == sorted(here.rejected, key=str)
+
+
+def test_names_in_a_bucket_that_are_no_names(photos, bucket, cache, scenes_policy):
+    import boto3
+
+    uploaded(photos, f"{bucket}/photos")
+    client = boto3.client("s3", region_name="us-east-1")
+    for key in ("safe/../../escaped.png", "safe//empty.png", "safe/\x07.png"):
+        client.put_object(Bucket=bucket[5:], Key=f"photos/{key}", Body=(photos / "safe/1 ä.png").read_bytes())
+    client.close()
+    rejected = {one.id: one.reason for one in load(FolderSource(scenes_policy, f"{bucket}/photos")).rejected}
+    assert rejected["safe/../../escaped.png"] == rejected["safe//empty.png"] == "path with an empty part, . or .. in it"
+    assert rejected["safe/\x07.png"].startswith("control character")
+
+
+def test_an_image_that_changes_or_goes_after_it_was_listed(photos, bucket, cache, scenes_policy):
+    uploaded(photos, f"{bucket}/photos")
+    source = FolderSource(scenes_policy, f"{bucket}/photos")
+    storage.delete(f"{bucket}/photos/safe/1 ä.png")
+    storage.upload(photos / "safe/5 ä.png", f"{bucket}/photos/safe/3 ä.png")
+    rejected = {one.id: one.reason for one in load(source).rejected}
+    assert rejected["safe/1 ä.png"] == "file does not exist any more"
+    assert rejected["safe/3 ä.png"] == "it has changed since it was listed"
+    with pytest.raises(InputError, match="source.root .*/nothing is not there, or empty"):
+        FolderSource(scenes_policy, f"{bucket}/nothing")
+
+
+def test_tables_and_embeddings_in_a_bucket(photos, bucket, cache, scenes_policy, tmp_path):
+    images = [(photos / f"{folder} ä.png").read_bytes() for folder in ("safe/1", "violence/deep/0", "safe/3", "violence/deep/2")]
+    for number, part in enumerate((slice(0, 2), slice(2, 4))):
+        (tmp_path / "tables/deep").mkdir(parents=True, exist_ok=True)
+        table = pa.table({"image": images[part], "label": [0, 1]})
+        pq.write_table(table, tmp_path / ("tables/deep" if number else "tables") / f"{number}.parquet")
+    uploaded(tmp_path / "tables", f"{bucket}/tables")
+    here = load(ParquetSource(scenes_policy, str(tmp_path / "tables")))
+    there = load(ParquetSource(scenes_policy, f"{bucket}/tables"))
+    assert [one.id for one in there.train] == [one.id for one in here.train]
+    assert {one.content.key for one in there.train} == {one.content.key for one in here.train}
+    apart = load(ParquetSource(scenes_policy, [f"{bucket}/tables/0.parquet", f"{bucket}/tables/deep/1.parquet"]))
+    assert [one.id for one in apart.train] == [one.id for one in here.train]
+
+    (tmp_path / "stored/img_emb").mkdir(parents=True)
+    (tmp_path / "stored/metadata").mkdir()
+    vectors = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float16)
+    np.save(tmp_path / "stored/img_emb/img_emb_0.npy", vectors)
+    pq.write_table(pa.table({"image_path": list("abcd"), "label": [0, 1, 0, 1]}), tmp_path / "stored/metadata/metadata_0.parquet")
+    uploaded(tmp_path / "stored", f"{bucket}/stored")
+    stored = load(EmbeddingsSource(scenes_policy, f"{bucket}/stored"))
+    assert [(one.id, one.label) for one in stored.train] == [("a", 0), ("b", 1), ("c", 0), ("d", 1)]
+    storage.write(f"{bucket}/stored/img_emb/img_emb_0.npy", b"damaged")
+    with pytest.raises(InputError) as error:
+        EmbeddingsSource(scenes_policy, f"{bucket}/stored")
+    assert printable(str(error.value)).startswith(f"{bucket}/stored/img_emb/img_emb_0.npy is not an array")
+
+
+def test_pairs_in_a_bucket(photos, bucket, cache, scenes_policy, tmp_path):
+    for number in (1, 3):
+        shutil.copy(photos / f"safe/{number} ä.png", photos / f"safe/{number} ä_edited.png")
+    uploaded(photos / "safe", f"{bucket}/pairs")
+    assert len(load(PairsSource(scenes_policy, f"{bucket}/pairs")).train) == 2
+
+
+def test_a_storage_that_breaks_down_ends_the_run_and_rejects_nothing(photos, bucket, cache, scenes_policy, monkeypatch):
+    uploaded(photos, f"{bucket}/photos")
+    source = FolderSource(scenes_policy, f"{bucket}/photos")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    from fsspec.config import conf
+
+    monkeypatch.setitem(conf, "s3", {"config_kwargs": {"retries": {"total_max_attempts": 1}}})
+    with pytest.raises(StorageError, match="the storage cannot be reached"):
+        source.load()

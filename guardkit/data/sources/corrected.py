@@ -13,6 +13,7 @@ from guardkit.data.sources.base import Loaded, Source
 from guardkit.data.sources.parquet import ParquetSource
 from guardkit.policy import Policy
 from guardkit.schema import ImageError, InputError, Record
+from guardkit.storage import is_url
 
 _NAME = "corrections"
 
@@ -38,7 +39,7 @@ class CorrectedSource:
             raise InputError("corrections name categories: give the policy that has them, CorrectedSource(source, file, policy)")
         several = [corrections] if isinstance(corrections, str | Path) else list(corrections)
         self._source = source
-        self._corrections = ParquetSource(rules, [str(check_path("source.corrections", one)) for one in several], name=_NAME)
+        self._corrections = ParquetSource(rules, [_place(one) for one in several], name=_NAME)
         self.policy, self.name = rules, source.name
         self.near_duplicate_distance = getattr(source, "near_duplicate_distance", self._corrections.near_duplicate_distance)
         self.check_images = getattr(source, "check_images", True)
@@ -75,3 +76,7 @@ class CorrectedSource:
             is_grouped=False,
         )
         return group(joined, check_images=self.check_images, near_duplicate_distance=self.near_duplicate_distance)
+
+
+def _place(given: str | Path) -> str:
+    return str(given) if is_url(given) else str(check_path("source.corrections", given))

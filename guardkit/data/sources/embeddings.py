@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from guardkit.checks import check_path
 from guardkit.data.duplicates import near_equal_groups
 from guardkit.data.grouping import group, why_rejected
 from guardkit.data.sources.base import Loaded
 from guardkit.data.sources.files import printable
 from guardkit.data.sources.rows import Row, RowRule, text
 from guardkit.embedding_folder import read_stored_embeddings
+from guardkit.local_copies import local
 from guardkit.policy import Policy
 from guardkit.schema import UNLABELLED, InputError, Record, Rejected
 
@@ -30,7 +30,7 @@ class EmbeddingsSource:
 
     Args:
         policy: whose categories the images violate.
-        root: the folder.
+        root: the folder, by its path or by its URL in object storage, of which a copy is made here.
         label_column: safe or unsafe, 0 or 1, and the like. None: labels follow from `categories`.
         labels: label value -> safe or unsafe; null: to be left out. None: safe, unsafe, 0, 1, nsfw, ...
         default_label: of labels that `labels` does not list; None: they are an error.
@@ -57,7 +57,7 @@ class EmbeddingsSource:
         group_column: str | None = "group",
         source_column: str | None = "source",
     ) -> None:
-        self.policy, self.root = policy, check_path("source.root", root)
+        self.policy, self.root = policy, local("source.root", root)
         columns = {
             "label": label_column,
             "category": category_column,

@@ -7,20 +7,19 @@ the whole data set unusable (no such folder, a missing column, a category that t
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from guardkit.checks import check_path
 from guardkit.data.grouping import DISTANCE, check_image_settings, group, why_rejected
 from guardkit.data.sources import tables
 from guardkit.data.sources.base import Loaded
-from guardkit.data.sources.files import Files, printable
+from guardkit.data.sources.files import printable
+from guardkit.data.sources.places import place_of
 from guardkit.data.sources.rows import Row, RowRule, text, word_label
-from guardkit.images import MAX_PIXELS, SUFFIXES, FileContent
+from guardkit.images import MAX_PIXELS, SUFFIXES
 from guardkit.policy import Policy
-from guardkit.schema import UNLABELLED, UNSAFE, InputError, Record, Rejected
+from guardkit.schema import UNLABELLED, UNSAFE, Content, InputError, Record, Rejected
 
 METADATA = ("metadata.csv", "metadata.parquet", "metadata.jsonl")
 # what people put beside class folders without meaning it as data, by the first part of its name
@@ -39,7 +38,7 @@ class FolderSource:
 
     Args:
         policy: whose categories the images violate.
-        root: the folder.
+        root: the folder, by its path or by its URL in object storage.
         metadata: a file inside it; None looks for metadata.csv, metadata.parquet, metadata.jsonl.
         file_column, label_column, category_column, caption_column, group_column: of the metadata file; the last three may be
             missing there under their usual names. label_column None: labels follow from `categories`, or there are none.
@@ -75,11 +74,7 @@ class FolderSource:
         check_images: bool = True,
         near_duplicate_distance: int = DISTANCE,
     ) -> None:
-        self.policy, self.root = policy, check_path("source.root", root)
-        if not self.root.is_dir():
-            raise InputError(
-                f"source.root {root} is {'not a folder' if self.root.exists() else 'not there'}; give the folder that holds the images"
-            )
+        self.policy, self.root = policy, place_of("source.root", root)
         check_image_settings(max_pixels, check_images, near_duplicate_distance)
         columns = {"label": label_column, "category": category_column, "caption": caption_column, "group": group_column}
         self._rule = RowRule(
@@ -94,10 +89,10 @@ class FolderSource:
         self.max_pixels, self.check_images, self.near_duplicate_distance = max_pixels, check_images, near_duplicate_distance
         self.metadata = self._find_metadata(metadata)
         if self.metadata is None:
-            missing = [folder for folder in self._rule.categories or {} if folder not in self._folders()]
+            missing = [folder for folder in self._rule.categories or {} if folder not in self.root.folders()]
             if missing:
                 raise InputError(
-                    f"source.categories names {_folders(missing)}, which {self.root} does not have; it has {', '.join(self._folders()) or 'none'}"
+                    f"source.categories names {_folders(missing)}, which {self.root} does not have; it has {', '.join(self.root.folders()) or 'none'}"
                 )
         self.asked: dict[str, Any] = {
             "source": self.name,
@@ -144,36 +139,25 @@ class FolderSource:
 
     # --- listing ------------------------------------------------------------------------------------------------------
 
-    def _visible(self) -> list[Path]:
-        """What lies in the root, hidden things aside."""
-        try:
-            return sorted(path for path in self.root.iterdir() if not path.name.startswith("."))
-        except OSError as error:
-            raise InputError(f"source.root {self.root} cannot be listed ({error.strerror}); give a folder that you may read") from error
-
-    def _folders(self) -> list[str]:
-        return [path.name for path in self._visible() if path.is_dir()]
-
     def _find_metadata(self, name: str | None) -> Path | None:
         if name is not None:
-            path = self.root / name
-            if not path.is_file():
+            path = self.root.table(name)
+            if path is None:
                 raise InputError(f"source.metadata {name} is not a file in {self.root}{self._other_tables()}")
             return path
-        if self._rule.categories and set(self._rule.categories) <= set(self._folders()):
+        if self._rule.categories and set(self._rule.categories) <= set(self.root.folders()):
             return None
-        return next((self.root / one for one in METADATA if (self.root / one).is_file()), None)
+        return next((path for one in METADATA if (path := self.root.table(one)) is not None), None)
 
     def _other_tables(self) -> str:
         """Where labels may stand that nobody pointed at, to end an error with."""
-        names = [path.name for path in self._visible() if path.suffix.lower() in tables.SUFFIXES and path.is_file()]
+        names = [name for name in self.root.files() if name.lower().endswith(tables.SUFFIXES)]
         return f"; if {names[0]} lists the images, set source.metadata={names[0]}" if names else ""
 
     def _metadata_rows(self, rejected: list[Rejected]) -> list[tuple[str, Row]]:
         assert self.metadata is not None
         names, raws = tables.read_table(self.metadata, self._rule.columns["file"] or "")
         columns = self._rule.find(names, str(self.metadata), needed=("file",))
-        files = Files(self.root)
         found = []
         for number, raw in enumerate(raws, 1):
             if not raw:
@@ -183,22 +167,22 @@ class FolderSource:
             if not name:
                 rejected.append(Rejected(f"row {number}", "no file name"))
             elif isinstance(row, str):
-                rejected.append(Rejected(files.name(name), row))
+                rejected.append(Rejected(self.root.spelled(name), row))
             else:
-                found.append((files.name(name), row))
+                found.append((self.root.spelled(name), row))
         return found
 
     def _folder_rows(self, rejected: list[Rejected]) -> list[tuple[str, Row]]:
         found: list[tuple[str, Row]] = []
-        for path in self._visible():
-            if path.is_file() and path.name.lower().split(".")[0] not in _PAPERS:
-                self._add(path.name, Row(UNLABELLED), found, rejected)
-        if found and not self._folders() and self._rule.columns["label"] is not None and self._other_tables():
+        for name in self.root.files():
+            if name.lower().split(".")[0] not in _PAPERS:
+                self._add(name, Row(UNLABELLED), found, rejected)
+        if found and not self.root.folders() and self._rule.columns["label"] is not None and self._other_tables():
             raise InputError(
                 f"{self.root} holds {len(found)} images and no {' or '.join(METADATA)}{self._other_tables()}, or source.label_column=null to embed without labels"
             )
         for folder, row in self._classes().items():
-            for name in self._files(folder, rejected):
+            for name in self.root.below(folder, rejected):
                 self._add(name, row, found, rejected)
         return found
 
@@ -210,29 +194,13 @@ class FolderSource:
         else:
             found.append((name, row))
 
-    def _files(self, folder: str, rejected: list[Rejected]) -> Iterator[str]:
-        """Paths, relative to the root, of the files below a folder; what cannot be looked into is rejected."""
-
-        def name(path: str) -> str:
-            return Path(path).relative_to(self.root).as_posix()
-
-        def unlisted(error: OSError) -> None:
-            rejected.append(Rejected(printable(name(error.filename)), f"folder cannot be listed: {error.strerror}"))
-
-        for parent, folders, files in os.walk(self.root / folder, onerror=unlisted):
-            folders[:] = sorted(one for one in folders if not one.startswith("."))
-            for one in folders:
-                if os.path.islink(os.path.join(parent, one)):
-                    rejected.append(Rejected(printable(name(os.path.join(parent, one))), "link to a folder, which is not followed"))
-            yield from (name(os.path.join(parent, one)) for one in sorted(files) if not one.startswith("."))
-
     def _classes(self) -> dict[str, Row]:
         """What each folder says of the images in it.
 
         Raises:
             InputError: some say nothing, or source.categories counts them as safe and their names deny it; all are named.
         """
-        folders = self._folders()
+        folders = self.root.folders()
         denied = [folder for folder in folders if self._rule.denies(folder)]
         if denied:
             many = "s" * (len(denied) > 1)
@@ -276,7 +244,7 @@ class FolderSource:
 
     def _without_labels(self, n: int) -> str:
         """What to say where labels are needed and none of the n images has one; "" where each has a reason of its own."""
-        if self.metadata or self._folders() or self._rule.columns["label"] is None:
+        if self.metadata or self.root.folders() or self._rule.columns["label"] is None:
             return ""
         return (
             f"{self._no_table()} and no class folders, so that nothing says which of its {n} images are unsafe; write {METADATA[0]} "
@@ -287,16 +255,15 @@ class FolderSource:
     def _why_unlabelled(self) -> str:
         if self.metadata:
             return "no label"
-        return "no label: not in the folder of a class" + (self._other_tables() if not self._folders() else "")
+        return "no label: not in the folder of a class" + (self._other_tables() if not self.root.folders() else "")
 
-    def _contents(self, rows: list[tuple[str, Row]], rejected: list[Rejected]) -> Iterator[tuple[str, Row, FileContent]]:
-        files = Files(self.root)
+    def _contents(self, rows: list[tuple[str, Row]], rejected: list[Rejected]) -> Iterator[tuple[str, Row, Content]]:
         for name, row in rows:
-            path = files.path(name)
-            if isinstance(path, str):
-                rejected.append(Rejected(name, path))
+            content = self.root.content(name, self.max_pixels)
+            if isinstance(content, str):
+                rejected.append(Rejected(name, content))
             else:
-                yield name, row, FileContent(path, self.max_pixels)
+                yield name, row, content
 
 
 def _folders(names: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from guardkit.checks import check_flag, check_path
+from guardkit.checks import check_flag
 from guardkit.counterfactual.pair_dataset import MANIFEST, read_pair_dataset
 from guardkit.counterfactual.review import ACCEPT, REJECT, UNSURE, Review, current_reviews, image_file
 from guardkit.data.grouping import DISTANCE, check_image_settings, group, look
@@ -21,6 +21,7 @@ from guardkit.data.sources.base import Loaded
 from guardkit.data.sources.files import printable
 from guardkit.folders import is_unfinished
 from guardkit.images import MAX_PIXELS, SUFFIXES, FileContent
+from guardkit.local_copies import local
 from guardkit.policy import Policy
 from guardkit.schema import ImageError, InputError, Record, Region, Rejected
 
@@ -32,7 +33,7 @@ class PairsSource:
 
     Args:
         policy: whose categories the images violate.
-        root: the folder.
+        root: the folder, by its path or by its URL in object storage, of which a copy is made here.
         category: of a plain folder's images, which does not say; None leaves it open.
         max_pixels: larger images are rejected.
         keep_unsure: whether pairs are used that a reviewer was unsure of, and none rejected.
@@ -55,7 +56,7 @@ class PairsSource:
         reviewed_only: bool = False,
         near_duplicate_distance: int = DISTANCE,
     ) -> None:
-        self.policy, self.root = policy, check_path("source.root", root)
+        self.policy, self.root = policy, local("source.root", root)
         if not self.root.is_dir():
             raise InputError(f"source.root {root} is not a folder; give a pair dataset, or a folder of x.jpg beside x_edited.jpg")
         if category is not None:

@@ -21,9 +21,11 @@ from guardkit.data.sources.encoded import load_parts
 from guardkit.data.sources.files import path_within
 from guardkit.data.sources.rows import RowRule
 from guardkit.images import MAX_PIXELS
+from guardkit.local_copies import local, url_of
 from guardkit.policy import Policy
 from guardkit.reading import read_within
 from guardkit.schema import ImageError, InputError
+from guardkit.storage import is_url
 
 _KEPT_BYTES = 256 << 20  # of images that were read with their row group; the group last read is kept whatever its size
 _USUAL = {"label": "label", "category": "category", "caption": "caption", "group": "group", "source": "source"}
@@ -40,7 +42,7 @@ class ParquetSource:
 
     Args:
         policy: whose categories the images violate.
-        files: a Parquet file, a list of them, or a folder: all below it, hidden ones aside.
+        files: a Parquet file, a list of them, or a folder: all below it, hidden ones aside. Of URLs in object storage copies are made here.
         test: the same, of the test images; None: the set has none of its own. Its files are not trained on where `files` is a
             folder that holds them.
         name: for tables, and what images are said to come from that do not say it.
@@ -101,7 +103,7 @@ class ParquetSource:
         twice = next((path for path in every if every.count(path) > 1), None)
         if twice is not None:
             raise InputError(f"{twice} is given twice in source.files and source.test; give each file once")
-        self._root = Path(os.path.commonpath([path.parent for path in every]))
+        self._root = Path(os.path.commonpath([_known_as(path).parent for path in every]))
         self.asked: dict[str, Any] = {
             "source": name,
             **{role: {self._id(path): hash_file(path) for path in paths} for role, paths in self._files.items()},
@@ -112,7 +114,7 @@ class ParquetSource:
         }
 
     def _id(self, path: Path) -> str:
-        return path.relative_to(self._root).as_posix()
+        return _known_as(path).relative_to(self._root).as_posix()
 
     def load(self) -> Loaded:
         """Lists the rows, checks and groups their images.
@@ -136,7 +138,7 @@ def _files(given: str | Sequence[str], setting: str, besides: Iterable[Path] = (
     """The files that a setting names, those `besides` left out where it names a folder."""
     found: list[Path] = []
     for one in [given] if isinstance(given, str | Path) else given:
-        path = Path(str(one)).expanduser()
+        path = local(setting, one, only=lambda name: name.endswith(".parquet")) if is_url(one) else Path(str(one)).expanduser()
         if path.is_dir():
             below = sorted(file for file in path.rglob("*.parquet") if file.is_file())
             visible = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
@@ -148,6 +150,12 @@ def _files(given: str | Sequence[str], setting: str, besides: Iterable[Path] = (
     if not found:
         raise InputError(f"{setting} {given} names no Parquet file; give a file, a list of them, or a folder that holds some")
     return found
+
+
+def _known_as(path: Path) -> Path:
+    """Where a file lies, for its name: a copy's own place says nothing, and is another one for each version."""
+    url = url_of(path)
+    return path if url is None else Path("/", *url.replace("://", "/").split("/"))
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from guardkit.data.sources.pairs import EDITED
 from guardkit.data.sources.parquet import class_names
 from guardkit.data.sources.rows import LabelRule, text
 from guardkit.images import MAX_PIXELS, FileContent
+from guardkit.local_copies import local
 from guardkit.policy import Policy
 from guardkit.reading import read_table as read_parquet
 from guardkit.schema import UNLABELLED, UNSAFE, InputError, Record, Rejected, shortened
@@ -202,7 +203,7 @@ def _own_name(name: str) -> str:
 
 
 def _read(root: str, items: str, columns: Mapping[str, str], text_column: str) -> _Table:
-    folder = check_path("source.root", root)
+    folder = local("source.root", root)
     path = folder / check_path("source.items", items)
     if not path.is_file():
         raise InputError(f"source.items {items} is not a file in {folder}; give the items file, by its path inside that folder")
