@@ -110,7 +110,9 @@ class ShardTask:
 
         if torch.get_num_threads() != self.n_threads:
             torch.set_num_threads(self.n_threads)
-        return Ledger(self.work.folder).note(shard, self.work.do(shard, self.tick))
+        ledger = Ledger(self.work.folder)
+        # by a worker that ended before it could say so
+        return ledger.find(shard) or ledger.note(shard, self.work.do(shard, self.tick))
 
 
 def work_on(work: Work, shards: Sequence[Shard], engine: Engine, *, what: str, known: Mapping[int, Entry] | None = None) -> list[Entry]:

@@ -1,0 +1,132 @@
+"""Engines: the same rows and bytes whoever does the work, and nothing lost or repeated when workers or drivers end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, picture
+
+import guardkit
+from guardkit import GuardClassifier, InputError, LinearHead
+from guardkit.engines.local import LocalEngine
+from guardkit.engines.ray import RayEngine
+from guardkit.engines.slurm import SlurmEngine
+
+ITEMS = [f"item {number}" for number in range(7)]
+
+
+class Marked:
+    """A task that leaves a mark of each call, and ends its worker the first times that it is given a bad item."""
+
+    def __init__(self, folder, bad=(), times=1, mistake=False):
+        self.folder, self.bad, self.times, self.mistake = Path(folder), bad, times, mistake
+
+    def __call__(self, item):
+        calls = len(list(self.folder.glob(f"{item}_*")))
+        (self.folder / f"{item}_{calls}_{os.getpid()}").touch()
+        if item in self.bad and calls < self.times:
+            if self.mistake:
+                raise InputError("the input is none; give another")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item.upper()
+
+
+@pytest.fixture(scope="module")
+def started():
+    """One Ray for all tests here: it takes seconds to start."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # workers find the task of this file
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=128 << 20)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """A job that was killed leaves no result, and submitit waits for it as long as a file system of many machines may need."""
+    from submitit.core.core import Job
+
+    monkeypatch.setattr(Job, "_results_timeout_s", 0)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed in range(10):
+        picture(seed).save(folder / f"{seed}.png")
+    (folder / "9.png").write_bytes((folder / "0.png").read_bytes())
+    (folder / "cut.png").write_bytes((folder / "1.png").read_bytes()[:600])
+    return folder
+
+
+def files_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize("engine", ["ray", "slurm"])
+def test_an_item_whose_worker_ends_is_begun_again(started, tmp_path, engine):
+    task = Marked(tmp_path, bad=(ITEMS[2],))
+    made = RayEngine(workers=2) if engine == "ray" else SlurmEngine(workers=2, cluster="local", jobs_dir=tmp_path / "jobs")
+    found = dict(made.run(task, ITEMS))
+    assert found == {place: item.upper() for place, item in enumerate(ITEMS)}
+    n_calls = {item: len(list(tmp_path.glob(f"{item}_*"))) for item in ITEMS}
+    assert n_calls[ITEMS[2]] == 2
+    if engine == "ray":
+        assert sum(n_calls.values()) <= len(ITEMS) + 2  # what its worker was sent as well
+        assert 0 < made.busy_s <= 2 * made.wall_s
+    assert not list(tmp_path.glob("jobs/*"))
+
+
+@pytest.mark.parametrize("engine", ["ray", "slurm"])
+@pytest.mark.parametrize("mistake", [True, False])
+def test_what_nobody_can_do_is_one_line(started, tmp_path, engine, mistake):
+    task = Marked(tmp_path, bad=(ITEMS[1],), times=9, mistake=mistake)
+    made = (
+        RayEngine(workers=1, retries=1)
+        if engine == "ray"
+        else SlurmEngine(workers=1, retries=1, cluster="local", jobs_dir=tmp_path / "jobs")
+    )
+    message = {
+        ("ray", True): "^the input is none; give another$",
+        ("slurm", True): "^the input is none; give another$",
+        ("ray", False): "ended 2 times at item 1: .*; what was done stays",
+        ("slurm", False): r"not done in 2 attempts of engine=slurm.*what was done stays",
+    }[engine, mistake]
+    with pytest.raises(InputError, match=message):
+        list(made.run(task, ITEMS[:3]))
+
+
+def test_the_same_bytes_whoever_embeds_and_decides(started, scenes_encoder, scenes_policy, pictures, tmp_path):
+    torch.manual_seed(0)
+    guard = GuardClassifier(LinearHead.build(scenes_encoder, scenes_policy), scenes_encoder, scenes_policy)
+    for name, engine in (("local", LocalEngine()), ("ray", RayEngine(workers=2))):
+        counts = guardkit.embed(input=pictures, encoder=scenes_encoder, output_dir=tmp_path / name, shard_size=4, engine=engine)
+        assert counts == {"given": 11, "written": 10, "rejected": 1}
+        guardkit.moderate(guard, [pictures, pictures], output_dir=tmp_path / f"decided_{name}", engine=engine)
+    assert files_of(tmp_path / "ray") == files_of(tmp_path / "local")
+    tables = [pq.read_table(tmp_path / f"decided_{name}/decisions.parquet") for name in ("local", "ray")]
+    assert tables[0].equals(tables[1])
+    assert tables[0]["duplicate_of"].null_count == 11 - 1 + 1  # all of the second folder, and one of the first
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RayEngine(workers=0), "engine.workers must be a whole number of at least 1"),
+        (lambda: RayEngine(gpus=-1), "engine.gpus must be a number of at least 0"),
+        (lambda: SlurmEngine(memory_gb=0), "engine.memory_gb must be a number above 0"),
+        (lambda: SlurmEngine(cluster="k8s"), "engine.cluster must be one of slurm, local"),
+        (lambda: list(SlurmEngine().run(str, [1])), "needs Slurm's sbatch, which is not on the PATH"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
