@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from guardkit.encoders.base import Encoder
+from guardkit.reading_ahead import read_ahead
 from guardkit.schema import Content, ImageError, InputError, Record, Rejected, unreadable
 from guardkit.stores import KeyValueStore
 
 _NORM = "norm:"  # before a content's key: the length of its vector
 _UNIT_TOLERANCE = 0.01  # of a vector's length: an encoder may have normalized in half precision
-_LOADERS = 2  # threads that read or draw the next chunk while the model encodes the present one
+_BATCHES_AHEAD = 2  # of prepared images: the model's next one, and the one that is being read
+_MOST_WAITING = 16  # batches of stored vectors that wait for a batch of new ones to be full
+
+
+@dataclass
+class _Wanted:
+    """A content whose vector is wanted: what came of it, and whether it is to be made."""
+
+    content: Content
+    key: str = ""
+    outcome: np.ndarray | ImageError | None = None
+    is_missing: bool = False
 
 
 class EmbeddingStore:
@@ -34,6 +48,7 @@ class EmbeddingStore:
         keep_norms: keep beside each unit vector the length it had, for heads that take embeddings as the model gave
             them (see `norms`). Vectors stay the same to the last bit; one that was stored without its length by an
             earlier run is made again.
+        keeps: False: nothing is kept at all, for `stream` over more images than the memory holds vectors of; without hashes of their bytes.
 
     Attributes:
         n_encoded: images encoded so far.
@@ -43,11 +58,13 @@ class EmbeddingStore:
         encode_seconds: of these, in the encoder, for the `n_encoded` images.
     """
 
-    def __init__(self, encoder: Encoder, cache_dir: Path | None, *, keep_norms: bool = False) -> None:
-        self.encoder, self.keep_norms = encoder, keep_norms
+    def __init__(self, encoder: Encoder, cache_dir: Path | None, *, keep_norms: bool = False, keeps: bool = True) -> None:
+        self.encoder, self.keep_norms, self.keeps = encoder, keep_norms, keeps
         self.n_encoded, self.n_found, self.seconds, self.encode_seconds = 0, 0, 0.0, 0.0
         self._cache_dir = cache_dir
         self._opened: KeyValueStore | None = None
+        self._under_way: set[str] = set()  # keys of what is being read, or waits for its batch
+        self._failed: dict[str, ImageError] = {}
         self._stopped = threading.Event()
         self._turn = threading.Lock()  # of two threads that want the same image, the second finds it stored
 
@@ -121,56 +138,104 @@ class EmbeddingStore:
     def _find_or_make(self, contents: Sequence[Content], skip_unreadable: bool) -> tuple[np.ndarray, dict[int, ImageError]]:
         vectors = np.zeros((len(contents), self.encoder.dim), np.float32)
         failed: dict[int, ImageError] = {}
-        with self._store, ThreadPoolExecutor(_LOADERS) as loaders:
-            # a key is a hash over a whole file
-            keys = [_outcome(future) for future in [loaders.submit(_key, content) for content in contents]]
-            found = self._store.get([key for key in keys if isinstance(key, str)], self._vector)
-            complete = self._complete(list(found))
-            rows: dict[str, list[int]] = {}
-            missing: dict[str, Content] = {}
-            for row, key in enumerate(keys):
-                if isinstance(key, ImageError):
-                    failed[row] = key
+        with closing(self.stream(contents)) as outcomes:
+            for row, outcome in enumerate(outcomes):
+                if not isinstance(outcome, ImageError):
+                    vectors[row] = outcome
                     continue
-                rows.setdefault(key, []).append(row)
-                if key in complete:
-                    self.n_found += 1
-                    vectors[row] = found[key]
-                else:
-                    missing.setdefault(key, contents[row])
-            if failed and not skip_unreadable:
-                return vectors, failed
-            for key, made in self._encode(list(missing.items()), loaders):
-                if isinstance(made, ImageError):
-                    failed |= dict.fromkeys(rows[key], made)
-                    if not skip_unreadable:
-                        break
-                else:  # a vector that only lacked its norm stays what it was, to the last bit
-                    vectors[rows[key]] = found.get(key, made)
+                failed[row] = outcome
+                if not skip_unreadable:
+                    break
         return vectors, failed
 
-    def _encode(self, missing: list[tuple[str, Content]], loaders: ThreadPoolExecutor) -> Iterator[tuple[str, np.ndarray | ImageError]]:
+    def stream(self, contents: Iterable[Content], n_bytes: Callable[[Content], int] = lambda _: 0) -> Generator[np.ndarray | ImageError]:
+        """The (d,) float32 unit vector of each content, in order, or why it cannot be read; for one thread at a time.
+
+        Images are read and prepared ahead of the model, by several threads, across batches; at most two batches of them are in memory,
+        whatever `contents` holds.
+
+        Args:
+            contents: any number.
+            n_bytes: of a content in memory, see `read_ahead`.
+        Raises:
+            InputError: the encoder returned values that are not finite.
+        """
         size = self.encoder.batch_size
-        chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
-        ahead = [loaders.submit(self._read, content) for _, content in chunks[0]] if chunks else []
-        for i, chunk in enumerate(chunks):
+        self._under_way.clear()  # of a stream that was left before its end
+        with self._store if self.keeps else nullcontext():
+            looked_up = self._looked_up(contents, n_bytes) if self.keeps else (_Wanted(content, is_missing=True) for content in contents)
+            prepared = read_ahead(
+                looked_up,
+                self._read,
+                ahead=_BATCHES_AHEAD * size,
+                is_needed=lambda one: one.is_missing,
+                n_bytes=lambda one: n_bytes(one.content),
+            )
+            waiting: list[_Wanted] = []  # in order; the next batch among them, and what was found between
+            batch: list[tuple[_Wanted, Any]] = []
+            with closing(prepared):
+                for wanted, image in prepared:
+                    waiting.append(wanted)
+                    if isinstance(image, ImageError):
+                        wanted.outcome = image
+                    elif wanted.is_missing:
+                        batch.append((wanted, image))
+                    if len(batch) == size or len(waiting) >= _MOST_WAITING * size:
+                        yield from self._encoded(batch, waiting)
+                        batch, waiting = [], []
+                yield from self._encoded(batch, waiting)
+
+    def _looked_up(self, contents: Iterable[Content], n_bytes: Callable[[Content], int]) -> Iterator[_Wanted]:
+        """Contents with their vectors, as far as these are stored."""
+        size = self.encoder.batch_size
+        keyed = read_ahead(contents, _key, ahead=_BATCHES_AHEAD * size, n_bytes=n_bytes)  # a key is a hash over a whole file
+        with closing(keyed):
+            while block := list(islice(keyed, size)):
+                yield from self._of_block(block)
+
+    def _of_block(self, block: list[tuple[Content, str | ImageError | None]]) -> list[_Wanted]:
+        """The same of a few, at one moment: what is stored a little later was under way now."""
+        found = self._store.get([key for _, key in block if isinstance(key, str)], self._vector)
+        complete = self._complete(list(found))
+        wanted: list[_Wanted] = []
+        for content, key in block:
+            if not isinstance(key, str) or key in self._failed:
+                wanted.append(_Wanted(content, outcome=self._failed[key] if isinstance(key, str) else key))
+                continue
+            self.n_found += key in complete
+            is_missing = key not in complete and key not in self._under_way
+            if is_missing:
+                self._under_way.add(key)
+            wanted.append(_Wanted(content, key, found.get(key), is_missing))
+        return wanted
+
+    def _encoded(self, batch: list[tuple[_Wanted, Any]], waiting: list[_Wanted]) -> list[np.ndarray | ImageError]:
+        """What came of those that wait, once the batch among them is encoded and stored."""
+        if batch:
             if self._stopped.is_set():
                 raise CancelledError
-            outcomes = [_outcome(future) for future in ahead]
-            # the next chunk is read while this one is encoded
-            ahead = [loaders.submit(self._read, content) for _, content in chunks[i + 1]] if i + 1 < len(chunks) else []
-            images = {key: image for (key, _), image in zip(chunk, outcomes, strict=True) if not isinstance(image, ImageError)}
-            if images:
-                started = time.perf_counter()
-                vectors, norms = self._unit_vectors(list(images.values()))
-                self.encode_seconds += time.perf_counter() - started
-                self._check(vectors)
-                items = {key: vector.astype("<f4").tobytes() for key, vector in zip(images, vectors, strict=True)}
-                items |= {_NORM + key: norm.astype("<f4").tobytes() for key, norm in zip(images, norms, strict=False)}
+            started = time.perf_counter()
+            vectors, norms = self._unit_vectors([image for _, image in batch])
+            self.encode_seconds += time.perf_counter() - started
+            self._check(vectors)
+            if self.keeps:
+                items = {wanted.key: vector.astype("<f4").tobytes() for (wanted, _), vector in zip(batch, vectors, strict=True)}
+                items |= {_NORM + wanted.key: norm.astype("<f4").tobytes() for (wanted, _), norm in zip(batch, norms, strict=False)}
                 self._store.put(items)
-                self.n_encoded += len(images)
-                yield from zip(images, vectors, strict=True)
-            yield from ((key, error) for (key, _), error in zip(chunk, outcomes, strict=True) if isinstance(error, ImageError))
+            self.n_encoded += len(batch)
+            for (wanted, _), vector in zip(batch, vectors, strict=True):
+                if wanted.outcome is None:  # a vector that only lacked its norm stays what it was, to the last bit
+                    wanted.outcome = vector
+        for wanted in waiting:
+            if wanted.is_missing:
+                self._under_way.discard(wanted.key)
+                if isinstance(wanted.outcome, ImageError) and self.keeps:
+                    self._failed[wanted.key] = wanted.outcome
+        again = [wanted for wanted in waiting if wanted.outcome is None]  # the same image came a little earlier
+        stored = self._store.get([wanted.key for wanted in again], self._vector) if again else {}
+        for wanted in again:
+            wanted.outcome = self._failed[wanted.key] if wanted.key in self._failed else stored[wanted.key]
+        return [wanted.outcome for wanted in waiting if wanted.outcome is not None]
 
     def _unit_vectors(self, images: list[Any]) -> tuple[np.ndarray, np.ndarray]:
         """(n, d) unit vectors of preprocessed images, and their (n,) lengths before, or (0,) when nobody asks for them."""
@@ -183,9 +248,12 @@ class EmbeddingStore:
         # by the function that encoders use, so that the vector is the same to the last bit as without norms
         return normalize(raw, dim=-1).numpy(), raw.norm(dim=-1).numpy()
 
-    def _read(self, content: Content) -> Any:
+    def _read(self, wanted: _Wanted) -> Any:
         # preprocessed at once: a batch of photographs at full size would take gigabytes
-        return self.encoder.preprocess(content.load())
+        try:
+            return self.encoder.preprocess(wanted.content.load())
+        except ImageError as error:
+            return error
 
     def _check(self, vectors: np.ndarray) -> None:
         if vectors.shape[1:] != (self.encoder.dim,) or not _are_unit(vectors):
@@ -235,13 +303,8 @@ def _norm(value: bytes) -> np.float32:
     return norm
 
 
-def _key(content: Content) -> str:
-    return content.key
-
-
-def _outcome(future: Future[Any]) -> Any:
-    """What it gives, or its ImageError as a value."""
+def _key(content: Content) -> str | ImageError:
     try:
-        return future.result()
+        return content.key
     except ImageError as error:
         return error

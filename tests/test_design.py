@@ -14,7 +14,7 @@ import guardkit
 
 LEVELS = {
     "storage": 0, "storage_errors": 0, "local_copies": 0, "publishing": 0,
-    "schema": 0, "_entry": 0, "artifacts": 0, "folders": 0, "terminal": 0, "policy": 0, "progress": 0, "reading": 0, "stores": 0, "colour": 0, "limits": 0, "kinds": 0, "hub": 0, "checks": 0, "pages": 0, "charts": 0, "thresholds": 0, "score_maps": 0, "embedding_blocks": 0, "licences": 0, "jpeg": 0,
+    "schema": 0, "_entry": 0, "artifacts": 0, "folders": 0, "terminal": 0, "policy": 0, "progress": 0, "reading": 0, "stores": 0, "colour": 0, "limits": 0, "kinds": 0, "hub": 0, "checks": 0, "pages": 0, "charts": 0, "thresholds": 0, "score_maps": 0, "embedding_blocks": 0, "licences": 0, "jpeg": 0, "reading_ahead": 0,
     "pixels": 1, "images": 1, "inputs": 1, "scenes": 1, "encoders": 1, "editors": 1, "heads": 1, "metrics": 1, "vlm": 1, "seen": 1, "explaining": 1, "engines": 1,
     "embeddings": 2, "embedding_folder": 2, "counterfactual": 2, "classifier": 2, "guard_folder": 2, "guard_parts": 2, "guard_config": 2, "guard_card": 2, "baselines": 2,
     "data": 3, "integrations": 3, "exporting": 3,

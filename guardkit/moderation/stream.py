@@ -6,10 +6,8 @@ A shard knows nothing of others: which inputs are the same as earlier ones is fo
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,12 +21,12 @@ from guardkit.limits import MAX_BYTES, check_bytes, shrink
 from guardkit.moderation.banks import Bank, pdq_of
 from guardkit.moderation.bars import trim_bars
 from guardkit.moderation.frames import worst_frame
+from guardkit.reading_ahead import read_ahead
 from guardkit.schema import Content, Decision, ImageError
 from guardkit.shards.inputs import Given
 from guardkit.thresholds import undecided
 
 ACTIONS = ("allow", "review", "block", "error")
-_LOADERS = 2  # threads that read and prepare images while the model encodes
 _THUMBNAIL_PX = 160
 _NOBODY = Given("", None)  # of what is kept: an input would keep its bytes
 
@@ -109,16 +107,12 @@ class Moderator:
     def decide(self, inputs: Iterable[Given]) -> Iterator[Decided]:
         """Each input's decision, in order."""
         size = self.guard.encoder.batch_size
-        with ThreadPoolExecutor(_LOADERS) as loaders:
-            stream, waiting = iter(inputs), deque[Future[_Read]]()
+        # as many are read ahead as one batch takes, however many frames they have
+        with closing(read_ahead(inputs, self._read, ahead=size, n_bytes=_n_bytes)) as stream:
             batch: list[_Read] = []
             n_frames = 0
-            while True:
-                # as many are read ahead as one batch takes, however many frames they have
-                waiting.extend(loaders.submit(self._read, given) for given in itertools.islice(stream, max(0, size - len(waiting))))
-                if not waiting:
-                    break
-                one = waiting.popleft().result()
+            for _, one in stream:
+                assert one is not None
                 batch.append(one)
                 n_frames += len(one.frames)
                 if n_frames >= size or len(batch) >= 4 * size:
@@ -196,6 +190,10 @@ def encoded_bytes(data: bytes | Path | Content) -> bytes:
         raise ImageError(f"cannot be read: {error.strerror or error}") from error
     check_bytes(len(found))
     return found
+
+
+def _n_bytes(given: Given) -> int:
+    return len(given.data) if isinstance(given.data, bytes) else 0
 
 
 def _failed(guard: GuardClassifier, reason: str) -> Decision:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,6 @@ from guardkit.shards.columns import own_columns
 from guardkit.shards.inputs import Given, Shard
 from guardkit.shards.work import LEDGER, Entry, work_on
 
-_BLOCK = 512  # inputs that are read ahead, and embedded, at once
-_BLOCK_BYTES = 256 << 20  # of encoded images among them that are in memory
 _BOX = ("x_min", "y_min", "x_max", "y_max")
 _RECORDS = pa.schema(
     {
@@ -62,16 +62,17 @@ class Embedding:
         refused: list[tuple[Given, str]] = []
         vectors = Path("img_emb") / f"img_emb_{shard.number}.npy"
         with written(self.folder / vectors) as temporary, _growing(temporary, self.encoder.dim) as add:
-            for block in _blocks(shard):
-                store = EmbeddingStore(self.encoder, self.cache_dir)  # without a cache it forgets what it held
-                usable = [one for one in block if one.data is not None]
-                refused += [(one, one.reason) for one in block if one.data is None]
-                numbered = [Record(str(n), UNLABELLED, None, "", "", self._content(one)) for n, one in enumerate(usable)]
-                readable, made, bad = store.embed_readable(numbered)
-                add(made)
-                rows += [usable[int(record.id)] for record in readable]
-                refused += [(usable[int(one.id)], one.reason) for one in bad]
-                tick(len(block))
+            store = EmbeddingStore(self.encoder, self.cache_dir, keeps=self.cache_dir is not None)
+            under_way: deque[Given] = deque()
+            with closing(store.stream(self._contents(shard, under_way, refused, tick), _n_bytes)) as outcomes:
+                for outcome in outcomes:
+                    given = replace(under_way.popleft(), data=None)  # the bytes are not wanted any more
+                    if isinstance(outcome, ImageError):
+                        refused.append((given, str(outcome)))
+                    else:
+                        add(outcome[None])
+                        rows.append(given)
+                    tick(1)
         table = Path("metadata") / f"metadata_{shard.number}.parquet"
         write_table(self.folder / table, _metadata(rows, shard.schema))
         files = [vectors, table]
@@ -84,6 +85,18 @@ class Embedding:
             "rejected": len(refused),
             "files": {path.as_posix(): (self.folder / path).stat().st_size for path in files},
         }
+
+    def _contents(
+        self, shard: Shard, under_way: deque[Given], refused: list[tuple[Given, str]], tick: Callable[[int], None]
+    ) -> Iterator[Content]:
+        """What is to be embedded, noted as under way; what cannot be is refused."""
+        for given in shard:
+            if given.data is None:
+                refused.append((given, given.reason))
+                tick(1)
+            else:
+                under_way.append(given)
+                yield self._content(given)
 
     def _content(self, given: Given) -> Content:
         if isinstance(given.data, Path):
@@ -216,17 +229,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _blocks(shard: Iterable[Given]) -> Iterator[list[Given]]:
-    block: list[Given] = []
-    n_bytes = 0
-    for one in shard:
-        block.append(one)
-        n_bytes += len(one.data) if isinstance(one.data, bytes) else 0
-        if len(block) == _BLOCK or n_bytes >= _BLOCK_BYTES:
-            yield block
-            block, n_bytes = [], 0
-    if block:
-        yield block
+def _n_bytes(content: Content) -> int:
+    return len(content.data) if isinstance(content, BytesContent) else 0
 
 
 @contextmanager
