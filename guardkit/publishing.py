@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from guardkit.artifacts import fingerprint, parse_json, read_json, write_json
-from guardkit.folders import LOCK, MARK, UNFINISHED
+from guardkit.folders import LOCK, MARK, UNFINISHED, is_unfinished
 from guardkit.local_copies import default_cache_dir, fetch_into
 from guardkit.schema import InputError
 from guardkit.storage import Item, check_url, delete, items, joined, local_path, read, upload, write
@@ -79,7 +79,8 @@ def brought_here(url: str) -> Iterator[None]:
     state = folder.parent / _STATE
     before = items(url)
     _check_owner(url, before)
-    if not state.is_file() or read_json(state, "a note on an output folder", "delete it").get("listing") != _listing(before):
+    is_copy = not state.is_file() or read_json(state, "a note on an output folder", "delete it").get("listing") != _listing(before)
+    if is_copy:
         _empty(folder)
         fetch_into(folder, before)
         write_json(state, {"url": url, "listing": _listing(before)})
@@ -88,11 +89,13 @@ def brought_here(url: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if (folder / MARK).is_file():
+        if is_copy and not is_unfinished(folder):  # refused: what lies here lies there too
+            _leave(folder, state)
+        else:
             log.warning("%s: nothing was written there; what was done so far is kept, and the same command on this machine finds it", url)
         raise
     if not (folder / MARK).is_file():  # nothing was claimed
-        state.unlink()
+        _leave(folder, state)
         return
     if _listing(items(url)) != _listing(before):
         raise StorageError(
@@ -104,14 +107,23 @@ def brought_here(url: str) -> Iterator[None]:
         with suppress(InputError):  # what is there now is of this run, and less than what is here
             write_json(state, {"url": url, "listing": _listing(items(url))})
         raise
-    state.unlink()
-    _empty(folder)
+    _leave(folder, state)
 
 
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _leave(folder: Path, state: Path) -> None:
+    """Takes a working folder away, which nobody else has while its lock is held."""
+    state.unlink(missing_ok=True)
+    _empty(folder)
+    with suppress(OSError):
+        (folder / LOCK).unlink(missing_ok=True)
+        folder.rmdir()
+        folder.parent.rmdir()
 
 
 def _listing(found: Sequence[Item]) -> str:

@@ -178,7 +178,7 @@ def test_results_are_published_with_their_mark_last(bucket, cache, monkeypatch):
     assert order == ["zz.txt", MARK]
     assert {one.name for one in storage.items(url)} == {"zz.txt", MARK}
     assert json.loads(storage.read(f"{url}/{MARK}"))["state"] == "finished"
-    assert not any(path.is_file() and path.name != ".lock" for path in working_folder(url).parent.rglob("*"))
+    assert not list((cache / "outputs").iterdir())  # nothing is left here
 
 
 def test_a_second_run_replaces_goes_on_or_is_refused(bucket, cache, caplog):
@@ -190,6 +190,7 @@ def test_a_second_run_replaces_goes_on_or_is_refused(bucket, cache, caplog):
     assert {one.name for one in storage.items(url)} == {"b.txt", MARK}
     with pytest.raises(InputError, match="holds results of guardkit train that were made with other settings"):
         work(url, {"n": 3}, lambda folder: None)
+    assert not list((cache / "outputs").iterdir())  # nothing is left here
     seen = []
     work(url, {"n": 2}, lambda folder: seen.extend(path.name for path in folder.glob("*.txt")))
     assert seen == ["b.txt"]  # what goes on with stored work finds it
@@ -237,6 +238,8 @@ def test_an_upload_that_fails_leaves_the_mark_unfinished(bucket, cache, monkeypa
         with pytest.raises(StorageError, match="the line is down"):
             work(url, {}, both)
     assert json.loads(storage.read(f"{url}/{MARK}"))["state"] == "unfinished"
+    with pytest.raises(InputError, match="made with other settings"):
+        work(url, {"n": 2}, both)
     work(url, {}, lambda folder: None)  # nothing is made twice
     assert storage.read(f"{url}/b.txt") == b"b.txt"
 
