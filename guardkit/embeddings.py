@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 from guardkit.encoders.base import Encoder
 from guardkit.reading_ahead import read_ahead
 from guardkit.schema import Content, ImageError, InputError, Record, Rejected, unreadable
-from guardkit.stores import KeyValueStore
+from guardkit.stores import KeyValueStore, of_this_machine
 
 _NORM = "norm:"  # before a content's key: the length of its vector
 _UNIT_TOLERANCE = 0.01  # of a vector's length: an encoder may have normalized in half precision
@@ -67,6 +68,19 @@ class EmbeddingStore:
         self._failed: dict[str, ImageError] = {}
         self._stopped = threading.Event()
         self._turn = threading.Lock()  # of two threads that want the same image, the second finds it stored
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What makes one like it: whoever gets the copy opens the file for itself."""
+        names = ("encoder", "keep_norms", "keeps", "_cache_dir")
+        return {name: self.__dict__[name] for name in names} | {"machine": platform.node()}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        cache_dir = of_this_machine(state["_cache_dir"], state["machine"])
+        self.__dict__.update(EmbeddingStore(state["encoder"], cache_dir, keep_norms=state["keep_norms"], keeps=state["keeps"]).__dict__)
+
+    def like(self, encoder: Encoder) -> EmbeddingStore:
+        """One of another encoder in the same place."""
+        return EmbeddingStore(encoder, self._cache_dir, keep_norms=self.keep_norms, keeps=self.keeps)
 
     @property
     def n_damaged(self) -> int:

@@ -2,7 +2,8 @@
 
 A process killed at any moment leaves the file whole. Each value lies beside a checksum of what the store is for, its key
 and itself, so that a value that was changed, or moved to another key or another store, is found. No connection outlives the
-work it was opened for: nothing is left open, whatever ends the work, and threads and forked processes need not be told.
+work it was opened for: nothing is left open, whatever ends the work, and threads and forked processes need not be told. A
+store that is pickled takes along where it is, and nothing of what it holds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -102,6 +104,14 @@ class KeyValueStore:
             if self.n_damaged > self._n_reported:
                 n, self._n_reported = self.n_damaged - self._n_reported, self.n_damaged
                 log.warning("%d stored value(s) of %s did not pass their check; they are made anew", n, self.path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "about": json.loads(self._about), "place": self._place, "machine": platform.node()}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        path = state["path"]
+        folder = None if path is None else of_this_machine(path.parent, state["machine"])
+        self.__dict__.update(KeyValueStore(folder, "" if path is None else path.name, state["about"], place=state["place"]).__dict__)
 
     def get(self, keys: Iterable[str], parse: Callable[[bytes], T]) -> dict[str, T]:
         """The stored values of those keys that are there.
@@ -256,6 +266,17 @@ class KeyValueStore:
                 mend = f"choose another {self._place}" if self._is_read_only else "delete it, it will be made anew"
                 hint = f"is damaged ({' '.join(str(error).split())}); {mend}"
             raise InputError(f"{path} {hint}") from error
+
+
+def of_this_machine(folder: Path | None, machine: str) -> Path | None:
+    """Where a worker keeps what a process on another machine keeps in a folder: no two machines may write to one file of SQLite.
+
+    Args:
+        folder: of that process; None: it keeps everything in memory.
+        machine: that it runs on, as `platform.node()` names it.
+    """
+    here = platform.node()
+    return folder if folder is None or machine == here else folder / f"on_{here}"
 
 
 def _create(connection: sqlite3.Connection, about: str) -> None:

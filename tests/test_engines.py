@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,6 +16,11 @@ from conftest import ROOT, picture
 
 import guardkit
 from guardkit import GuardClassifier, InputError, LinearHead
+from guardkit.counterfactual.edits import Edits
+from guardkit.counterfactual.score_verifier import ScoreVerifier
+from guardkit.data.sources.scenes import ScenesSource
+from guardkit.editors.base import EditResult
+from guardkit.editors.scenes import ScenesEditor
 from guardkit.engines.local import LocalEngine
 from guardkit.engines.ray import RayEngine
 from guardkit.engines.slurm import SlurmEngine
@@ -115,6 +123,54 @@ def test_the_same_bytes_whoever_embeds_and_decides(started, scenes_encoder, scen
     tables = [pq.read_table(tmp_path / f"decided_{name}/decisions.parquet") for name in ("local", "ray")]
     assert tables[0].equals(tables[1])
     assert tables[0]["duplicate_of"].null_count == 11 - 1 + 1  # all of the second folder, and one of the first
+
+
+class Marking:
+    """The editor of drawn scenes, which refuses every third seed, marks what it is asked, and ends its process once, before its fourth batch."""
+
+    name = "marking"
+    config = {"editor": "marking"}
+
+    def __init__(self, folder, ends=False):
+        self.folder, self.ends, self.editor = Path(folder), ends, ScenesEditor()
+
+    def edit(self, requests):
+        if self.ends and len(list(self.folder.glob("*"))) >= 6:
+            with suppress(FileExistsError):
+                (self.folder / "ended").touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+        for one in requests:
+            (self.folder / f"{one.content.key[-12:]}_{one.seed}_{uuid.uuid4().hex[:6]}").touch()
+        made = self.editor.edit(requests)
+        return [one if request.seed % 3 else EditResult(None, "refused") for request, one in zip(requests, made, strict=True)]
+
+
+def synthesized(policy, encoder, folder, editor, **options):
+    source = ScenesSource(policy, n_train=40, n_test=3, seed=0)
+    edits = Edits(editor, verifier=ScoreVerifier.from_texts, batch_size=2, max_tries=2)
+    guardkit.synthesize(
+        source, policy, editor=edits, encoder=encoder, output_dir=folder, cache_dir=folder / ".cache", limit=9, shard_size=3, **options
+    )
+    return {name: data for name, data in files_of(folder).items() if not name.startswith(".cache")}
+
+
+@pytest.fixture(scope="module")
+def synthesized_here(scenes_policy, scenes_encoder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("here")
+    (folder / "marks").mkdir()
+    return synthesized(scenes_policy, scenes_encoder, folder / "d", Marking(folder / "marks")), len(list((folder / "marks").glob("*")))
+
+
+def test_the_same_pairs_whoever_edits_and_no_edit_is_made_twice(started, synthesized_here, scenes_policy, scenes_encoder, tmp_path):
+    """A worker is killed among it; what it had made before lies in the store."""
+    whole, n_edits = synthesized_here
+    assert n_edits == 18
+    manifest = json.loads(whole["manifest.json"])
+    assert (manifest["tries"], manifest["rejected"]["refused"]) == (18, 9)
+    (tmp_path / "marks").mkdir()
+    assert synthesized(scenes_policy, scenes_encoder, tmp_path / "d", Marking(tmp_path / "marks", ends=True), engine=RayEngine()) == whole
+    assert (tmp_path / "marks/ended").exists()
+    assert len(list((tmp_path / "marks").glob("*"))) == n_edits + 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +16,14 @@ from guardkit.data.sources.base import Source
 from guardkit.editors.base import Editor
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
+from guardkit.engines.base import Engine
+from guardkit.engines.local import LocalEngine
 from guardkit.fitting.parts import check_parts
 from guardkit.folders import refuse_others
 from guardkit.policy import Policy
 from guardkit.schema import InputError
+from guardkit.shards.pairing import edits_on
+from guardkit.shards.work import LEDGER
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +40,9 @@ def synthesize(
     direction: Literal["to_safe", "to_unsafe", "both"] = "to_safe",
     variants_per_image: int = 1,
     limit: int | None = None,
+    shard_size: int = 64,
     cache_dir: str | Path | None = None,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Makes a pair dataset of a source's images, test images left out.
 
@@ -48,7 +55,9 @@ def synthesize(
         direction: which images are edited. Only drawn images are made unsafe.
         variants_per_image: edits wanted of each image.
         limit: edit only the first so many images.
+        shard_size: images that are edited and noted together, taken up to whole batches of edits.
         cache_dir: where edits are kept; None: inside the folder.
+        engine: does the work; None: this process.
     Returns:
         The dataset's manifest.
     Raises:
@@ -56,6 +65,7 @@ def synthesize(
     """
     check_whole("limit", limit, 1, optional=True)
     check_whole("variants_per_image", variants_per_image, 1)
+    check_whole("shard_size", shard_size, 1)
     check_choice("direction", direction, _LABELS)
     folder = check_path("output_dir", output_dir)
     refuse_others(folder, "synthesize", replaces=False)
@@ -77,6 +87,14 @@ def synthesize(
     records = records[:limit]
     for note in check_edits(pipeline, [("images", "counterfactual", records)], f"source={source.name}"):
         log.warning("%s", note)
-    return write_pair_dataset(
-        records, pipeline, folder, made_from=source.asked, variants_per_image=variants_per_image, rejected=loaded.rejected
+    manifest = write_pair_dataset(
+        records,
+        pipeline,
+        folder,
+        made_from=source.asked,
+        variants_per_image=variants_per_image,
+        rejected=loaded.rejected,
+        edit=edits_on(engine or LocalEngine(), pipeline, folder, variants_per_image=variants_per_image, shard_size=shard_size),
     )
+    shutil.rmtree(folder / LEDGER, ignore_errors=True)
+    return manifest

@@ -9,14 +9,16 @@
 
 The folder reads as a Hugging Face image folder: `datasets.load_dataset("imagefolder", data_dir=FOLDER)` gives `image`,
 `edited` (none where a try gave no image) and every other column. A stopped run goes on where it was, because every try lies in the
-pipeline's store: the finished dataset is the same, byte for byte, as that of a run nobody disturbed.
+pipeline's store, and because of the ledger where shards are edited (`guardkit.shards.pairing`): the finished dataset is the same, byte for
+byte, as that of a run nobody disturbed, and the same whoever made the edits.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,13 @@ from filelock import FileLock, Timeout
 
 from guardkit import __version__
 from guardkit.artifacts import fingerprint, read_json, write_json, write_table, written
-from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
+from guardkit.counterfactual.pipeline import CounterfactualPipeline
 from guardkit.counterfactual.review import REVIEWS, VERDICTS, ReviewLog, combined, current_reviews
 from guardkit.counterfactual.store import Try
 from guardkit.folders import LOCK, claim, is_unfinished
 from guardkit.images import encode_png
 from guardkit.pages import render
-from guardkit.progress import progress
+from guardkit.progress import ticking
 from guardkit.reading import read_table
 from guardkit.schema import ImageError, InputError, Record, Rejected
 
@@ -67,6 +69,25 @@ _SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True)
+class Edited:
+    """What came of some records.
+
+    Attributes:
+        rows: of the table, one a try.
+        unreadable: records whose image cannot be read.
+        n_unsettled: tries that another run may make otherwise: an instructor abstained, or a model could not be asked.
+    """
+
+    rows: list[dict[str, Any]]
+    unreadable: list[Rejected]
+    n_unsettled: int
+
+
+Named = tuple[str, Record]
+"""The name of a record's files, and the record."""
+
+
 def write_pair_dataset(
     records: Sequence[Record],
     pipeline: CounterfactualPipeline,
@@ -75,6 +96,7 @@ def write_pair_dataset(
     made_from: dict[str, Any],
     variants_per_image: int = 1,
     rejected: Sequence[Rejected] = (),
+    edit: Callable[[Sequence[Named]], Iterable[Edited]] | None = None,
 ) -> dict[str, Any]:
     """Edits records and writes what came of every try.
 
@@ -85,6 +107,7 @@ def write_pair_dataset(
         made_from: names the source in the manifest, in plain JSON types.
         variants_per_image: edits wanted of each record.
         rejected: inputs that were already found unusable, to be listed with the rest.
+        edit: gives what came of all the records, piece by piece and in order, their files being written; None: edits here and now.
     Returns:
         The manifest: counts, yields, and everything the dataset depends on.
     Raises:
@@ -117,28 +140,15 @@ def write_pair_dataset(
         (folder / MANIFEST).unlink(missing_ok=True)
         rows: list[dict[str, Any]] = []
         unreadable = list(rejected)
-        counts = EditCounts()
         used: Counter[str] = Counter()
-        edited_records = accepted_records = 0
-        block: list[Record] = []
-        for record in progress([*records, None], total=len(records), what="editing images"):
-            if record is not None:
-                block.append(record)
-            if block and (record is None or len(block) == pipeline.batch_size):
-                for one, tries in _edit(block, pipeline, variants_per_image, counts):
-                    name = _file_name(one, used)
-                    try:
-                        new = list(_write_tries(folder, name, one, tries, pipeline))
-                    except ImageError as error:
-                        unreadable.append(Rejected(one.id, str(error)))
-                        continue
-                    rows += new
-                    edited_records += 1
-                    accepted_records += any(row["status"] == "accepted" for row in new)
-                block = []
+        named = [(_file_name(record, used), record) for record in records]
+        for done in (edit or _edits_here(pipeline, folder, variants_per_image))(named):
+            rows += done.rows
+            unreadable += done.unreadable
+        edited_records = len({row["file_name"] for row in rows})
+        accepted_records = len({row["file_name"] for row in rows if row["status"] == "accepted"})
         _fill_reviews(folder, rows, _written_reviews(folder))
-        table = pa.Table.from_pylist(rows, schema=_SCHEMA)
-        write_table(folder / METADATA, table)
+        write_table(folder / METADATA, tries_table(rows))
         columns = {"id": [one.id for one in unreadable], "reason": [one.reason for one in unreadable]}
         write_table(folder / REJECTED_INPUTS, pa.table(columns, schema=pa.schema([("id", pa.string()), ("reason", pa.string())])))
         accepted = sum(row["status"] == "accepted" for row in rows)
@@ -159,6 +169,45 @@ def write_pair_dataset(
             temporary.write_text(gallery(rows, manifest), encoding="utf-8", errors="backslashreplace")
         write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def edit_records(
+    named: Sequence[Named], pipeline: CounterfactualPipeline, folder: Path, variants_per_image: int, tick: Callable[[int], None]
+) -> Edited:
+    """Edits records, and writes what images there are.
+
+    Args:
+        named: records with contents.
+        pipeline: makes and stores the tries.
+        folder: of the dataset.
+        variants_per_image: edits wanted of each record.
+        tick: is told how many more records are done.
+    """
+    done = Edited([], [], 0)
+    n_unsettled = 0
+    for first in range(0, len(named), pipeline.batch_size):
+        block = named[first : first + pipeline.batch_size]
+        for (name, record), tries in zip(block, _tries([one for _, one in block], pipeline, variants_per_image), strict=True):
+            n_unsettled += sum(one.abstained or one.verdict.transient for one in tries)
+            try:
+                done.rows.extend(list(_write_tries(folder, name, record, tries, pipeline)))
+            except ImageError as error:
+                done.unreadable.append(Rejected(record.id, str(error)))
+        tick(len(block))
+    return Edited(done.rows, done.unreadable, n_unsettled)
+
+
+def tries_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """Rows as metadata.parquet has them."""
+    return pa.Table.from_pylist(list(rows), schema=_SCHEMA)
+
+
+def _edits_here(pipeline: CounterfactualPipeline, folder: Path, variants_per_image: int) -> Callable[[Sequence[Named]], Iterator[Edited]]:
+    def edit(named: Sequence[Named]) -> Iterator[Edited]:
+        with ticking(total=len(named), what="editing images") as tick:
+            yield edit_records(named, pipeline, folder, variants_per_image, tick)
+
+    return edit
 
 
 def read_pair_dataset(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -272,11 +321,11 @@ def _check_rows(path: Path, table: pa.Table, manifest: dict[str, Any]) -> None:
         raise InputError(f"{path} has {accepted} accepted pairs, {MANIFEST} says {manifest['accepted']}; {_MEND}")
 
 
-def _edit(block: list[Record], pipeline: CounterfactualPipeline, variants: int, counts: EditCounts) -> Iterator[tuple[Record, list[Try]]]:
+def _tries(block: list[Record], pipeline: CounterfactualPipeline, variants: int) -> list[list[Try]]:
+    """All tries of each record."""
     wanted = [(record, seed) for record in block for seed in range(variants)]
-    made = pipeline.make_all([record for record, _ in wanted], [seed for _, seed in wanted], "counterfactual", counts)
-    for i, record in enumerate(block):
-        yield record, [one for tries in made[i * variants : (i + 1) * variants] for one in tries]
+    made = pipeline.make_all([record for record, _ in wanted], [seed for _, seed in wanted])
+    return [[one for tries in made[first : first + variants] for one in tries] for first in range(0, len(made), variants)]
 
 
 def _write_tries(folder: Path, name: str, record: Record, tries: list[Try], pipeline: CounterfactualPipeline) -> Iterator[dict[str, Any]]:

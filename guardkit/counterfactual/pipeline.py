@@ -7,6 +7,7 @@ kind; a verdict's adds policy, category and verifier. What an instructor abstain
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from guardkit.counterfactual.instructor import Instruction, Instructor
 from guardkit.counterfactual.store import Edit, Try, TryStore
 from guardkit.counterfactual.verifier import Candidate, Verdict, Verifier, sanity
 from guardkit.editors.base import NULL_INSTRUCTION, Editor, EditRequest, EditResult, Kind, Photograph, refusal, supply
+from guardkit.engines.base import Put
 from guardkit.images import decode_png, encode_png
 from guardkit.policy import Policy
 from guardkit.schema import SAFE, ImageError, Record, unreadable
@@ -89,6 +92,21 @@ class CounterfactualPipeline:
     def n_damaged(self) -> int:
         """Stored edits and verdicts so far that did not pass their check, and were made anew."""
         return self._store.n_damaged
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def with_parts(self, put: Put) -> Self:
+        """The same, working with other parts: see `guardkit.engines.base.Put`. What a verifier embeds with is a part as well."""
+        new = copy.copy(self)
+        inside = getattr(self.verifier, "with_parts", None)
+        new.instructor, new.editor = put("instructor", self.instructor), put("editor", self.editor)
+        new.verifier = put("verifier", self.verifier if inside is None else inside(put))
+        return new
 
     def make(
         self,

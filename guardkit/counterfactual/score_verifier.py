@@ -18,6 +18,7 @@ from guardkit.counterfactual.preservation import preservation
 from guardkit.counterfactual.verifier import Candidate, Verdict
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder, EncodesTexts, require_texts
+from guardkit.engines.base import Put
 from guardkit.heads import PromptHead
 from guardkit.policy import Policy
 from guardkit.schema import InputError
@@ -61,6 +62,7 @@ class ScoreVerifier:
             original, NaN when nobody knows the words. None: not asked.
         min_arrival: least of it, in [0, 1]; 0 asks for nothing. An edit that only wipes the violation away does not arrive.
         prepare: builds what the scores need; None: it is there.
+        with_parts: see the method; None: it is the same with all parts.
     An edit to the unsafe side is judged by the complement of the score, a null edit by preservation alone.
     Raises:
         InputError: an argument out of range.
@@ -81,6 +83,7 @@ class ScoreVerifier:
         arrival: Arrival | None = None,
         min_arrival: float = 0.0,
         prepare: Callable[[], object] | None = None,
+        with_parts: Callable[[Put], ScoreVerifier] | None = None,
     ) -> None:
         check_number("verifier.max_score", max_score, "(0, 1)")
         check_number("verifier.min_drop", min_drop, "[0, 1)")
@@ -90,7 +93,7 @@ class ScoreVerifier:
         self.name = name
         self._policy, self._embed, self._probabilities, self._made_by = policy, embed, probabilities, made_by
         self._arrival, self.min_arrival = arrival, min_arrival
-        self._prepare = prepare
+        self._prepare, self._with_parts = prepare, with_parts
         self.max_score, self.min_drop = max_score, min_drop
         self.min_preservation, self.min_cosine = min_preservation, min_cosine
 
@@ -162,9 +165,13 @@ class ScoreVerifier:
             "min_preservation": min_preservation,
             "min_cosine": min_cosine,
         }
-        return cls(
-            "encoder", policy, store.embed, probabilities, made_by, **limits, arrival=arrival, min_arrival=min_arrival, prepare=text_head
-        )
+        more: dict[str, Any] = {"arrival": arrival, "min_arrival": min_arrival, "prepare": text_head}
+
+        def with_parts(put: Put) -> ScoreVerifier:
+            other = store.like(put("encoder", store.encoder))
+            return cls.from_texts(other, policy, scale=scale, min_arrival=min_arrival, **limits)
+
+        return cls("encoder", policy, store.embed, probabilities, made_by, **limits, **more, with_parts=with_parts)
 
     @classmethod
     def from_guard(
@@ -209,7 +216,12 @@ class ScoreVerifier:
             "min_preservation": min_preservation,
             "min_cosine": min_cosine,
         }
-        return cls("guard", policy, embed, guard.probabilities, made_by, **limits)
+
+        def with_parts(put: Put) -> ScoreVerifier:
+            is_shared = guard.encoder.fingerprint == store.encoder.fingerprint
+            return cls.from_guard(store.like(put("encoder", store.encoder)) if is_shared else store, policy, guard=guard, **limits)
+
+        return cls("guard", policy, embed, guard.probabilities, made_by, **limits, with_parts=with_parts)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -225,6 +237,10 @@ class ScoreVerifier:
         """
         if self._prepare is not None:
             self._prepare()
+
+    def with_parts(self, put: Put) -> ScoreVerifier:
+        """The same, embedding with another encoder: see `guardkit.engines.base.Put`."""
+        return self if self._with_parts is None else self._with_parts(put)
 
     def verify(self, candidates: Sequence[Candidate]) -> list[Verdict]:
         """One verdict per candidate: flip_score is the probability of the wanted side after the edit."""

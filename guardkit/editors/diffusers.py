@@ -156,6 +156,12 @@ class DiffusersEditor:
         self.size, self.crop_px, self.dilate, self.max_shift, self.min_change = size, crop_px, dilate, max_shift, min_change
         self.paste_outside = (self._kind.masked or crop_px is not None) if paste_outside is None else paste_outside
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the pipeline, which a copy loads again. An "auto" precision stays what it is here: it is in the key of every edit."""
+        loaded = ("_pipeline", "_torch_device", "_torch_dtype")
+        state = {name: value for name, value in self.__dict__.items() if name not in loaded}
+        return state | ({"dtype": self.config["dtype"]} if "config" in self.__dict__ else {})
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """Everything that edits depend on; weights by their commit, which may have to be asked for, or by their files' contents.

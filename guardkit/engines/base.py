@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+Put = Callable[[str, Any], Any]
+"""(role, part) -> what takes its place: the part itself, or a stand-in that is told what the part is and lets others do its work. The roles
+are editor, encoder, instructor and verifier. A task whose parts may be elsewhere has a method `with_parts` that takes such a function, and gives
+the task that works with what it gave."""
 
 
 class Engine(Protocol):

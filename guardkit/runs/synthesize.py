@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from guardkit.api.synthesize import synthesize
-from guardkit.runs.hydra import cache_dir, make_source, policy
+from guardkit.runs.hydra import cache_dir, make, make_source, policy
 from guardkit.runs.objects import edits, encoder
 
 
@@ -31,5 +31,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         direction=cfg.direction,
         variants_per_image=cfg.variants_per_image,
         limit=cfg.limit,
+        shard_size=cfg.shard_size,
         cache_dir=cache_dir(cfg),
+        engine=make(cfg.engine),
     )

@@ -114,7 +114,7 @@ def shards_of_records(records: Sequence[Record], size: int) -> list[Shard]:
     shards = []
     for number, first in enumerate(range(0, len(records), size)):
         some = records[first : first + size]
-        said = [[one.id, one.label, one.category, one.source, one.group, one.caption, one.region, _key(one)] for one in some]
+        said = [[one.id, one.label, one.category, one.source, one.group, one.caption, one.region, content_key(one.content)] for one in some]
         items = [Given(one.id, one.content, "", _said(one)) for one in some]
         name = f"images {first + 1} to {first + len(some)}"
         shards.append(Shard(number, name, fingerprint(said), items, len(items), schema=_RECORDS))
@@ -279,9 +279,10 @@ def _said(record: Record) -> dict[str, Any]:
     }
 
 
-def _key(record: Record) -> str:
+def content_key(content: Content | None) -> str:
+    """What tells an image from others: a hash, or why there is none."""
     try:
-        return "" if record.content is None else record.content.key
+        return "" if content is None else content.key
     except ImageError as error:
         return str(error)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from guardkit.artifacts import read_json, write_json
-from guardkit.engines.base import Engine
+from guardkit.engines.base import Engine, Put
 from guardkit.progress import ticking
 from guardkit.schema import InputError
 from guardkit.shards.inputs import Shard
@@ -104,6 +104,11 @@ class ShardTask:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"tick": _nothing}
+
+    def with_parts(self, put: Put) -> ShardTask:
+        """See `guardkit.engines.base.Put`; work that names no parts stays as it is."""
+        change = getattr(self.work, "with_parts", None)
+        return self if change is None else ShardTask(change(put), self.n_threads)
 
     def __call__(self, shard: Shard) -> Entry:
         import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +58,14 @@ class TransformersVLM:
         self.model, self.revision, self.device, self.dtype = model, revision, device, dtype
         self.max_new_tokens, self.max_image_px = max_new_tokens, max_image_px
         self.name = Path(model).expanduser().name if Path(model).expanduser().is_dir() else model
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the model, which a copy reads again; what it said of the weights stays."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_folder", "_loaded")}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
         self._lock = threading.Lock()
 
     @cached_property

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar
+from typing import Any
 
 _n_calls: ContextVar[int] = ContextVar("n_calls", default=0)  # of the question that this task asks
 
@@ -23,6 +25,13 @@ class Turns:
         self._gap_s = 60 / per_minute if per_minute else 0.0
         self._free_at = 0.0
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_free_at")}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._free_at, self._lock = 0.0, threading.Lock()  # the clock is another machine's
 
     async def take(self) -> bool:
         """Waits until a call may start and counts it; False when the budget is spent."""
