@@ -30,7 +30,7 @@ from guardkit.encoders.open_clip import OpenClipEncoder
 from guardkit.evaluation.benchmark import read_benchmark
 from guardkit.evaluation.effectiveness import measure
 from guardkit.evaluation.outcome import Evaluation
-from guardkit.evaluation.scoring import Contender, embedding_stores, score
+from guardkit.evaluation.scoring import Contender, embedding_stores, judgment_stores, score
 from guardkit.images import read_image
 from guardkit.reports.evaluation import write_report
 from guardkit.runs.hydra import CONF_DIR
@@ -106,7 +106,9 @@ def main(n_images: int = 768, repeats: int = 3, side: int = 256, width: int = 0)
         benchmark = read_benchmark(FolderSource(policy, str(root / "images"), check_images=False), split="all")
 
         def scored(contenders: list[Contender]) -> Any:
-            return score(benchmark, contenders, embedding_stores(contenders, None), None, policy.category_names)
+            return score(
+                benchmark, contenders, embedding_stores(contenders, None), judgment_stores(contenders, None), policy.category_names
+            )
 
         read, ready = best(repeats, lambda: [encoder.preprocess(read_image(path)) for path in paths])
         before = time.process_time()

@@ -139,6 +139,19 @@ class EmbeddingStore:
             raise ValueError("norms are known of what a store with keep_norms=True has embedded")
         return np.array([found[key] for key in keys], np.float32)
 
+    def lacking(self, keys: Iterable[str]) -> set[str]:
+        """Those contents, by their keys, whose vectors are not stored, or lack their norms where norms are kept."""
+        asked = set(keys)
+        return asked - self._complete(list(self._store.known(asked, self._vector)))
+
+    def held(self) -> dict[str, bytes]:
+        """Vectors and norms of a store in memory, as another one takes them (`take`)."""
+        return self._store.held()
+
+    def take(self, items: Mapping[str, bytes]) -> None:
+        """Keeps what another store of the same encoder held. What is there already stays."""
+        self._store.put(items)
+
     def _embed(self, contents: Sequence[Content], *, skip_unreadable: bool = False) -> tuple[np.ndarray, dict[int, ImageError]]:
         """(n, d) vectors, and by row why an image could not be read; such a row is zero. Without `skip_unreadable` it
         stops at the first of them, and the vectors are not to be used."""

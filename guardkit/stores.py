@@ -139,6 +139,10 @@ class KeyValueStore:
                 for key, value in items.items():
                     self._memory.setdefault(key, value)
 
+    def held(self) -> dict[str, bytes]:
+        """All that is in this process's memory."""
+        return dict(self._memory)
+
     def __len__(self) -> int:
         with self, self._lock:
             if self._connection is None:

@@ -39,7 +39,7 @@ ALLOWED = {
     ("explaining", "encoders"),  # a map is one of what an encoder sees
     ("editors", "scenes"),  # the exact editor belongs to the world it edits
     ("counterfactual", "embeddings"),  # a verifier shares the embeddings of the training
-    ("moderation", "shards"),  # what is decided over comes in shards
+    ("moderation", "shards"), ("evaluation", "shards"),  # what is decided over, or embedded for a benchmark, comes in shards
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from guardkit.editors.scenes import ScenesEditor
 from guardkit.engines.local import LocalEngine
 from guardkit.engines.ray import RayEngine
 from guardkit.engines.slurm import SlurmEngine
+from guardkit.schema import Judgment
 
 ITEMS = [f"item {number}" for number in range(7)]
 
@@ -171,6 +172,61 @@ def test_the_same_pairs_whoever_edits_and_no_edit_is_made_twice(started, synthes
     assert synthesized(scenes_policy, scenes_encoder, tmp_path / "d", Marking(tmp_path / "marks", ends=True), engine=RayEngine()) == whole
     assert (tmp_path / "marks/ended").exists()
     assert len(list((tmp_path / "marks").glob("*"))) == n_edits + 1
+
+
+class Brightness:
+    """Looks at images itself: dark ones are unsafe."""
+
+    name, fingerprint, threshold, covers = "brightness", "b" * 64, 0.5, None
+
+    def judge(self, images):
+        return [Judgment(1 - float(image.mean()) / 255) for image in images]
+
+
+class Idle:
+    """An engine that nobody asks."""
+
+    name, is_here = "idle", False
+
+
+class Bound(Brightness):
+    """Cannot be sent anywhere."""
+
+    name, fingerprint = "bound", "c" * 64
+
+    def __getstate__(self):
+        raise TypeError("it holds a camera")
+
+
+def test_the_same_figures_whoever_embeds_and_a_stopped_evaluation_goes_on(
+    started, scenes_policy, scenes_encoder, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("guardkit.evaluation.elsewhere.SHARD_IMAGES", 8)
+    torch.manual_seed(0)
+    guards = [GuardClassifier(LinearHead.build(scenes_encoder, scenes_policy), scenes_encoder, scenes_policy), Brightness(), Bound()]
+
+    def evaluated(name, **options):
+        source = ScenesSource(scenes_policy, n_train=3, n_test=4, seed=0)
+        report = guardkit.evaluate(guards, source, scenes_policy, output_dir=tmp_path / name, n_resamples=100, **options)
+        tables = {one: pq.read_table(tmp_path / name / f"{one}.parquet") for one in ("effectiveness", "predictions")}
+        return tables, report.summary["passes"]
+
+    def stops(*given, **options):
+        raise KeyboardInterrupt
+
+    here, passes = evaluated("here")
+    n = passes["images"]
+    with monkeypatch.context() as patch:
+        patch.setattr("guardkit.api.evaluate.measure", stops)
+        with pytest.raises(KeyboardInterrupt):
+            evaluated("there", engine=RayEngine())
+    assert "bound cannot be sent to workers (TypeError: it holds a camera)" in caplog.text
+    assert len(list((tmp_path / "there/.shards").glob("*.parquet"))) == -(-n // 8) > 1
+    there, passes = evaluated("there", engine=Idle())
+    assert passes["judges"] == {"brightness": {"judged": 0, "from_store": n}, "bound": {"judged": n, "from_store": 0}}
+    assert there["predictions"].equals(here["predictions"])
+    assert there["effectiveness"].equals(here["effectiveness"])
+    assert not (tmp_path / "there/.shards").exists()
 
 
 @pytest.mark.parametrize(

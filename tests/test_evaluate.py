@@ -24,7 +24,7 @@ from guardkit.artifacts import fingerprint
 from guardkit.data.sources.base import Loaded
 from guardkit.evaluation.benchmark import read_benchmark
 from guardkit.evaluation.effectiveness import measure, uncovered_categories
-from guardkit.evaluation.scoring import Contender, embedding_stores, score
+from guardkit.evaluation.scoring import Contender, embedding_stores, judgment_stores, score
 from guardkit.images import ArrayContent, FileContent
 from guardkit.metrics.figures import OF_IMAGES, OF_PAIRS, pair_metrics
 from guardkit.schema import InputError, Judgment, Record
@@ -111,7 +111,7 @@ def records(n=40, sources=("real", "generated")):
 def evaluated(test, *guards, cache=None, points=None, trained_on=None, n_resamples=120, **source):
     contenders = [Contender(guard.name, guard, points or {}, trained_on) for guard in guards]
     benchmark = read_benchmark(test if not isinstance(test, list) else Listed(test, **source))
-    sheet = score(benchmark, contenders, embedding_stores(contenders, cache), cache, CATEGORIES)
+    sheet = score(benchmark, contenders, embedding_stores(contenders, cache), judgment_stores(contenders, cache), CATEGORIES)
     rows, tests = measure(sheet, prevalence=0.02, n_resamples=n_resamples, seed=0)
     return sheet, rows, tests
 

@@ -17,7 +17,7 @@ from guardkit.encoders.base import Encoder
 from guardkit.evaluation.benchmark import read_benchmark
 from guardkit.evaluation.comparison import compared, flips, sentence
 from guardkit.evaluation.held_out import leave_out_seen, sentences
-from guardkit.evaluation.scoring import Contender, embedding_stores, score
+from guardkit.evaluation.scoring import Contender, embedding_stores, judgment_stores, score
 from guardkit.folders import claim, refuse_others
 from guardkit.policy import Policy
 from guardkit.reports.comparison import page, short_table
@@ -92,7 +92,7 @@ def compare(
         for one in contenders
         if one.training_images is None
     ]
-    sheet = score(benchmark, contenders, stores, cache, guards[1].policy.category_names)
+    sheet = score(benchmark, contenders, stores, judgment_stores(contenders, cache), guards[1].policy.category_names)
     rows = [
         row
         for row in range(len(sheet.records))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +21,14 @@ from guardkit.data.sources.base import Source
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.encoders.known import unknown_images
+from guardkit.engines.base import Engine
 from guardkit.evaluation.benchmark import SPLITS, Benchmark, read_benchmark
 from guardkit.evaluation.effectiveness import covered_rows, measure
+from guardkit.evaluation.elsewhere import look_elsewhere
 from guardkit.evaluation.held_out import Seen, leave_out_seen, sentences
 from guardkit.evaluation.outcome import Evaluation, PolicyEvaluation
 from guardkit.evaluation.policies import Entrant, measure_policies
-from guardkit.evaluation.scoring import Contender, LazyImages, Sheet, embedding_stores, score
+from guardkit.evaluation.scoring import Contender, LazyImages, Sheet, embedding_stores, judgment_stores, score
 from guardkit.evaluation.verdicts import untested
 from guardkit.fitting.retraining import Retrained
 from guardkit.fitting.retraining import retrain as retrain_head
@@ -35,6 +38,7 @@ from guardkit.reports.evaluation import short_table, write_report
 from guardkit.reports.policies import policies_table, write_policies_report
 from guardkit.robustness.measuring import RobustnessSettings, measure_robustness, write_robustness
 from guardkit.schema import SAFE, UNSAFE, Guard, InputError, takes_embeddings
+from guardkit.shards.work import LEDGER
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +80,7 @@ def evaluate(
     cache_dir: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     command: str = "guardkit.evaluate(...)",
+    engine: Engine | None = None,
 ) -> EvaluationReport:
     """Measures guards side by side, and writes tables, figures and a report.
 
@@ -103,6 +108,7 @@ def evaluate(
         cache_dir: where embeddings and judgments are kept for later runs; None keeps them in memory.
         settings: what the report says of how it came about, in plain JSON types.
         command: the same as a line to type.
+        engine: embeds and judges the images; None: this process. All else is done here: figures, the bootstrap, attacks, heads that are retrained.
     Raises:
         InputError: a wrong value, no guard, guards of different policies and none given, or nothing left to test on.
     """
@@ -114,7 +120,7 @@ def evaluate(
     if policies is not None:
         check_several(policies, policy=policy, robustness=attacks, retrain=retrain, split=split)
         several = _under_several(
-            guards, _by_policy(source, policies), policies, retrain, cache, trained_on, trust, split, test_share, split_seed
+            guards, _by_policy(source, policies), policies, retrain, cache, trained_on, trust, split, test_share, split_seed, engine, folder
         )
         return _report_policies(several, folder, prevalence, n_resamples, seed, settings, command, started)
     if isinstance(source, Mapping) or retrain:
@@ -126,13 +132,15 @@ def evaluate(
     notes = notes_on(rules, found)
     everything = read_benchmark(source, split=split, test_share=test_share, split_seed=split_seed)
     asked = dict(settings) if settings is not None else {"source": source.asked, "split": split, "prevalence": prevalence, "seed": seed}
-    stores = embedding_stores(found, cache)
+    stores, judges = embedding_stores(found, cache), judgment_stores(found, cache)
+    if engine is not None and not engine.is_here:
+        look_elsewhere(engine, [*everything.records, *everything.counterfactuals], stores, judges, folder)
     benchmark, seen = leave_out_seen(everything, found, stores)
     notes += sentences(benchmark, seen)
     for note in notes:
         log.warning("%s", note)
     built = time.perf_counter()
-    sheet = score(benchmark, found, stores, cache, rules.category_names)
+    sheet = score(benchmark, found, stores, judges, rules.category_names)
     if not sheet.records:
         raise InputError(
             f"none of the {len(sheet.rejected)} images of source={benchmark.name} can be read, the first is {sheet.rejected[0].id}: {sheet.rejected[0].reason}"
@@ -170,7 +178,9 @@ def evaluate(
     )
     with claim(folder, "evaluate", evaluation.settings, replaces=WRITTEN):
         write_robustness(folder / "robustness.parquet", robust)
-        return EvaluationReport(folder, write_report(folder, evaluation), short_table(evaluation))
+        report = EvaluationReport(folder, write_report(folder, evaluation), short_table(evaluation))
+        shutil.rmtree(folder / LEDGER, ignore_errors=True)
+    return report
 
 
 def check_settings(*, split: object, seed: object, split_seed: object, n_resamples: object, prevalence: object, trained_on: object) -> None:
@@ -349,6 +359,8 @@ def _under_several(
     split: str,
     test_share: float,
     split_seed: int,
+    engine: Engine | None,
+    folder: Path,
 ) -> _Several:
     """Builds, retrains and scores; every image is read and embedded once."""
     named = [(one.name, one) for one in asked]
@@ -382,9 +394,12 @@ def _under_several(
     flat = list({one.name: one for entrant in entrants for one in entrant.contenders.values()}.values())
     if not flat:
         raise InputError(f"nothing to evaluate: no head could be trained ({notes[-1]})")
+    judges = judgment_stores(flat, cache)
+    if engine is not None and not engine.is_here:
+        look_elsewhere(engine, [*everything.records, *everything.counterfactuals], stores, judges, folder)
     benchmark, seen = leave_out_seen(everything, flat, stores)
     notes += [note for one in flat for note in _own_notes(one)] + sentences(benchmark, seen)
-    sheet = score(benchmark, flat, stores, cache, Policy.joined(policies).category_names)
+    sheet = score(benchmark, flat, stores, judges, Policy.joined(policies).category_names)
     if not sheet.records:
         raise InputError(
             f"none of the {len(sheet.rejected)} images of source={benchmark.name} can be read, the first is {sheet.rejected[0].id}: {sheet.rejected[0].reason}"
@@ -430,7 +445,9 @@ def _report_policies(
         timing_s={"load, retrain and score": several.scored - started, "figures": time.perf_counter() - several.scored},
     )
     with claim(folder, "evaluate", outcome.settings, replaces=WRITTEN):
-        return EvaluationReport(folder, write_policies_report(folder, outcome), policies_table(outcome))
+        report = EvaluationReport(folder, write_policies_report(folder, outcome), policies_table(outcome))
+        shutil.rmtree(folder / LEDGER, ignore_errors=True)
+    return report
 
 
 def _makes_guards(one: Any) -> bool:

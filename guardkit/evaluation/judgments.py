@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -43,6 +43,19 @@ class JudgmentStore:
     def n_damaged(self) -> int:
         """Stored judgments so far that did not pass their check, and were asked for again."""
         return self._store.n_damaged
+
+    def lacking(self, keys: Iterable[str]) -> set[str]:
+        """Those contents, by their keys, of which no judgment is stored."""
+        asked = set(keys)
+        return asked - self._store.known(asked, _parsed)
+
+    def held(self) -> dict[str, bytes]:
+        """Judgments of a store in memory, as another one takes them (`take`)."""
+        return self._store.held()
+
+    def take(self, items: Mapping[str, bytes]) -> None:
+        """Keeps what another store of the same guard held."""
+        self._store.put(items)
 
     def judge(self, contents: Sequence[Content]) -> list[Judgment | ImageError]:
         """One judgment a content, or why its image cannot be read. A few images are judged at a time, and kept at once."""

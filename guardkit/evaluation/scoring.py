@@ -110,11 +110,16 @@ def embedding_stores(contenders: Sequence[Contender], cache_dir: Path | None) ->
     return stores
 
 
+def judgment_stores(contenders: Sequence[Contender], cache_dir: Path | None) -> dict[str, JudgmentStore]:
+    """One store for each guard that looks at images itself, by its fingerprint."""
+    return {one.guard.fingerprint: JudgmentStore(one.guard, cache_dir) for one in contenders if not takes_embeddings(one.guard)}
+
+
 def score(
     benchmark: Benchmark,
     contenders: Sequence[Contender],
     stores: Mapping[str, EmbeddingStore],
-    cache_dir: Path | None,
+    judges: Mapping[str, JudgmentStore],
     categories: tuple[str, ...],
 ) -> Sheet:
     """Scores every image of a benchmark, counterfactuals included, with every contender.
@@ -123,14 +128,14 @@ def score(
         benchmark: its records have contents, or embeddings.
         contenders: measured.
         stores: of their encoders, see `embedding_stores`.
-        cache_dir: where judgments are kept; None keeps them in memory.
+        judges: of those that look at images themselves, see `judgment_stores`.
         categories: of the policy, in its order.
     Raises:
         InputError: an encoder returned values that are not finite, or a guard cannot work at all (an endpoint that
             stays away); what was made before is kept.
     """
     records = [*benchmark.records, *benchmark.counterfactuals]
-    said = _Pass(len(records), contenders, stores, cache_dir, benchmark.encoder_fingerprint)
+    said = _Pass(len(records), contenders, stores, judges, benchmark.encoder_fingerprint)
     stream = iter(progress(records, total=len(records), what="scoring images"))
     while block := list(islice(stream, _BLOCK)):
         said.add(block)
@@ -200,11 +205,11 @@ class _Pass:
         n: int,
         contenders: Sequence[Contender],
         stores: Mapping[str, EmbeddingStore],
-        cache_dir: Path | None,
+        judges: Mapping[str, JudgmentStore],
         encoder_fingerprint: str | None,
     ) -> None:
         self._contenders, self._stores, self._encoder_fingerprint = contenders, stores, encoder_fingerprint
-        self._judges = {one.guard.fingerprint: JudgmentStore(one.guard, cache_dir) for one in contenders if not takes_embeddings(one.guard)}
+        self._judges = judges
         self._reads, self._n_done = _Reads(), 0
         self._head_seconds = [(0.0, 0)] * len(contenders)
         self.scores = np.full((n, len(contenders)), np.nan)

@@ -53,6 +53,7 @@ def run(cfg: DictConfig, folder: Path) -> EvaluationReport:
         cache_dir=cache_dir(cfg),
         settings=json.loads(json.dumps(plain(cfg), default=str)),
         command=_command(),
+        engine=make(cfg.engine),
     )
 
 
