@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeGuard
 
 from guardkit.schema import InputError, shortened
 from guardkit.storage import check_url, is_url, local_path
 
+_URL_AS_PATH = re.compile(r"[a-z][a-z0-9+.-]+:/[^/]")
 MAX_SEED = 2**63 - 1  # that torch takes
 
 
@@ -85,6 +87,8 @@ def check_path(name: str, value: object) -> Path:
                 f"{name} must be a path on this machine, got the URL {shortened(str(value), 200)}; copy what lies there, and give its path"
             )
         return path
+    if isinstance(value, PurePath) and _URL_AS_PATH.match(str(value)) and not os.path.exists(value):
+        raise InputError(f"{name} must be a text where it is a URL, got {value!r}, which has lost a slash")
     return Path(os.fsdecode(value)).expanduser()
 
 

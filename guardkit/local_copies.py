@@ -10,12 +10,14 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from guardkit.artifacts import fingerprint, read_json, write_json, written
 from guardkit.checks import check_path
@@ -23,6 +25,8 @@ from guardkit.schema import InputError
 from guardkit.storage import Item, check_url, is_url, item, items, joined, local_path, opened, unusable_name
 from guardkit.storage_errors import MissingError, StorageError, shown
 from guardkit.terminal import call_it
+
+T = TypeVar("T")
 
 _ABOUT = "about.json"
 _USUAL_GB = 100.0  # that copies may take; GUARDKIT_COPIES_GB sets another
@@ -142,18 +146,27 @@ def fetch_into(folder: Path, found: Sequence[Item]) -> None:
         raise StorageError(
             f"a copy of {shown(found[0].url)} and what lies beside it needs {n_bytes} bytes, {folder} has {free} left; make room, or set GUARDKIT_CACHE"
         )
+    stopped = threading.Event()  # a command that is stopped does not wait for the rest of what is under way
+    at_once(lambda one: _fetch(one, folder / one.name, stopped), missing, stopped)
+
+
+def at_once(do: Callable[[T], object], all_of: Iterable[T], stopped: threading.Event | None = None) -> None:
+    """Does something to each, several at a time. After the first failure, which is raised, none is begun any more, and `stopped` is set."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for done in [pool.submit(_fetch, one, folder / one.name) for one in missing]:
-            try:
+        try:
+            for done in [pool.submit(do, one) for one in all_of]:
                 done.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        except BaseException:
+            if stopped is not None:
+                stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _fetch(one: Item, path: Path) -> None:
+def _fetch(one: Item, path: Path, stopped: threading.Event) -> None:
     with opened(one.url, version=one.version or None, ahead=True) as source, written(path) as temporary, open(temporary, "wb") as target:
-        shutil.copyfileobj(source, target, _CHUNK)
+        while not stopped.is_set() and (data := source.read(_CHUNK)):
+            target.write(data)
         if target.tell() != one.size:
             raise StorageError(f"{shown(one.url)} gave {target.tell()} of {one.size} bytes; read it again, or copy it anew")
 
@@ -178,12 +191,15 @@ def _fetched(url: str, found: Sequence[Item], inside: str = "") -> Path:
     place = folder / (inside or found[0].name)
     _copies[place.resolve()] = _copies[place] = url
     call_it(place, url)
+    is_new = False
     with FileLock(root / f"{folder.name}.lock", mode=0o600):
         if not (folder / _ABOUT).is_file() or not all(_is_whole(folder / inside / one.name, one.size) for one in found):
             fetch_into(folder / inside, found)
             write_json(folder / _ABOUT, {"url": url, "bytes": n_bytes})
+            is_new = True
         os.utime(folder)
-    _make_room(root, limit, but=folder)
+    if is_new:
+        _make_room(root, limit, but=folder)
     return folder / inside
 
 

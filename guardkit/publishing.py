@@ -14,7 +14,7 @@ from pathlib import Path
 
 from guardkit.artifacts import fingerprint, parse_json, read_json, write_json
 from guardkit.folders import LOCK, MARK, UNFINISHED, is_unfinished
-from guardkit.local_copies import default_cache_dir, fetch_into
+from guardkit.local_copies import at_once, default_cache_dir, fetch_into
 from guardkit.schema import InputError
 from guardkit.storage import Item, check_url, delete, items, joined, local_path, read, upload, write
 from guardkit.storage_errors import StorageError, shown
@@ -56,7 +56,8 @@ def published(folder: Path, url: str, *, last: Sequence[str] = (), replaced: Col
     if MARK in names:
         mark = read_json(folder / MARK, "the mark of a finished run")
         write(joined(url, MARK), json.dumps(mark | {"state": UNFINISHED}, indent=2).encode())
-    for name in [*(name for name in names if name not in ends), *ends[:-1]]:
+    at_once(lambda name: upload(folder / name, joined(url, name)), [name for name in names if name not in ends])
+    for name in ends[:-1]:
         upload(folder / name, joined(url, name))
     for name in sorted(set(replaced) - set(names)):
         delete(joined(url, name))

@@ -166,20 +166,29 @@ def item(url: str) -> Item | None:
     if path is not None:
         return _local_item(path, path.name) if path.is_file() else None
     url = check_url("the URL", url)
+    about = _about(url)
+    return _item(url, url.rpartition("/")[2], about) if about is not None and about["type"] == "file" else None
+
+
+def _about(url: str) -> dict[str, Any] | None:
+    """What fsspec knows of an object or a folder; None: there is none."""
     system, place = _system(url)
     with asking(url):
         try:
-            about = system.info(place)
+            found: dict[str, Any] = system.info(place)
+            return found
         except FileNotFoundError as error:
             if code_of(error) == "NoSuchBucket":
                 raise
             return None
-    return _item(url, url.rpartition("/")[2], about) if about["type"] == "file" else None
 
 
 def exists(url: str) -> bool:
     """Whether there is an object of that name, or some below it. Raises StorageError where the storage cannot say."""
-    return item(url) is not None or bool(items(url))
+    path = local_path(url)
+    if path is not None:
+        return path.exists()
+    return _about(check_url("the URL", url)) is not None
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -102,8 +103,9 @@ def test_copies_make_room_for_newer_ones(bucket, cache, monkeypatch):
     assert all(path.exists() for path in paths)  # all are in use
     for path in paths[:2]:
         os.utime(path.parent, (1, 1 + paths.index(path)))
-    local_copy(f"{bucket}/2")
-    assert [path.exists() for path in paths] == [False, True, True]
+    storage.write(f"{bucket}/3", bytes(900))
+    paths.append(local_copy(f"{bucket}/3"))
+    assert [path.exists() for path in paths] == [False, False, True, True]
     storage.write(f"{bucket}/large", bytes(3000))
     with pytest.raises(StorageError, match="has 3000 bytes, copies here may take 2000; .*GUARDKIT_COPIES_GB"):
         local_copy(f"{bucket}/large")
@@ -114,6 +116,8 @@ def test_a_path_is_no_url(tmp_path):
     assert local("root", str(tmp_path)) == tmp_path
     with pytest.raises(InputError, match="root must be a path on this machine, got the URL s3://bucket/x; copy what lies there"):
         check_path("root", "s3://bucket/x")
+    with pytest.raises(InputError, match="must be a text where it is a URL, got .*, which has lost a slash"):
+        local("root", Path("s3://bucket/x"))
 
 
 # --- guards, policies, models -----------------------------------------------------------------------------------------
@@ -392,3 +396,19 @@ def test_a_storage_that_breaks_down_ends_the_run_and_rejects_nothing(photos, buc
     monkeypatch.setitem(conf, "s3", {"config_kwargs": {"retries": {"total_max_attempts": 1}}})
     with pytest.raises(StorageError, match="the storage cannot be reached"):
         source.load()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["-m", "seed=0,1", "output_dir=s3://bucket/x"], "a multirun writes into a folder on this machine, got output_dir=s3://bucket/x"),
+        (["output_dir=s3://KEY:hush@bucket/x"], "output_dir is a s3:// URL with credentials in it"),
+    ],
+)
+def test_places_that_a_command_refuses_at_once(asked, said, tmp_path):
+    done = call("guardkit.train", *asked, cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert said in done.stderr
+    assert "hush" not in done.stderr
+    assert not list(tmp_path.iterdir())

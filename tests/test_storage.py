@@ -1,10 +1,13 @@
 """Objects in object storage: a real S3 server on this machine, memory://, file://, and a storage that has a bad day."""
 
+import asyncio
 import io
+import json
 import os
 import tarfile
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +35,8 @@ def faulty(bucket, s3_server, monkeypatch):
 
     server = FaultyStorage(s3_server)
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    sleep = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds, *args: sleep(min(seconds, 0.01), *args))  # between tries
     monkeypatch.setitem(conf, "s3", {"config_kwargs": {"read_timeout": 0.3, "retries": {"mode": "standard", "total_max_attempts": 2}}})
     server.bucket = bucket
     yield server
@@ -92,16 +97,40 @@ def test_google_storage_goes_to_its_file_system(monkeypatch):
     assert storage.item("gs://bucket/a.tar") == storage.Item("gs://bucket/a.tar", "a.tar", 3, "bucket/a.tar-3")
 
 
-def test_the_hub_goes_to_its_file_system(monkeypatch):
-    """No network: only which class is asked is seen."""
-    import huggingface_hub
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face Hub as a dataset with two files needs."""
 
-    seen = []
-    monkeypatch.setattr(
-        huggingface_hub.HfFileSystem, "info", lambda self, path: seen.append(path) or {"type": "file", "size": 4, "blob_id": "b"}
-    )
-    assert storage.item("hf://datasets/org/name@abc123/a.tar").version == "b-4"
-    assert seen == ["datasets/org/name@abc123/a.tar"]
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        if "/tree/" in self.path:
+            files = [{"type": "file", "path": f"sub/{name}", "oid": f"oid-{name[-5]}", "size": 3} for name in ("a.bin", "deep/b.bin")]
+            body = json.dumps([*files, {"type": "directory", "path": "sub/deep", "oid": "d", "size": 0}])
+        else:
+            body = self.path[-5:-2] if "/resolve/" in self.path else json.dumps({"id": "org/name", "tags": [], "siblings": []})
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+
+@pytest.mark.parametrize("revision", ["", "@abc123"])
+def test_files_on_the_hub(revision, monkeypatch):
+    from fsspec.config import conf
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setitem(conf, "hf", {"endpoint": f"http://127.0.0.1:{server.server_port}"})
+    url = f"hf://datasets/org/name{revision}/sub"
+    assert storage.items(url) == [
+        storage.Item(f"{url}/a.bin", "a.bin", 3, "oid-a-3"),
+        storage.Item(f"{url}/deep/b.bin", "deep/b.bin", 3, "oid-b-3"),
+    ]
+    assert [storage.read(one.url, version=one.version) for one in storage.items(url)] == [b"a.b", b"b.b"]
+    server.shutdown()
+    server.server_close()
 
 
 def test_the_hub_that_is_switched_off():

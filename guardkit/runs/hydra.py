@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,17 @@ def _working_folder(place: str) -> str:
     return str(working_folder(place)) if is_url(place) else os.path.expanduser(place)
 
 
+def _check_place(arguments: Sequence[str]) -> None:
+    """Refuses an output_dir in object storage before Hydra sees it, which would say so over many lines."""
+    for one in arguments:
+        name, _, place = one.partition("=")
+        place = place.strip("'\"")
+        if name == "output_dir" and is_url(place):
+            working_folder(place)
+            if local_path(place) is None and any(flag in arguments for flag in ("-m", "--multirun")):
+                raise InputError(f"a multirun writes into a folder on this machine, got output_dir={place}; give a path, and copy it")
+
+
 def main(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Decorates the function of an entry point.
 
@@ -92,6 +103,7 @@ def main(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[
             with stoppable(), _readable_errors():
                 _settle_without_home()
                 sys.argv[1:] = mended(sys.argv[1:], CONF_DIR)
+                _check_place(sys.argv[1:])
                 # Hydra would otherwise print an abridged traceback of its own and exit with 1
                 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
                 try:
@@ -138,10 +150,6 @@ def _run_job(run: Callable[[DictConfig], None], cfg: DictConfig) -> None:
         if missing:  # in here, so that the folder that Hydra made is taken away
             raise InputError(f"{', '.join(missing)} must be given, as in {missing[0]}=VALUE; see --help")
         if is_url(cfg.output_dir):
-            if is_one_of_many and local_path(cfg.output_dir) is None:
-                raise InputError(
-                    f"a multirun writes into a folder on this machine, got output_dir={cfg.output_dir}; give a path, and copy it"
-                )
             stack.enter_context(brought_here(cfg.output_dir))
         run(cfg)
 
