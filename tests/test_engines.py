@@ -116,7 +116,7 @@ def test_what_nobody_can_do_is_one_line(started, tmp_path, engine, mistake):
 def test_the_same_bytes_whoever_embeds_and_decides(started, scenes_encoder, scenes_policy, pictures, tmp_path):
     torch.manual_seed(0)
     guard = GuardClassifier(LinearHead.build(scenes_encoder, scenes_policy), scenes_encoder, scenes_policy)
-    for name, engine in (("local", LocalEngine()), ("ray", RayEngine(workers=2))):
+    for name, engine in (("local", LocalEngine()), ("ray", RayEngine(workers=1, pools={"encoder": {}}))):
         counts = guardkit.embed(input=pictures, encoder=scenes_encoder, output_dir=tmp_path / name, shard_size=4, engine=engine)
         assert counts == {"given": 11, "written": 10, "rejected": 1}
         guardkit.moderate(guard, [pictures, pictures], output_dir=tmp_path / f"decided_{name}", engine=engine)
@@ -174,6 +174,51 @@ def test_the_same_pairs_whoever_edits_and_no_edit_is_made_twice(started, synthes
     assert len(list((tmp_path / "marks").glob("*"))) == n_edits + 1
 
 
+def test_the_same_pairs_by_pools_one_of_whose_actors_ends(started, synthesized_here, scenes_policy, scenes_encoder, tmp_path):
+    whole, n_edits = synthesized_here
+    (tmp_path / "marks").mkdir()
+    engine = RayEngine(cpus=0.5, pools={"editor": {"workers": 2, "cpus": 0.5}, "encoder": {"cpus": 0.5}, "verifier": {"cpus": 0.5}})
+    assert synthesized(scenes_policy, scenes_encoder, tmp_path / "d", Marking(tmp_path / "marks", ends=True), engine=engine) == whole
+    assert len(list((tmp_path / "marks").glob("*"))) == n_edits + 1
+
+
+class Part:
+    """An editor that says what a user did wrong, or ends its process."""
+
+    name, config = "part", {"editor": "part"}
+
+    def __init__(self, mistake):
+        self.mistake = mistake
+
+    def edit(self, requests):
+        if self.mistake:
+            raise InputError("no {weights}; give some")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Asking:
+    """A task with an editor."""
+
+    def __init__(self, editor):
+        self.editor = editor
+
+    def with_parts(self, put):
+        return Asking(put("editor", self.editor))
+
+    def __call__(self, item):
+        return self.editor.edit([item])
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [(True, "^no {weights}; give some$"), (False, "an actor of engine.pools.editor could not begin, or ended 2 times at the same call")],
+)
+def test_what_a_pool_cannot_do_is_one_line(started, mistake, message):
+    engine = RayEngine(workers=1, retries=1, pools={"editor": {}})
+    with pytest.raises(InputError, match=message):
+        list(engine.run(Asking(Part(mistake)), ITEMS[:2]))
+
+
 class Brightness:
     """Looks at images itself: dark ones are unsafe."""
 
@@ -219,7 +264,7 @@ def test_the_same_figures_whoever_embeds_and_a_stopped_evaluation_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr("guardkit.api.evaluate.measure", stops)
         with pytest.raises(KeyboardInterrupt):
-            evaluated("there", engine=RayEngine())
+            evaluated("there", engine=RayEngine(workers=1, pools={"encoder": {}}))
     assert "bound cannot be sent to workers (TypeError: it holds a camera)" in caplog.text
     assert len(list((tmp_path / "there/.shards").glob("*.parquet"))) == -(-n // 8) > 1
     there, passes = evaluated("there", engine=Idle())
@@ -234,6 +279,16 @@ def test_the_same_figures_whoever_embeds_and_a_stopped_evaluation_goes_on(
     [
         (lambda: RayEngine(workers=0), "engine.workers must be a whole number of at least 1"),
         (lambda: RayEngine(gpus=-1), "engine.gpus must be a number of at least 0"),
+        (lambda: RayEngine(pools={"painter": {}}), "with the roles editor, encoder, instructor, verifier, got painter: {}"),
+        (lambda: RayEngine(pools={"editor": {"workers": 0}}), "engine.pools.editor.workers must be a whole number of at least 1"),
+        (
+            lambda: list(RayEngine(pools={"encoder": {}}).run(Asking(None), [1])),
+            "names encoder, which nothing here uses; the parts here are editor",
+        ),
+        (
+            lambda: list(RayEngine(pools={"encoder": {}}).run(str, [1])),
+            "names encoder, which nothing here uses; no part here can be in one",
+        ),
         (lambda: SlurmEngine(memory_gb=0), "engine.memory_gb must be a number above 0"),
         (lambda: SlurmEngine(cluster="k8s"), "engine.cluster must be one of slurm, local"),
         (lambda: list(SlurmEngine().run(str, [1])), "needs Slurm's sbatch, which is not on the PATH"),

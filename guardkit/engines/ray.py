@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import signal
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from guardkit.checks import check_number, check_whole
+from guardkit.engines.pools import checked_pools, pool
 from guardkit.schema import InputError
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,9 @@ class RayEngine:
         workers: actors.
         cpus, gpus: that each asks Ray for, so that it knows how many fit on a machine.
         address: of a running cluster ("auto": the one on this machine); None: RAY_ADDRESS, or else a new one on this machine that ends with the run.
-        retries: how often an item is begun again whose worker ended (killed, out of memory, its machine gone).
+        retries: how often an item is begun again whose worker ended (killed, out of memory, its machine gone), and a call of a pool's actor.
+        pools: {role: {workers: 1, cpus: 1, gpus: 0}}: parts that work in actors of their own, and not in each worker: `editor`, `encoder`,
+            `instructor`, `verifier`. Workers read, prepare and write then, and wait for what they ask of them.
     Raises:
         InputError: a wrong value.
 
@@ -47,12 +51,22 @@ class RayEngine:
     name = "ray"
     is_here = False
 
-    def __init__(self, *, workers: int = 2, cpus: float = 1, gpus: float = 0, address: str | None = None, retries: int = 3) -> None:
+    def __init__(
+        self,
+        *,
+        workers: int = 2,
+        cpus: float = 1,
+        gpus: float = 0,
+        address: str | None = None,
+        retries: int = 3,
+        pools: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         check_whole("engine.workers", workers, 1)
         check_number("engine.cpus", cpus, "[0, inf)")
         check_number("engine.gpus", gpus, "[0, inf)")
         check_whole("engine.retries", retries, 0)
         self.workers, self.cpus, self.gpus, self.address, self.retries = workers, cpus, gpus, address, retries
+        self.pools = checked_pools(pools)
         self.busy_s = self.wall_s = 0.0
 
     def run(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[int, R]]:
@@ -61,7 +75,8 @@ class RayEngine:
             import ray
         except ImportError as error:
             raise InputError('engine=ray needs the package ray; pip install "guardkit[ray]"') from error
-        with self._connected(ray):
+        n_pools = self._counted(task)
+        with self._connected(ray, n_pools), self._with_pools(ray, task) as task:
             kept = ray.put(task)
             worker = ray.remote(_Worker).options(num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=0)
             started = time.perf_counter()
@@ -110,8 +125,39 @@ class RayEngine:
                 for actor in actors:
                     ray.kill(actor)
 
+    def _counted(self, task: Any) -> Counter[str]:
+        """How many pools of each role the task needs."""
+        found: Counter[str] = Counter()
+
+        def count(role: str, part: Any) -> Any:
+            found[role] += 1
+            return part
+
+        change = getattr(task, "with_parts", None)
+        if change is not None and self.pools:
+            change(count)
+        if idle := [role for role in self.pools if role not in found]:
+            used = f"the parts here are {', '.join(sorted(found))}" if found else "no part here can be in one"
+            raise InputError(f"engine.pools names {', '.join(idle)}, which nothing here uses; {used}")
+        return Counter({role: found[role] for role in self.pools})
+
     @contextmanager
-    def _connected(self, ray: Any) -> Iterator[None]:
+    def _with_pools(self, ray: Any, task: Any) -> Iterator[Any]:
+        """The task, with stand-ins for the parts that have a pool."""
+        with ExitStack() as opened:
+
+            def put(role: str, part: Any) -> Any:
+                return opened.enter_context(pool(ray, role, part, self.pools[role], self.retries)) if role in self.pools else part
+
+            yield task.with_parts(put) if self.pools else task
+
+    def _asked(self, what: str, n_pools: Mapping[str, int]) -> float:
+        """All the "cpus" or "gpus" that workers and pools ask Ray for."""
+        own: float = self.workers * getattr(self, what)
+        return own + sum(n * self.pools[role]["workers"] * self.pools[role][what] for role, n in n_pools.items())
+
+    @contextmanager
+    def _connected(self, ray: Any, n_pools: Mapping[str, int]) -> Iterator[None]:
         """Ray as it runs already in this process, or else as `address` says, for the time of the block."""
         if ray.is_initialized():
             yield
@@ -121,7 +167,7 @@ class RayEngine:
         if self.address is None and not os.environ.get("RAY_ADDRESS"):
             # logical processors, so that as many actors as were asked for are there
             settings |= {
-                "num_cpus": max(os.cpu_count() or 1, int(self.workers * self.cpus + 0.999)),
+                "num_cpus": max(os.cpu_count() or 1, math.ceil(self._asked("cpus", n_pools))),
                 "object_store_memory": _OBJECT_STORE_BYTES,
             }
         else:
@@ -138,6 +184,15 @@ class RayEngine:
             for one, handler in before.items():  # Ray sets its own, which end the process without a word
                 if handler is not None and signal.getsignal(one) is not handler:
                     signal.signal(one, handler)
+            gpus, there = self._asked("gpus", n_pools), ray.cluster_resources().get("GPU", 0)
+            if gpus > there:
+                if "num_cpus" in settings:
+                    raise InputError(
+                        f"engine=ray asks for {gpus:g} GPUs, and this machine has {there:g}; ask for less, or name a cluster's engine.address"
+                    )
+                log.warning(
+                    "engine=ray asks for %g GPUs, and the cluster has %g: what does not fit waits until there are more", gpus, there
+                )
             yield
         finally:
             ray.shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pyarrow as pa
 
 from guardkit.artifacts import write_table
 from guardkit.classifier import GuardClassifier
+from guardkit.engines.base import Put
 from guardkit.moderation.banks import Bank
 from guardkit.moderation.stream import Decided, Moderator, Options
 from guardkit.shards.columns import own_columns
@@ -47,6 +49,12 @@ class Deciding:
 
     def __init__(self, guard: GuardClassifier, options: Options, banks: Sequence[Bank], folder: Path) -> None:
         self.guard, self.options, self.banks, self.folder = guard, options, tuple(banks), Path(folder)
+
+    def with_parts(self, put: Put) -> Deciding:
+        """See `guardkit.engines.base.Put`."""
+        guard = copy.copy(self.guard)
+        guard.encoder = put("encoder", guard.encoder)
+        return Deciding(guard, self.options, self.banks, self.folder)
 
     def do(self, shard: Shard, tick: Callable[[int], None]) -> Entry:
         """See `Work`."""

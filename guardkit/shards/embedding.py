@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from guardkit.artifacts import fingerprint, read_json, write_json, write_table, 
 from guardkit.embedding_folder import MANIFEST, REJECTED
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
-from guardkit.engines.base import Engine
+from guardkit.engines.base import Engine, Put
 from guardkit.engines.local import LocalEngine
 from guardkit.folders import claim
 from guardkit.images import BytesContent, FileContent
@@ -28,6 +29,7 @@ from guardkit.schema import UNLABELLED, Content, ImageError, InputError, Record,
 from guardkit.shards.columns import own_columns
 from guardkit.shards.inputs import Given, Shard
 from guardkit.shards.work import LEDGER, Entry, work_on
+from guardkit.stores import of_this_machine
 
 _BOX = ("x_min", "y_min", "x_max", "y_max")
 _RECORDS = pa.schema(
@@ -55,6 +57,11 @@ class Embedding:
 
     def __init__(self, encoder: Encoder, folder: Path, *, cache_dir: Path | None, max_pixels: int) -> None:
         self.encoder, self.folder, self.cache_dir, self.max_pixels = encoder, Path(folder), cache_dir, max_pixels
+        self._machine = platform.node()
+
+    def with_parts(self, put: Put) -> Embedding:
+        """See `guardkit.engines.base.Put`."""
+        return Embedding(put("encoder", self.encoder), self.folder, cache_dir=self.cache_dir, max_pixels=self.max_pixels)
 
     def do(self, shard: Shard, tick: Callable[[int], None]) -> Entry:
         """See `guardkit.shards.work.Work`."""
@@ -62,7 +69,8 @@ class Embedding:
         refused: list[tuple[Given, str]] = []
         vectors = Path("img_emb") / f"img_emb_{shard.number}.npy"
         with written(self.folder / vectors) as temporary, _growing(temporary, self.encoder.dim) as add:
-            store = EmbeddingStore(self.encoder, self.cache_dir, keeps=self.cache_dir is not None)
+            cache_dir = of_this_machine(self.cache_dir, self._machine)
+            store = EmbeddingStore(self.encoder, cache_dir, keeps=cache_dir is not None)
             under_way: deque[Given] = deque()
             with closing(store.stream(self._contents(shard, under_way, refused, tick), _n_bytes)) as outcomes:
                 for outcome in outcomes:
