@@ -18,7 +18,7 @@ from guardkit.artifacts import fingerprint
 from guardkit.checks import check_choice, check_whole
 from guardkit.embedding_blocks import decide_blocks
 from guardkit.embedding_folder import find_embedding_parts
-from guardkit.encoders.base import Encoder, ReadsPolicy
+from guardkit.encoders.base import Encoder, ReadsPolicy, enough
 from guardkit.encoders.lookup import ENCODER_KINDS, find_encoder
 from guardkit.encoders.ways import drawn_images, of_the_same_weights, said_way
 from guardkit.explaining.explanation import Explanation
@@ -206,7 +206,7 @@ class GuardClassifier:
             check_choice("category", category, self.policy.category_names)
             column = 1 + self.policy.category_names.index(category)
         check_whole("max_pixels", max_pixels, 1)
-        pixels = read_image(readable(image, max_pixels), max_pixels=max_pixels)
+        pixels = read_image(readable(image, max_pixels), max_pixels=max_pixels, at_least=enough(self.encoder))
         score = float(self._rows(self.encoder.encode_images([pixels]))[0, column])
         if not np.isfinite(score):
             raise InputError(f"the image has no finite score: {_BEYOND}")
@@ -323,7 +323,8 @@ class GuardClassifier:
         errors: dict[int, str] = {}
         for i, image in enumerate(batch):
             try:
-                pixels.append(self.encoder.preprocess(read_image(readable(image, max_pixels), max_pixels=max_pixels)))
+                shown = read_image(readable(image, max_pixels), max_pixels=max_pixels, at_least=enough(self.encoder))
+                pixels.append(self.encoder.preprocess(shown))
             except ImageError as error:
                 errors[i] = str(error)
         decided = iter(self._of_embeddings(self.encoder.encode_preprocessed(pixels), thresholds, scope) if pixels else ())
@@ -582,7 +583,10 @@ class GuardClassifier:
     def _moved(self, own: Encoder, folder: Path) -> str:
         """What it changes that images are read another way than for its training: one sentence."""
         images = drawn_images()
-        here, there = (self.probabilities(encoder.encode_images(images)) for encoder in (self.encoder, own))
+        here, there = (
+            self.probabilities(encoder.encode_images([read_image(image, at_least=enough(encoder)) for image in images]))
+            for encoder in (self.encoder, own)
+        )
         return (
             f"guard {folder} was trained with {said_way(own.preprocessing)} and is given {self.encoder.name} with "
             f"{said_way(self.encoder.preprocessing)}: on {len(images)} drawn images its scores moved by up to {np.abs(here - there).max():.4f}; "

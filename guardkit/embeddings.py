@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from guardkit.encoders.base import Encoder
+from guardkit.encoders.base import Encoder, enough
+from guardkit.images import load
 from guardkit.reading_ahead import read_ahead
 from guardkit.schema import Content, ImageError, InputError, Record, Rejected, unreadable
 from guardkit.stores import KeyValueStore, of_this_machine
@@ -278,7 +279,7 @@ class EmbeddingStore:
     def _read(self, wanted: _Wanted) -> Any:
         # preprocessed at once: a batch of photographs at full size would take gigabytes
         try:
-            return self.encoder.preprocess(wanted.content.load())
+            return self.encoder.preprocess(load(wanted.content, enough(self.encoder)))
         except ImageError as error:
             return error
 

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from guardkit.limits import MAX_FRAMES, MAX_PIXELS, check_bytes, check_size, shrink
 from guardkit.pixels import as_shown, each_frame
-from guardkit.schema import ImageError, TooLargeError
+from guardkit.schema import Content, ImageError, TooLargeError
 
 SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
@@ -33,7 +33,7 @@ T = TypeVar("T")
 ImageLike = str | Path | bytes | Image.Image | np.ndarray
 
 
-def read_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS, at_least: int | None = None) -> np.ndarray:
     """Reads an image as a viewer would show it.
 
     The type follows from the bytes, not from the name. EXIF rotation is applied, colours are converted to sRGB through an
@@ -45,6 +45,8 @@ def read_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> np.ndarray
         source: a path, encoded bytes, a PIL image, or an (h, w, 3) or (h, w) uint8 array.
         max_pixels: an image with more is rejected before it is decoded; what exceeds Pillow's own limit of
             2 * PIL.Image.MAX_IMAGE_PIXELS (about 179 million) is rejected in any case.
+        at_least: pixels of a side that are enough: a JPEG whose sides are twice, four or eight times as long is decoded at a half, a quarter
+            or an eighth. None: as it is.
     Returns:
         (h, w, 3) uint8 RGB.
     Raises:
@@ -52,11 +54,22 @@ def read_image(source: ImageLike, *, max_pixels: int = MAX_PIXELS) -> np.ndarray
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
-    return _of_opened(source, max_pixels, lambda image: as_shown(image, max_pixels))
+    return _of_opened(source, max_pixels, lambda image: as_shown(image, max_pixels, at_least))
+
+
+def load(content: Content, at_least: int | None = None) -> np.ndarray:
+    """(h, w, 3) uint8 RGB of a content, `at_least` as for `read_image`, where it is an encoded image. Raises ImageError."""
+    reduced = None if at_least is None else getattr(content, "load_reduced", None)
+    return content.load() if reduced is None else reduced(at_least)
 
 
 def read_frames(
-    source: ImageLike, take: Callable[[np.ndarray], T], *, max_pixels: int = MAX_PIXELS, max_frames: int = MAX_FRAMES
+    source: ImageLike,
+    take: Callable[[np.ndarray], T],
+    *,
+    max_pixels: int = MAX_PIXELS,
+    max_frames: int = MAX_FRAMES,
+    at_least: int | None = None,
 ) -> list[T]:
     """Reads every frame of an animation, or page of a TIFF, as a viewer would show it; of a still image the one there is.
 
@@ -65,6 +78,7 @@ def read_frames(
         take: is given each frame, (h, w, 3) uint8 RGB; what it gives is kept.
         max_pixels: a frame with more is rejected before it is decoded, and so is an animation with ten times as many.
         max_frames: an animation with more is rejected.
+        at_least: as for `read_image`.
     Returns:
         What `take` gave, in order; the first frame is that of `read_image`.
     Raises:
@@ -72,7 +86,7 @@ def read_frames(
     """
     if isinstance(source, np.ndarray):
         return [take(_from_array(source, max_pixels))]
-    return _of_opened(source, max_pixels, lambda image: each_frame(image, max_pixels, max_frames, take))
+    return _of_opened(source, max_pixels, lambda image: each_frame(image, max_pixels, max_frames, take, at_least))
 
 
 def _of_opened(source: ImageLike, max_pixels: int, work: Callable[[Image.Image], T]) -> T:
@@ -204,6 +218,10 @@ class FileContent:
         """(h, w, 3) uint8 RGB. Raises ImageError."""
         return read_image(self.path, max_pixels=self.max_pixels)
 
+    def load_reduced(self, at_least: int) -> np.ndarray:
+        """The same, a JPEG decoded at a fraction; see `read_image`."""
+        return read_image(self.path, max_pixels=self.max_pixels, at_least=at_least)
+
 
 @dataclass(frozen=True, eq=False)
 class BytesContent:
@@ -230,6 +248,10 @@ class BytesContent:
     def load(self) -> np.ndarray:
         """(h, w, 3) uint8 RGB. Raises ImageError."""
         return read_image(self.data, max_pixels=self.max_pixels)
+
+    def load_reduced(self, at_least: int) -> np.ndarray:
+        """The same, a JPEG decoded at a fraction; see `read_image`."""
+        return read_image(self.data, max_pixels=self.max_pixels, at_least=at_least)
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,14 +37,20 @@ _ANIMATED = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 
-def as_shown(image: Image.Image, max_pixels: int) -> np.ndarray:
+def as_shown(image: Image.Image, max_pixels: int, at_least: int | None = None) -> np.ndarray:
     """(h, w, 3) uint8 RGB of an image that Pillow has opened.
 
+    Args:
+        image: opened.
+        max_pixels: more are not decoded.
+        at_least: pixels of a side that are enough, see `guardkit.images.read_image`.
     Raises:
         ImageError: it cannot be worked on, or has colours that nobody can show; damaged files raise all that decoders raise.
     """
     check_size(*image.size, max_pixels)
     with decoding(*image.size), _first_frame(image) as data:
+        if data is not None and at_least is not None:
+            image.draft(None, (at_least, at_least))  # the decoder leaves out what the smaller image does not show
         # a colour profile is judged by a loaded image
         if data is not None and image.mode == "RGB" and "icc_profile" not in image.info:
             stored = jpeg.decode(data, *image.size)
@@ -54,7 +60,7 @@ def as_shown(image: Image.Image, max_pixels: int) -> np.ndarray:
         return _upright(image)
 
 
-def each_frame(image: Image.Image, max_pixels: int, most: int, take: Callable[[np.ndarray], T]) -> list[T]:
+def each_frame(image: Image.Image, max_pixels: int, most: int, take: Callable[[np.ndarray], T], at_least: int | None = None) -> list[T]:
     """What `take` makes of every frame of an animation, or page, of an image that Pillow has opened; of a still image, of the one there is.
 
     The first is that of `as_shown`. A default image that an animated PNG keeps for those who know no animations comes last.
@@ -64,6 +70,7 @@ def each_frame(image: Image.Image, max_pixels: int, most: int, take: Callable[[n
         max_pixels: of a frame; all frames together may have ten times as many.
         most: frames.
         take: is given (h, w, 3) uint8 RGB, which it need not keep.
+        at_least: as for `as_shown`.
     Raises:
         ImageError: more frames, or more pixels; damaged files raise all that decoders raise.
     """
@@ -73,7 +80,7 @@ def each_frame(image: Image.Image, max_pixels: int, most: int, take: Callable[[n
     if n > 1 and n * image.width * image.height > 10 * max_pixels:
         raise TooLargeError(f"an animation of {n} frames of {image.width}x{image.height} is more than {10 * max_pixels} pixels")
     if not (n > 1 and getattr(image, "default_image", False)):
-        return [take(as_shown(image, max_pixels)), *(_frame(image, i, max_pixels, take) for i in range(1, n))]
+        return [take(as_shown(image, max_pixels, at_least)), *(_frame(image, i, max_pixels, take) for i in range(1, n))]
     default = _frame(image, 0, max_pixels, take)
     image.paste(_empty(image), (0, 0, *image.size))  # it is not the canvas of the animation, see `_first_frame`
     return [*(_frame(image, i, max_pixels, take) for i in range(1, n)), default]

@@ -319,9 +319,12 @@ def test_a_configuration_signed_anew_is_refused_in_one_line(folder, scenes_encod
     [
         (
             put("encoder", "config", "hook", "x"),
-            "encoder.config must be among architecture, weights, preprocess, backend, got architecture, backend, hook",
+            "encoder.config must be among architecture, weights, preprocess, backend, decode, got architecture, backend, decode, hook",
         ),
-        (put("encoder", "config", "device", "cuda"), "encoder.config must be among architecture, weights, preprocess, backend, got"),
+        (
+            put("encoder", "config", "device", "cuda"),
+            "encoder.config must be among architecture, weights, preprocess, backend, decode, got",
+        ),
         (put("encoder", "config", "weights", 3), "encoder.config.weights must be a text, got 3"),
         (put("encoder", "config", "preprocess", [1]), r"encoder.config.preprocess must be an object or null, got \[1\]"),
         (drop("encoder", "config", "weights"), "encoder.config.weights is missing"),
@@ -365,7 +368,7 @@ class MyEncoder(OpenClipEncoder):
     pass
 
 class Gone(OpenClipEncoder):
-    def __init__(self, architecture, weights, *, preprocess=None, backend=None):
+    def __init__(self, architecture, weights, *, preprocess=None, backend=None, decode="full"):
         open("/nowhere/at all")
 """
 

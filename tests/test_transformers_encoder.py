@@ -143,7 +143,7 @@ def test_the_same_files_are_the_same_encoder_wherever_they_lie(folder_of, tmp_pa
     hub = TransformersEncoder("hf-hub:someone/clip", device="cpu")
     assert hub.fingerprint == here.fingerprint == TransformersEncoder(str(snapshot)).fingerprint
     np.testing.assert_array_equal(hub.encode_texts(TEXTS), here.encode_texts(TEXTS))
-    assert hub.config == {"weights": "hf-hub:someone/clip", "backend": None}
+    assert hub.config == {"weights": "hf-hub:someone/clip", "backend": None, "decode": "full"}
     with pytest.raises(InputError, match="hf-hub:nobody/nothing could not be fetched from the Hub .*local-dir"):
         TransformersEncoder("hf-hub:nobody/nothing").fingerprint  # noqa: B018
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import embed_records, picture
+from PIL import Image
 
 from guardkit import GuardClassifier, train_guard
 from guardkit.artifacts import fingerprint, read_json, write_json
+from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import prepare_image
 from guardkit.encoders.open_clip import OpenClipEncoder
 from guardkit.encoders.ways import drawn_images
 from guardkit.heads import LinearHead
-from guardkit.images import ArrayContent
-from guardkit.schema import InputError, Record
+from guardkit.images import ArrayContent, BytesContent, FileContent, read_frames, read_image
+from guardkit.schema import ImageError, InputError, Record
 
 PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1 / 255] * 3}  # so that what is prepared are levels of 255
 SIZES = [(224, 224), (225, 300), (301, 224), (500, 400), (90, 70), (640, 101), (1203, 811)]
-IMAGES = drawn_images()
+FILES = drawn_images()
+IMAGES = [read_image(data) for data in FILES]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +78,7 @@ def test_a_guard_keeps_its_own_way(guard, quick, tmp_path, caplog):
     expected = [one.score for one in guard.predict(IMAGES)]
     folder = guard.save_pretrained(tmp_path / "guard")
     config = read_json(folder / "config.json", "a guard")
-    del config["digest"], config["encoder"]["config"]["backend"]  # as earlier versions wrote it
+    del config["digest"], config["encoder"]["config"]["backend"], config["encoder"]["config"]["decode"]  # as earlier versions wrote it
     write_json(folder / "config.json", config | {"digest": fingerprint(config)})
     for encoder in (None, "guardkit:scenes_clip"):
         loaded = GuardClassifier.from_pretrained(folder, encoder=encoder, batch_size=guard.encoder.batch_size)
@@ -91,7 +96,10 @@ def test_a_guard_on_the_other_way_says_how_far_its_scores_moved(guard, quick, tm
         loaded = GuardClassifier.from_pretrained(folder, encoder=quick)
     assert loaded.encoder is quick
     (said,) = [record.getMessage() for record in caplog.records]
-    assert re.search(r"trained with backend=pil and is given guardkit:scenes_clip with backend=torchvision: on 8 drawn images", said)
+    assert re.search(
+        r"trained with backend=pil decode=full and is given guardkit:scenes_clip with backend=torchvision decode=full: on 8 drawn images",
+        said,
+    )
     moved = np.abs(guard.probabilities(guard.encoder.encode_images(IMAGES)) - guard.probabilities(quick.encode_images(IMAGES))).max()
     assert f"moved by up to {moved:.4f};" in said
     assert 0 < moved < 0.05
@@ -121,4 +129,66 @@ def test_stored_embeddings_keep_their_way(scenes_policy, scenes_encoder, quick, 
             EmbeddingsSource(scenes_policy, str(folder)), scenes_policy, encoder=quick, output_dir=tmp_path / "run", **settings
         )
     assert fitted.guard.encoder.fingerprint == scenes_encoder.fingerprint
-    assert "the source's embeddings are of encoder guardkit:scenes_clip with backend=pil, and so images are read here too" in caplog.text
+    assert (
+        "the source's embeddings are of encoder guardkit:scenes_clip with backend=pil decode=full, and so images are read here too"
+        in caplog.text
+    )
+
+
+def jpeg(size, **options):
+    buffer = io.BytesIO()
+    picture(1, size).save(buffer, "JPEG", quality=95, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((128, 128), (128, 128)), ((255, 600), (255, 600)), ((256, 300), (128, 150)), ((900, 513), (225, 129)), ((4096, 1030), (512, 129))],
+)
+def test_a_large_file_is_decoded_at_a_fraction_and_never_below_twice_what_the_model_sees(size, expected):
+    data = jpeg(size)
+    assert read_image(data, at_least=128).shape == (*expected[::-1], 3)
+    full = cv2.resize(read_image(data), expected, interpolation=cv2.INTER_AREA)
+    assert np.abs(full.astype(int) - read_image(data, at_least=128)).mean() < 3
+    (frame,) = read_frames(data, np.copy, at_least=128)
+    np.testing.assert_array_equal(frame, read_image(data, at_least=128))
+
+
+def test_a_reduced_file_is_upright_and_as_strictly_judged():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert read_image(jpeg((900, 513), exif=exif), at_least=128).shape == (225, 129, 3)
+    whole = jpeg((900, 513))
+    for options in ({"max_pixels": 900 * 512}, {"at_least": 128, "max_pixels": 900 * 512}):
+        with pytest.raises(ImageError, match="900x513 is more than 460800 pixels"):
+            read_image(whole, **options)
+    with pytest.raises(ImageError, match="damaged image"):
+        read_image(whole[: len(whole) // 2], at_least=128)
+
+
+def test_reduced_decoding_is_part_of_the_encoder_and_the_same_everywhere(scenes_encoder, guard, tmp_path, caplog):
+    from guardkit.moderation.stream import Moderator, Options
+    from guardkit.shards.inputs import Given
+
+    reduced = OpenClipEncoder(None, "guardkit:scenes_clip", decode="reduced", device="cpu", batch_size=scenes_encoder.batch_size)
+    assert reduced.at_least == 128
+    assert reduced.preprocessing == {**scenes_encoder.preprocessing, "decode": "reduced"}
+    assert len({reduced.fingerprint, scenes_encoder.fingerprint}) == 2
+    path = tmp_path / "a.jpg"
+    path.write_bytes(FILES[0])
+    contents = [FileContent(path), *(BytesContent(data, "b", 10**8) for data in FILES)]
+    vectors = EmbeddingStore(reduced, None).embed(contents)
+    np.testing.assert_array_equal(vectors[0], vectors[1])
+    assert 1e-4 < np.abs(vectors - EmbeddingStore(scenes_encoder, None).embed(contents)).max() < 0.1
+    here = GuardClassifier(guard.head, reduced, guard.policy)
+    scores = here.probabilities(vectors)[1:, 0]
+    np.testing.assert_allclose([one.score for one in here.predict(FILES)], scores, atol=1e-6)
+    decided = Moderator(here, Options(), []).decide([Given(str(n), data) for n, data in enumerate(FILES)])
+    np.testing.assert_allclose([one.decision.score for one in decided], scores, atol=1e-6)
+    folder = here.save_pretrained(tmp_path / "guard")
+    assert GuardClassifier.from_pretrained(folder).encoder.fingerprint == reduced.fingerprint
+    assert not caplog.records
+    GuardClassifier.from_pretrained(folder, encoder=scenes_encoder)
+    moved = np.abs(guard.probabilities(guard.encoder.encode_images(IMAGES)) - here.probabilities(vectors[1:])).max()
+    assert "trained with backend=pil decode=reduced and is given guardkit:scenes_clip with backend=pil decode=full: on 8" in caplog.text
+    assert f"moved by up to {moved:.4f};" in caplog.text

@@ -17,9 +17,10 @@ from guardkit.checks import check_number
 from guardkit.counterfactual.preservation import preservation
 from guardkit.counterfactual.verifier import Candidate, Verdict
 from guardkit.embeddings import EmbeddingStore
-from guardkit.encoders.base import Encoder, EncodesTexts, require_texts
+from guardkit.encoders.base import Encoder, EncodesTexts, enough, require_texts
 from guardkit.engines.base import Put
 from guardkit.heads import PromptHead
+from guardkit.images import load
 from guardkit.policy import Policy
 from guardkit.schema import InputError
 
@@ -205,7 +206,7 @@ class ScoreVerifier:
         def embed(contents: Sequence[Any]) -> np.ndarray:
             if guard.encoder.fingerprint == store.encoder.fingerprint:
                 return store.embed(contents)
-            return guard.encoder.encode_images([content.load() for content in contents], fixed_batch=True)
+            return guard.encoder.encode_images([load(content, enough(guard.encoder)) for content in contents], fixed_batch=True)
 
         def made_by() -> dict[str, Any]:
             return {"guard": guard.fingerprint}

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _FIXED_MULTIPLE = 8
 PREPROCESS_FIELDS = ("size", "mean", "std", "interpolation", "resize_mode")
 _N_SHOWN = 3  # texts in a warning
+FULL, REDUCED = DECODES = ("full", "reduced")  # how JPEG files are decoded
 PIL, TORCHVISION = BACKENDS = ("pil", "torchvision")  # what resizes images
 _INTERPOLATIONS, _RESIZE_MODES = ("bicubic", "bilinear"), ("shortest", "longest", "squash")
 
@@ -163,6 +164,12 @@ class ReadsPolicy(Protocol):
     def for_policy(self, policy: Policy) -> Encoder:
         """The encoder that is told this policy."""
         ...
+
+
+def enough(encoder: object) -> int | None:
+    """Pixels of a side that an encoder wants of an encoded image, see `guardkit.images.read_image`; None: all there are."""
+    found: int | None = getattr(encoder, "at_least", None)
+    return found
 
 
 def told(encoder: Encoder, policy: Policy) -> Encoder:

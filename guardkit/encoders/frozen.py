@@ -16,7 +16,7 @@ import numpy as np
 
 from guardkit.artifacts import fingerprint
 from guardkit.checks import check_choice, check_whole
-from guardkit.encoders.base import BACKENDS, PIL, encode_in_batches, prepare_pixels
+from guardkit.encoders.base import BACKENDS, DECODES, FULL, PIL, encode_in_batches, prepare_pixels
 from guardkit.kinds import MAX_WIDTH
 from guardkit.schema import InputError
 
@@ -60,14 +60,16 @@ class FrozenEncoder(ABC):
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         batch_size: images encoded at once.
         backend: what resizes images, "pil" or "torchvision"; None: as the kind of encoder decides.
+        decode: "full", or "reduced": a JPEG whose sides are at least four times what the model sees is decoded at a fraction.
     """
 
     _names_pil = False  # whether its preprocessing says so, which that of most kinds did not when there was no other
 
-    def __init__(self, name: str, *, device: str, batch_size: int, backend: str | None = None) -> None:
+    def __init__(self, name: str, *, device: str, batch_size: int, backend: str | None = None, decode: str = FULL) -> None:
         check_whole("encoder.batch_size", batch_size, 1)
         check_choice("encoder.backend", backend, (None, *BACKENDS))
-        self.name, self.device, self.batch_size, self._backend = name, device, batch_size, backend
+        check_choice("encoder.decode", decode, DECODES)
+        self.name, self.device, self.batch_size, self._backend, self.decode = name, device, batch_size, backend, decode
         self._lock = threading.Lock()
         self._pickled: str | None = None
 
@@ -136,14 +138,21 @@ class FrozenEncoder(ABC):
     @property
     def _way(self) -> dict[str, Any]:
         """What the preprocessing says of how images are read."""
-        return {"backend": self.backend} if self.backend != PIL or self._names_pil else {}
+        backend = {"backend": self.backend} if self.backend != PIL or self._names_pil else {}
+        return backend | ({"decode": self.decode} if self.decode != FULL else {})
+
+    @property
+    def at_least(self) -> int | None:
+        """Pixels of a side that are enough of an encoded image: twice what is resized to, so that resizing has something to average."""
+        said = self._loaded.preprocessing
+        return None if self.decode == FULL else 2 * max(said.get("resize", said["size"]))
 
     def reading_as(self, preprocessing: Mapping[str, Any]) -> Self:
-        """This encoder, its model shared, reading images as another preprocessing says: by its backend."""
+        """This encoder, its model shared, reading images as another preprocessing says: by its backend and decode."""
         self._loaded  # noqa: B018 - the copy has it too
         new = copy.deepcopy(self)
         new.__dict__.pop("fingerprint", None)
-        new._backend, new._pickled = preprocessing.get("backend", PIL), None
+        new._backend, new.decode, new._pickled = preprocessing.get("backend", PIL), preprocessing.get("decode", FULL), None
         return new
 
     @property

@@ -83,6 +83,8 @@ class TransformersEncoder(FrozenEncoder):
             preprocessor_config.json or processor_config.json.
         backend: of the image processor, "pil" or "torchvision": they differ by up to two of 255 levels. None: pil, and
             torchvision for DINOv3, which has no other.
+        decode: of JPEG files: "full", or "reduced": one whose sides are at least four times what the model sees is decoded at a half, a quarter or an
+            eighth, never below twice what it sees. Several times as quick on photographs of a camera, and further from "full" than the backends.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         batch_size: images encoded at once.
     Raises:
@@ -91,9 +93,11 @@ class TransformersEncoder(FrozenEncoder):
 
     _names_pil = True
 
-    def __init__(self, weights: str, *, backend: str | None = None, device: str = "auto", batch_size: int = 32) -> None:
+    def __init__(
+        self, weights: str, *, backend: str | None = None, decode: str = "full", device: str = "auto", batch_size: int = 32
+    ) -> None:
         self.weights = weights
-        super().__init__(weights, device=device, batch_size=batch_size, backend=backend)
+        super().__init__(weights, device=device, batch_size=batch_size, backend=backend, decode=decode)
         self._cut = CutTexts(weights)
         named_folder(weights, holds=_CONFIG)  # what is wrong with it is told at once
 
@@ -116,7 +120,7 @@ class TransformersEncoder(FrozenEncoder):
     @property
     def config(self) -> dict[str, Any]:
         """Arguments that build this encoder again."""
-        return {"weights": self.weights, "backend": self._backend}
+        return {"weights": self.weights, "backend": self._backend, "decode": self.decode}
 
     @property
     def backend(self) -> str:
@@ -131,7 +135,9 @@ class TransformersEncoder(FrozenEncoder):
             if any(fnmatch(name, pattern) for pattern in _PATTERNS):
                 with written(folder / name) as temporary:
                     shutil.copyfile(self._folder / name, temporary)
-        return TransformersEncoder(f"{LOCAL}{folder}", backend=self._backend, device=self.device, batch_size=self.batch_size)
+        return TransformersEncoder(
+            f"{LOCAL}{folder}", backend=self._backend, decode=self.decode, device=self.device, batch_size=self.batch_size
+        )
 
     def reads(self, folder: Path) -> bool:
         """See `Portable`."""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import cv2
 import numpy as np
 
-from guardkit.encoders.base import BACKENDS, PIL, Encoder
+from guardkit.encoders.base import BACKENDS, DECODES, FULL, PIL, Encoder
 from guardkit.encoders.frozen import FrozenEncoder
 
 log = logging.getLogger(__name__)
 
-WAYS = {"backend": PIL}  # settings that are a way to read, with what they were when preprocessing did not say
+WAYS = {"backend": PIL, "decode": FULL}  # settings that are a way to read, with what they were when preprocessing did not say
 N_DRAWN = 8
-_ROWS, _COLUMNS = 480, 640
+_ROWS, _COLUMNS = 1440, 1920
 
 
 def of_the_same_weights(fingerprint: str, encoder: Encoder) -> Encoder | None:
@@ -24,7 +25,8 @@ def of_the_same_weights(fingerprint: str, encoder: Encoder) -> Encoder | None:
 
     It shares the model.
     """
-    others = (encoder.reading_as({"backend": backend}) for backend in BACKENDS) if isinstance(encoder, FrozenEncoder) else ()
+    ways = product(BACKENDS, DECODES) if isinstance(encoder, FrozenEncoder) else ()
+    others = (encoder.reading_as({"backend": backend, "decode": decode}) for backend, decode in ways)  # type: ignore[attr-defined]
     return next((other for other in others if (other.fingerprint, other.dim) == (fingerprint, encoder.dim)), None)
 
 
@@ -47,8 +49,8 @@ def said_way(preprocessing: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={preprocessing.get(key, usual)}" for key, usual in WAYS.items())
 
 
-def drawn_images() -> list[np.ndarray]:
-    """Images of a photograph's size, (h, w, 3) uint8 RGB, with shades, edges and grain: the same ones every time."""
+def drawn_images() -> list[bytes]:
+    """JPEG files of a photograph's size, with shades, edges and grain: the same ones every time."""
     rng = np.random.default_rng(0)
     images = []
     for coarse in 4 ** np.arange(1, 5).repeat(N_DRAWN // 4):
@@ -57,6 +59,8 @@ def drawn_images() -> list[np.ndarray]:
         )
         for _ in range(12):
             corner, colour = rng.integers(0, (_COLUMNS, _ROWS)), rng.integers(0, 256, 3).tolist()
-            cv2.ellipse(shades, corner.tolist(), rng.integers(5, 120, 2).tolist(), float(rng.uniform(0, 180)), 0, 360, colour, -1)
-        images.append(np.clip(shades + rng.normal(0, 8, shades.shape), 0, 255).astype(np.uint8))
+            cv2.ellipse(shades, corner.tolist(), rng.integers(15, 360, 2).tolist(), float(rng.uniform(0, 180)), 0, 360, colour, -1)
+        done, data = cv2.imencode(".jpg", np.clip(shades + rng.normal(0, 8, shades.shape), 0, 255), [cv2.IMWRITE_JPEG_QUALITY, 90])
+        assert done
+        images.append(data.tobytes())
     return images

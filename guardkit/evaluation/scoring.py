@@ -21,6 +21,7 @@ import numpy as np
 from guardkit.embeddings import EmbeddingStore
 from guardkit.evaluation.benchmark import Benchmark
 from guardkit.evaluation.judgments import JudgmentStore
+from guardkit.images import load
 from guardkit.policy import Policy
 from guardkit.progress import progress
 from guardkit.schema import Content, EmbeddingGuard, Guard, ImageError, Judgment, Record, Rejected, takes_embeddings
@@ -386,6 +387,11 @@ class _ReadOnce:
             self._held.room -= image.nbytes
             self._image = image
         return image
+
+    def load_reduced(self, at_least: int) -> np.ndarray:
+        """Not kept: nobody else wants these pixels."""
+        self._held.reads.add()
+        return load(self._content, at_least)
 
 
 def _on(contenders: Iterable[Contender], fingerprint: str) -> list[str]:

@@ -20,8 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from guardkit.checks import check_whole
 from guardkit.encoders.adapters import adapted_modules, inject, write_adapter
+from guardkit.encoders.base import enough
 from guardkit.encoders.vlm import VLMEncoder
 from guardkit.heads import Head, LinearHead
+from guardkit.images import load
 from guardkit.schema import Content, ImageError, InputError, unreadable
 
 WORDS = ("safe", "unsafe")
@@ -77,7 +79,7 @@ class NumberedImages:
         for number in numbers.tolist():
             content = self._contents[int(number) - 1]
             try:
-                found.append(self._encoder.preprocess(content.load()))
+                found.append(self._encoder.preprocess(load(content, enough(self._encoder))))
             except ImageError as error:
                 raise unreadable(content, error) from error
         return torch.stack(found)

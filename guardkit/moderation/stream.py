@@ -16,6 +16,7 @@ import torch
 
 from guardkit.classifier import GuardClassifier
 from guardkit.data.duplicates import perceptual_hash
+from guardkit.encoders.base import enough
 from guardkit.images import encode_jpeg, open_file, read_frames
 from guardkit.limits import MAX_BYTES, check_bytes, shrink
 from guardkit.moderation.banks import Bank, pdq_of
@@ -137,7 +138,9 @@ class Moderator:
                 pdq = pdq_of(image) if any(bank.needs_pixels for bank in self.banks) else None
                 return self.guard.encoder.preprocess(trim_bars(image) if self.options.trim else image), pdq, shrink(image, _THUMBNAIL_PX)
 
-            frames = read_frames(data, take, max_pixels=self.options.max_pixels, max_frames=self.options.max_frames)
+            frames = read_frames(
+                data, take, max_pixels=self.options.max_pixels, max_frames=self.options.max_frames, at_least=enough(self.guard.encoder)
+            )
         except ImageError as error:
             return _Read(given, str(error))
         pixels, pdqs, thumbnails = zip(*frames, strict=True)

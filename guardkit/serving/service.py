@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from guardkit.classifier import GuardClassifier
+from guardkit.encoders.base import enough
 from guardkit.explaining.explanation import Explanation
 from guardkit.images import read_frames
 from guardkit.moderation.frames import worst_frame
@@ -233,10 +234,16 @@ class Service:
         if len(data) > limits.max_bytes:
             raise TooLargeError(f"{len(data)} encoded bytes are more than {limits.max_bytes}")
 
-        def take(image: np.ndarray) -> dict[str, Future[np.ndarray]]:
-            return {name: one.put(one.encoder.preprocess(image)) for name, one in batches.items()}
+        frames: list[dict[str, Future[np.ndarray]]] = []
+        for sides in {enough(one.encoder): None for one in batches.values()}:  # mostly one for all
+            mine = {name: one for name, one in batches.items() if enough(one.encoder) == sides}
 
-        return read_frames(data, take, max_pixels=limits.max_pixels, max_frames=limits.max_frames)
+            def take(image: np.ndarray, mine: Mapping[str, Batches] = mine) -> dict[str, Future[np.ndarray]]:
+                return {name: one.put(one.encoder.preprocess(image)) for name, one in mine.items()}
+
+            found = read_frames(data, take, max_pixels=limits.max_pixels, max_frames=limits.max_frames, at_least=sides)
+            frames = [{**before, **more} for before, more in zip(frames, found, strict=True)] if frames else found
+        return frames
 
     def _decided(
         self, served: Served, uploads: Sequence[Upload], found: Sequence[_Vectors], scope: Sequence[str] | None

@@ -92,6 +92,10 @@ class RowContent:
         """(h, w, 3) uint8 RGB. Raises ImageError."""
         return read_image(self._encoded(), max_pixels=self.max_pixels)
 
+    def load_reduced(self, at_least: int) -> np.ndarray:
+        """The same, a JPEG decoded at a fraction; see `read_image`."""
+        return read_image(self._encoded(), max_pixels=self.max_pixels, at_least=at_least)
+
 
 def load_parts(
     parts: Mapping[str, Sequence[Part]],

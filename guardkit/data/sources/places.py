@@ -234,6 +234,10 @@ class ObjectContent:
         """(h, w, 3) uint8 RGB. Raises ImageError."""
         return read_image(self._encoded(), max_pixels=self.max_pixels)
 
+    def load_reduced(self, at_least: int) -> np.ndarray:
+        """The same, a JPEG decoded at a fraction; see `read_image`."""
+        return read_image(self._encoded(), max_pixels=self.max_pixels, at_least=at_least)
+
 
 class _Recent:
     """Objects that were read last, of all threads."""
