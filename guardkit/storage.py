@@ -234,13 +234,13 @@ def opened(url: str, *, version: str | None = None, ahead: bool = False) -> Iter
     url = check_url("the URL", url)
     system, place = _system(url)
     with asking(url):
-        about = system.info(place)
+        cache = {"cache_type": "background", "cache_options": {"maxblocks": 2}} if ahead else {"cache_type": "readahead"}
+        raw = system.open(place, "rb", block_size=_BLOCK, **cache)
+        # most files have asked for it, and are of this very version
+        about = getattr(raw, "details", None) or system.info(place)
         if about["type"] != "file":
             raise FileNotFoundError(place)
         _compare(url, version, _version(about))
-        cache = {"cache_type": "background", "cache_options": {"maxblocks": 2}} if ahead else {"cache_type": "readahead"}
-        # no larger than the object: small ones are read in one request
-        raw = system.open(place, "rb", block_size=max(1, min(_BLOCK, about["size"])), **cache)
         if hasattr(raw, "getvalue"):  # in memory, one file with one position is shared by all who open it
             raw = io.BytesIO(raw.getvalue())
     reader = _Reader(raw, url, about["size"], _version(about), lambda: _version(system.info(place)))

@@ -284,6 +284,13 @@ def test_a_storage_that_refuses(faulty, status, said):
         assert "the-tests" not in str(error.value)
 
 
+def test_a_small_object_takes_two_requests(faulty):
+    storage.write(f"{faulty.bucket}/a", b"1" * 1000)
+    faulty.asked.clear()
+    assert storage.read(f"{faulty.bucket}/a") == b"1" * 1000
+    assert [method for method, _ in faulty.asked] == ["HEAD", "GET"]
+
+
 def test_a_storage_that_is_busy_for_a_moment(faulty):
     faulty.behaviour = lambda method, path, number: 503 if number == 0 else None
     storage.write(f"{faulty.bucket}/a", b"1")
