@@ -7,6 +7,7 @@ import os
 import signal
 import uuid
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -27,6 +28,25 @@ from guardkit.engines.slurm import SlurmEngine
 from guardkit.schema import Judgment
 
 ITEMS = [f"item {number}" for number in range(7)]
+
+
+class Bound:
+    """Cannot be sent anywhere."""
+
+    name, fingerprint, threshold, covers = "bound", "c" * 64, 0.5, None
+
+    def __getstate__(self):
+        raise TypeError("it holds a camera")
+
+    def judge(self, images):
+        return [Judgment(float(image.mean()) / 255) for image in images]
+
+
+class Full:
+    """A task that finds no room."""
+
+    def __call__(self, item):
+        raise OSError(28, "No space left on device")
 
 
 class Marked:
@@ -111,6 +131,14 @@ def test_what_nobody_can_do_is_one_line(started, tmp_path, engine, mistake):
     }[engine, mistake]
     with pytest.raises(InputError, match=message):
         list(made.run(task, ITEMS[:3]))
+
+
+def test_what_cannot_be_sent_or_written_is_one_line(started, tmp_path):
+    for engine in (RayEngine(workers=1), SlurmEngine(workers=1, cluster="local", jobs_dir=tmp_path)):
+        with pytest.raises(InputError, match=rf"a part cannot be sent to workers of engine={engine.name} \(it holds a camera\); choose"):
+            list(engine.run(partial(Bound.judge, Bound()), ITEMS[:1]))
+    with pytest.raises(InputError, match=r"a worker of engine=ray failed \(.*No space left on device\); what was done stays"):
+        list(RayEngine(workers=1).run(Full(), ITEMS[:1]))
 
 
 def test_the_same_bytes_whoever_embeds_and_decides(started, scenes_encoder, scenes_policy, pictures, tmp_path):
@@ -232,15 +260,6 @@ class Idle:
     """An engine that nobody asks."""
 
     name, is_here = "idle", False
-
-
-class Bound(Brightness):
-    """Cannot be sent anywhere."""
-
-    name, fingerprint = "bound", "c" * 64
-
-    def __getstate__(self):
-        raise TypeError("it holds a camera")
 
 
 def test_the_same_figures_whoever_embeds_and_a_stopped_evaluation_goes_on(

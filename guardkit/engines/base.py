@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
+
+from guardkit.schema import InputError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -12,6 +16,24 @@ Put = Callable[[str, Any], Any]
 """(role, part) -> what takes its place: the part itself, or a stand-in that is told what the part is and lets others do its work. The roles
 are editor, encoder, instructor and verifier. A task whose parts may be elsewhere has a method `with_parts` that takes such a function, and gives
 the task that works with what it gave."""
+
+
+@contextmanager
+def sending(engine: str) -> Iterator[None]:
+    """Says of what cannot be pickled what it means.
+
+    Args:
+        engine: to whose workers something is sent in the block.
+    Raises:
+        InputError: it cannot be pickled.
+    """
+    try:
+        yield
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
+        why = " ".join(str(error.__cause__ or error).split())[:200]
+        raise InputError(
+            f"a part cannot be sent to workers of engine={engine} ({why}); choose engine=local, or a part that can be pickled"
+        ) from error
 
 
 class Engine(Protocol):

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from guardkit.checks import check_number, check_whole
+from guardkit.engines.base import sending
 from guardkit.schema import InputError
 
 # of each role: what a stand-in says itself, and what is done in the pool
@@ -62,7 +63,8 @@ def pool(ray: Any, role: str, part: Any, sizes: Mapping[str, Any], retries: int)
     """
     import torch
 
-    kept = ray.put(part)
+    with sending("ray"):
+        kept = ray.put(part)
     # Ray begins an actor that ended anew, and its call with it
     limits = {"max_restarts": -1, "max_task_retries": retries}
     holder = ray.remote(_Holder).options(num_cpus=sizes["cpus"], num_gpus=sizes["gpus"], **limits)

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from guardkit.checks import check_number, check_whole
+from guardkit.engines.base import sending
 from guardkit.engines.pools import checked_pools, pool
 from guardkit.schema import InputError
 
@@ -77,7 +78,8 @@ class RayEngine:
             raise InputError('engine=ray needs the package ray; pip install "guardkit[ray]"') from error
         n_pools = self._counted(task)
         with self._connected(ray, n_pools), self._with_pools(ray, task) as task:
-            kept = ray.put(task)
+            with sending(self.name):
+                kept = ray.put(task)
             worker = ray.remote(_Worker).options(num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=0)
             started = time.perf_counter()
             self.busy_s = 0.0
@@ -214,6 +216,8 @@ class _Worker:
 def _as_raised(error: Any) -> BaseException:
     """What the task raised: a user's mistake as the line that it is, and anything else with its traceback there."""
     cause = getattr(error, "cause", None)
+    if isinstance(cause, OSError):  # a full disk, a place that is not shared
+        return InputError(f"a worker of engine=ray failed ({cause}); what was done stays: mend it, and run the same command again")
     return InputError(str(cause)) if isinstance(cause, InputError) else RuntimeError(f"a task failed in a worker of engine=ray:\n{error}")
 
 

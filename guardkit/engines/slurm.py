@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from guardkit.checks import check_choice, check_number, check_path, check_whole
+from guardkit.engines.base import sending
 from guardkit.schema import InputError
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,8 @@ class SlurmEngine:
             executor.update_parameters(**self.parameters)
             places = list(left)
             shares = [places[first :: self.workers] for first in range(min(self.workers, len(places)))]
-            jobs = executor.map_array(_Several(task), [[(place, left[place]) for place in share] for share in shares])
+            with sending(self.name):
+                jobs = executor.map_array(_Several(task), [[(place, left[place]) for place in share] for share in shares])
             why = ""
             try:
                 for job in _as_they_end(jobs):
