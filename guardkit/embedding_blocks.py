@@ -43,7 +43,7 @@ def decide_blocks(
             blocks = [embeddings[first : min(rows.stop, first + _ROWS)] for first in range(start, rows.stop, _ROWS)]
             done = list(each(partial(_decide, decide=decide, normalize=normalize), blocks))
             yield rows, torch.cat([logits for logits, _ in done]), np.concatenate([unusable for _, unusable in done])
-            _give_back(embeddings)
+            give_back(embeddings)
 
 
 def _decide(block: np.ndarray, decide: Callable[[Tensor], Tensor], normalize: bool) -> tuple[Tensor, np.ndarray]:
@@ -94,7 +94,8 @@ def _shared(block: np.ndarray) -> Tensor | None:
     return torch.from_numpy(np.asarray(_Readable(block))) if is_plain and len(block) else None
 
 
-def _give_back(array: np.ndarray) -> None:
+def give_back(array: np.ndarray) -> None:
+    """Lets the system take back what was read of a mapped file; of other arrays nothing."""
     mode: str | None = None
     owner: object = array
     while isinstance(owner, np.ndarray):

@@ -7,22 +7,29 @@ last, that names the encoder.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from guardkit.artifacts import read_json
+from guardkit.embedding_blocks import give_back
 from guardkit.folders import is_unfinished
-from guardkit.reading import map_array, read_array, read_table
+from guardkit.reading import count_rows, map_array, read_schema, read_table
 from guardkit.schema import InputError
 
 MANIFEST, REJECTED = "manifest.json", "rejected.parquet"
 _COPY = "copy the shard anew"
 _BLOCK = 512  # records embedded between two looks at the clock
+_AT_ONCE = 512  # rows that are brought to unit length while the processor's cache holds them
+_MAX_OPEN = 64  # files of vectors: a process may open few, and a folder has thousands
+_KEPT_BYTES = 1 << 28  # that are read before mapped pages go back to the system
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -62,6 +69,9 @@ class EmbeddingParts:
         vectors: number -> file of vectors, in order.
         tables: number -> file of metadata; of all parts, or of none.
         n_rows: in all.
+        sizes: number -> rows of that part.
+        width: d; None where no part has a row.
+        unmatched: files of vectors without metadata and the reverse, in a folder of another tool, see `find_embedding_parts`.
     """
 
     folder: Path
@@ -69,18 +79,97 @@ class EmbeddingParts:
     vectors: dict[int, Path]
     tables: dict[int, Path]
     n_rows: int
+    sizes: dict[int, int] = field(default_factory=dict)
+    width: int | None = None
+    unmatched: tuple[Path, ...] = ()
 
     def mapped(self) -> Iterator[np.ndarray]:
         """(n, d) floating-point numbers of each part, where they lie; one after the other, because each is an open file."""
         return (map_array(path, _COPY) for path in self.vectors.values())
 
 
-def find_embedding_parts(folder: Path, *, with_tables: bool = False) -> EmbeddingParts:
+class StoredVectors:
+    """The vectors of a folder where they lie: rows are read when they are asked for, a few files open at a time.
+
+    Args:
+        parts: of the folder, with at least one row.
+    """
+
+    def __init__(self, parts: EmbeddingParts) -> None:
+        assert parts.width is not None
+        self.width = parts.width
+        self._files = [(path, parts.sizes[number]) for number, path in parts.vectors.items() if parts.sizes[number]]
+        self.firsts = np.cumsum([0, *(size for _, size in self._files)])
+        self._stamps: dict[int, tuple[int, int]] = {}
+        self._opened: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._n_read = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self.firsts[-1])
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """See `take`."""
+        return self.take(np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """(m, d) float32 unit vectors of (m,) rows, best in rising order; NaN where a stored one is zero or not finite.
+
+        Raises:
+            InputError: a file was changed since it was first looked at.
+        """
+        vectors = np.empty((len(rows), self.width), np.float32)
+        part_of = np.searchsorted(self.firsts, rows, side="right") - 1
+        with self._lock:
+            for part in np.unique(part_of):
+                places = np.flatnonzero(part_of == part)
+                shard, first = self._open(int(part)), self.firsts[part]
+                for start in range(0, len(places), _AT_ONCE):
+                    some = places[start : start + _AT_ONCE]
+                    vectors[some] = _unit(shard[rows[some] - first])
+            self._n_read += vectors.nbytes
+            if self._n_read > _KEPT_BYTES:
+                self._n_read = 0
+                for shard in self._opened.values():
+                    give_back(shard)
+        return vectors
+
+    def _open(self, part: int) -> np.ndarray:
+        if part in self._opened:
+            self._opened.move_to_end(part)
+            return self._opened[part]
+        path, size = self._files[part]
+        shard = map_array(path, _COPY)
+        try:
+            seen = path.stat()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}); {_COPY}") from error
+        stamp = (seen.st_size, seen.st_mtime_ns)
+        if shard.shape != (size, self.width) or shard.dtype.kind != "f" or self._stamps.setdefault(part, stamp) != stamp:
+            raise InputError(f"{path} was changed while it was read; start again when nothing writes to the folder")
+        self._opened[part] = shard
+        if len(self._opened) > _MAX_OPEN:
+            self._opened.popitem(last=False)
+        return shard
+
+
+def _unit(shard: np.ndarray) -> np.ndarray:
+    """(n, d) of any number type -> float32 of unit length; NaN where that is not possible."""
+    with np.errstate(over="ignore", invalid="ignore"):  # of numbers that float32 does not hold
+        # PyTorch converts float16 many times faster than NumPy
+        floats = torch.from_numpy(shard).float().numpy() if shard.dtype == np.float16 and shard.dtype.isnative else shard.astype(np.float32)
+        norms = np.linalg.norm(floats, axis=1, keepdims=True)
+    norms[~np.isfinite(norms) | (norms == 0)] = np.nan
+    return floats / norms
+
+
+def find_embedding_parts(folder: Path, *, with_tables: bool = False, only_matched: bool = False) -> EmbeddingParts:
     """Looks at the files of an embedding folder, ours or clip-retrieval's.
 
     Args:
         folder: of the files.
         with_tables: whether there must be metadata.
+        only_matched: of a folder of another tool, pass over numbers that only vectors or only metadata have, and list their files.
     Raises:
         InputError: no such folder, or shards that do not fit each other or the manifest.
     """
@@ -93,13 +182,21 @@ def find_embedding_parts(folder: Path, *, with_tables: bool = False) -> Embeddin
         found = "holds no embeddings" if manifest else "is no embedding folder: img_emb/img_emb_0.npy is missing"
         raise InputError(f"{folder} {found}; write one with python -m guardkit.embed")
     odd = sorted(set(vector_files) ^ set(table_files))
+    unmatched: tuple[Path, ...] = ()
+    if only_matched and manifest is None and set(vector_files) & set(table_files):
+        unmatched = tuple({**vector_files, **table_files}[number] for number in odd)
+        vector_files, table_files = (
+            {number: path for number, path in files.items() if number not in odd} for files in (vector_files, table_files)
+        )
+        odd = []
     if odd and (table_files or with_tables):
         raise InputError(f"{folder} has shards {odd} in only one of img_emb/ and metadata/; copy the folder anew")
     if manifest and manifest["n_shards"] != len(vector_files):
         raise InputError(f"{folder} has {len(vector_files)} shards, its {MANIFEST} says {manifest['n_shards']}; copy the folder anew")
-    width, n_rows = None, 0
-    for path in vector_files.values():
+    width, sizes = None, dict[int, int]()
+    for number, path in vector_files.items():
         shard = map_array(path, _COPY)
+        sizes[number] = len(shard)
         if shard.dtype.kind != "f":
             raise InputError(f"{path} must hold floating-point numbers, got {shard.dtype}; copy the shard anew")
         if shard.ndim != 2 and len(shard):
@@ -108,12 +205,13 @@ def find_embedding_parts(folder: Path, *, with_tables: bool = False) -> Embeddin
             continue
         if shard.shape[1] != (width or shard.shape[1]):
             raise InputError(f"{path} has {shard.shape[1]} columns, earlier shards {width}; all must come from one encoder")
-        width, n_rows = shard.shape[1], n_rows + len(shard)
+        width = shard.shape[1]
+    n_rows = sum(sizes.values())
     if manifest and width not in (None, manifest["dim"]):
         raise InputError(f"{folder} has vectors of {width} columns, its {MANIFEST} says {manifest['dim']}; copy the folder anew")
     if manifest and n_rows != manifest["written"]:
         raise InputError(f"{folder} holds {n_rows} embeddings, its {MANIFEST} says {manifest['written']}; copy the folder anew")
-    return EmbeddingParts(folder, manifest, vector_files, table_files, n_rows)
+    return EmbeddingParts(folder, manifest, vector_files, table_files, n_rows, sizes, width, unmatched)
 
 
 def read_stored_embeddings(folder: Path) -> StoredEmbeddings:
@@ -123,28 +221,63 @@ def read_stored_embeddings(folder: Path) -> StoredEmbeddings:
         InputError: no such folder, or shards that do not fit each other or the manifest.
     """
     found = find_embedding_parts(folder, with_tables=True)
-    vectors: list[np.ndarray] = []
-    tables: list[pa.Table] = []
-    parts: list[np.ndarray] = []
-    for number, path in found.vectors.items():
-        shard = read_array(path, _COPY)
-        table = read_table(found.tables[number], n_rows=len(shard), mend=_COPY)
-        if not len(shard):
-            continue
-        with np.errstate(over="ignore"):  # of numbers that float32 does not hold
-            shard = shard.astype(np.float32)
-            norms = np.linalg.norm(shard, axis=1, keepdims=True)
-        norms[~np.isfinite(norms) | (norms == 0)] = np.nan
-        vectors.append(shard / norms)
-        tables.append(table)
-        parts.append(np.full(len(table), number))
-    if not vectors:
-        raise InputError(f"{folder} holds no embeddings, all its parts are empty; write some with python -m guardkit.embed")
+    schema = table_schema(found)
+    tables = [read_part(found, number, schema) for number, size in found.sizes.items() if size]
+    vectors = StoredVectors(found)
+    return StoredEmbeddings(vectors[:], pa.concat_tables(tables), found.manifest, part_numbers(found))
+
+
+def unmatched_rows(parts: EmbeddingParts) -> dict[Path, int]:
+    """Files that have no counterpart, and how many rows each holds. Raises InputError where one cannot be read."""
+    return {path: len(map_array(path, _COPY)) if path.suffix == ".npy" else count_rows(path, _COPY) for path in parts.unmatched}
+
+
+def part_numbers(parts: EmbeddingParts) -> np.ndarray:
+    """(n,) int, the number of each row's file."""
+    return np.repeat(list(parts.sizes), list(parts.sizes.values()))
+
+
+def table_schema(parts: EmbeddingParts) -> pa.Schema:
+    """The columns of the metadata, in types that hold those of all parts that have rows.
+
+    Raises:
+        InputError: no part has rows, a table cannot be read or has other rows than its vectors, or tables do not fit each other.
+    """
+    if not parts.n_rows:
+        raise InputError(f"{parts.folder} holds no embeddings, all its parts are empty; write some with python -m guardkit.embed")
+    schemas = [read_schema(path, n_rows=parts.sizes[number], mend=_COPY) for number, path in parts.tables.items()]
     try:
-        table = pa.concat_tables(tables, promote_options="permissive")
+        return pa.unify_schemas(
+            [schema.remove_metadata() for schema, size in zip(schemas, parts.sizes.values(), strict=True) if size],
+            promote_options="permissive",
+        )
     except pa.ArrowException as error:
-        raise InputError(f"the tables of {found.folder}/metadata do not fit each other ({error}); all must come from one run") from error
-    return StoredEmbeddings(np.concatenate(vectors), table, found.manifest, np.concatenate(parts))
+        raise InputError(f"the tables of {parts.folder}/metadata do not fit each other ({error}); all must come from one run") from error
+
+
+def read_part(parts: EmbeddingParts, number: int, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """The metadata of one part.
+
+    Args:
+        parts: of the folder.
+        number: of the part.
+        schema: of `table_schema`.
+        columns: to read; None: all. One that this part lacks is null.
+    Raises:
+        InputError: it cannot be read.
+    """
+    wanted = pa.schema([schema.field(name) for name in (schema.names if columns is None else columns)])
+    table = read_table(parts.tables[number], n_rows=parts.sizes[number], mend=_COPY, columns=wanted.names)
+    missing = [field.name for field in wanted if field.name not in table.column_names]
+    for name in missing:
+        table = table.append_column(name, pa.nulls(len(table), wanted.field(name).type))
+    try:
+        # an empty table in front lends its types
+        return pa.concat_tables(
+            [wanted.empty_table(), table.select(wanted.names).replace_schema_metadata(None)], promote_options="permissive"
+        )
+    except pa.ArrowException as error:
+        raise InputError(f"the tables of {parts.folder}/metadata do not fit each other ({error}); all must come from one run") from error
 
 
 def _checked_manifest(path: Path) -> dict[str, Any]:

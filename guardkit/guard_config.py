@@ -32,8 +32,9 @@ def check_config(config: Mapping[str, Any]) -> None:
     head, encoder, policy = (_object(config, key, "") for key in ("head", "encoder", "policy"))
     _expect(config, "guardkit_version", _is_text, "a text")
     _expect(config, "weights_sha256", is_hash, "64 hex digits")
-    if config.get("training_images_sha256") is not None:
-        _expect(config, "training_images_sha256", is_hash, "64 hex digits or null")
+    for name in ("training_images_sha256", "training_vectors_sha256"):
+        if config.get(name) is not None:
+            _expect(config, name, is_hash, "64 hex digits or null")
     names = _expect(config, "categories", _is_texts, "a list of at least one name")
     _expect(encoder, "name", _is_text, "a text", "encoder.")
     _expect(encoder, "fingerprint", is_hash, "64 hex digits", "encoder.")

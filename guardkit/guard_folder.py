@@ -32,14 +32,15 @@ from guardkit.policy import Policy
 from guardkit.publishing import published
 from guardkit.schema import InputError
 from guardkit.seen import FILE as SEEN
-from guardkit.seen import SeenImages
+from guardkit.seen import SPLITS, SeenImages
+from guardkit.seen_vectors import FILE as SEEN_VECTORS
 from guardkit.storage import check_url, items, joined
 from guardkit.thresholds import Thresholds
 
 FORMATS = (1, 2)  # read; the last is written
 CONFIG, WEIGHTS, POLICY, CARD = "config.json", "model.safetensors", "policy.yaml", "README.md"
 ADAPTERS = (ADAPTER, ADAPTER_CONFIG)  # of guards whose encoder is a model with an adapter
-FILES = frozenset({CONFIG, WEIGHTS, POLICY, CARD, SEEN, *ADAPTERS})
+FILES = frozenset({CONFIG, WEIGHTS, POLICY, CARD, SEEN, SEEN_VECTORS, *ADAPTERS})
 _HEADER_BYTES = 1 << 20  # more than names and shapes of a head's weights take
 _MEND = "copy the folder anew or train the guard again"
 
@@ -103,7 +104,7 @@ def read_guard(
         if not (path / name).is_file() or hash_file(path / name) != sha256:
             raise InputError(f"{path / name} is missing or damaged (its SHA-256 does not match); copy the folder anew")
         config["encoder"]["config"]["adapter"] = str(path)
-    return Stored(path, config, policy, _read_head(path, config, kind), _read_seen(path, config.get("training_images_sha256")))
+    return Stored(path, config, policy, _read_head(path, config, kind), _read_seen(path, config))
 
 
 def _locate(folder: str | Path, revision: str | None, token: str | bool | None) -> Path:
@@ -183,12 +184,14 @@ def _read_head(folder: Path, config: Mapping[str, Any], kind: type[Head]) -> Hea
         raise InputError(f"{path} does not fit its configuration: {reason_of(error)}; {_MEND}") from error
 
 
-def _read_seen(folder: Path, sha256: str | None) -> SeenImages | None:
-    if sha256 is None:
+def _read_seen(folder: Path, config: Mapping[str, Any]) -> SeenImages | None:
+    if config.get("training_images_sha256") is None:
         return None
-    if not (folder / SEEN).is_file() or hash_file(folder / SEEN) != sha256:
-        raise InputError(f"{folder / SEEN} is missing or damaged (its SHA-256 does not match); copy the folder anew")
-    return SeenImages.load(folder / SEEN)
+    wanted = {SEEN: config["training_images_sha256"], SEEN_VECTORS: config.get("training_vectors_sha256")}
+    for name, sha256 in wanted.items():
+        if sha256 is not None and (not (folder / name).is_file() or hash_file(folder / name) != sha256):
+            raise InputError(f"{folder / name} is missing or damaged (its SHA-256 does not match); copy the folder anew")
+    return SeenImages.load(folder / SEEN, None if wanted[SEEN_VECTORS] is None else folder / SEEN_VECTORS)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -234,6 +237,9 @@ def write_guard(
         if training_images is not None:
             new[SEEN] = files.enter_context(written(folder / SEEN))
             training_images.save(new[SEEN])
+            if len(training_images.vectors):
+                new[SEEN_VECTORS] = files.enter_context(written(folder / SEEN_VECTORS))
+                training_images.vectors.save(new[SEEN_VECTORS], SPLITS)
         whole: dict[str, Any] = {
             "format": FORMATS[-1],
             "guardkit_version": __version__,
@@ -245,6 +251,8 @@ def write_guard(
             "weights_sha256": hash_file(new[WEIGHTS]),
             "training_images_sha256": hash_file(new[SEEN]) if SEEN in new else None,
         }
+        if SEEN_VECTORS in new:
+            whole["training_vectors_sha256"] = hash_file(new[SEEN_VECTORS])
         if adapter is not None:
             whole["adapter_sha256"] = {name: hash_file(new[name]) for name in ADAPTERS}
         whole["digest"] = fingerprint(whole)

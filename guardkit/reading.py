@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 
 from guardkit.artifacts import parse_json
 from guardkit.schema import InputError
+
+T = TypeVar("T")
 
 _LEAST_BYTES, _MOST_TIMES = 1 << 30, 64  # that a table may take in memory, whatever and by its size on disk
 _BATCH_ROWS = 512
@@ -67,7 +69,13 @@ def _array(path: Path, mend: str, read: Callable[[BinaryIO, np.dtype, tuple[int,
 
 
 def read_table(
-    path: Path, schema: pa.Schema | None = None, *, required: Sequence[str] = (), n_rows: int | None = None, mend: str = "copy it anew"
+    path: Path,
+    schema: pa.Schema | None = None,
+    *,
+    required: Sequence[str] = (),
+    n_rows: int | None = None,
+    columns: Sequence[str] | None = None,
+    mend: str = "copy it anew",
 ) -> pa.Table:
     """A Parquet table.
 
@@ -76,31 +84,22 @@ def read_table(
         schema: columns that must be there, in types that theirs can be cast to without loss. Further ones may be there.
         required: columns of the schema that must have a value in each row.
         n_rows: that the table must have, if known: compared before anything is read.
+        columns: to read, those that it has; None: all.
         mend: what to do when it cannot be read.
     Raises:
         InputError: it cannot be read, or something above does not hold.
     """
-    try:
-        # an open file, because pyarrow takes no path whose bytes are not UTF-8
-        with open(path, "rb") as opened, pq.ParquetFile(opened) as file:
-            if n_rows is not None and file.metadata.num_rows != n_rows:
-                raise InputError(f"{path} has {file.metadata.num_rows} rows, expected are {n_rows}; {mend}")
-            names = file.schema_arrow.names
-            missing = [name for name in (schema.names if schema else ()) if name not in names]
-            if missing:
-                raise InputError(f"{path} lacks the columns {', '.join(missing)}; {mend}")
-            twice = sorted({name for name in names if names.count(name) > 1})
-            if twice:
-                raise InputError(f"{path} has the column {twice[0]!r} more than once; {mend}")
-            table = read_within(file, os.fstat(opened.fileno()).st_size).combine_chunks()
+
+    def read(file: pq.ParquetFile, size: int) -> pa.Table:
+        names = file.schema_arrow.names
+        missing = [name for name in (schema.names if schema else ()) if name not in names]
+        if missing:
+            raise InputError(f"{path} lacks the columns {', '.join(missing)}; {mend}")
+        table = read_within(file, size, columns=None if columns is None else [name for name in columns if name in names]).combine_chunks()
         table.validate(full=True)  # texts that are not UTF-8 among others
-    except OSError as error:
-        raise InputError(f"{path} cannot be read as a table ({_line(error)}); {mend}") from error
-    except InputError:
-        raise
-    # beside ArrowException, pyarrow lets out what the schema of a damaged file leads to
-    except (pa.ArrowException, ValueError, TypeError, KeyError, OverflowError, MemoryError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as a table ({_line(error)}); {mend}") from error
+        return table
+
+    table = _opened(path, read, n_rows, mend)
     for field in schema or ():
         column = table[field.name]
         if not _may_become(column.type, field.type):
@@ -113,6 +112,37 @@ def read_table(
             raise InputError(f"{path} column {field.name} is empty in {column.null_count} row(s); {mend}")
         table = table.set_column(table.column_names.index(field.name), field.name, column)
     return table
+
+
+def read_schema(path: Path, *, n_rows: int | None = None, mend: str = "copy it anew") -> pa.Schema:
+    """The columns of a Parquet table, whose rows are not read. Arguments and errors as of `read_table`."""
+    return _opened(path, lambda file, _: file.schema_arrow, n_rows, mend)
+
+
+def count_rows(path: Path, mend: str = "copy it anew") -> int:
+    """How many rows a Parquet table says it has. Errors as of `read_table`."""
+    return _opened(path, lambda file, _: int(file.metadata.num_rows), None, mend)
+
+
+def _opened(path: Path, read: Callable[[pq.ParquetFile, int], T], n_rows: int | None, mend: str) -> T:
+    """What is read of an open Parquet file of that many bytes."""
+    try:
+        # an open file, because pyarrow takes no path whose bytes are not UTF-8
+        with open(path, "rb") as opened, pq.ParquetFile(opened) as file:
+            if n_rows is not None and file.metadata.num_rows != n_rows:
+                raise InputError(f"{path} has {file.metadata.num_rows} rows, expected are {n_rows}; {mend}")
+            names = file.schema_arrow.names
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise InputError(f"{path} has the column {twice[0]!r} more than once; {mend}")
+            return read(file, os.fstat(opened.fileno()).st_size)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read as a table ({_line(error)}); {mend}") from error
+    except InputError:
+        raise
+    # beside ArrowException, pyarrow lets out what the schema of a damaged file leads to
+    except (pa.ArrowException, ValueError, TypeError, KeyError, OverflowError, MemoryError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as a table ({_line(error)}); {mend}") from error
 
 
 def read_within(file: pq.ParquetFile, size: int, *, columns: Sequence[str] | None = None, row_group: int | None = None) -> pa.Table:

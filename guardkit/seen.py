@@ -23,13 +23,14 @@ import pyarrow.compute as pc
 from guardkit.artifacts import write_table
 from guardkit.reading import read_table
 from guardkit.schema import ImageError, InputError, Record
+from guardkit.seen_vectors import STEPS, SeenVectors
 
 FILE = "training_images.parquet"
 LABELLED = ("train", "validation", "calibration")
 SPLITS = (*LABELLED, "unlabelled")
 NEAR = 4  # bits of a perceptual hash in which near-duplicates differ at most, unless a source says otherwise
 _HASH_BYTES = 16
-_PROJECTIONS, _STEPS = 32, 4096  # of a sketch; steps a unit, in 16 bits
+_PROJECTIONS = 32  # of a sketch, in 16 bits
 # Storing a unit vector in 16 bits moves it by about 0.0003, another order of sums by less; of drawn scenes, which the
 # shipped encoder finds more alike than any photographs, no two are closer than 0.02.
 _SAME_VECTOR = 0.005
@@ -63,10 +64,11 @@ class SeenImages:
     Args:
         table: with the columns of `training_images.parquet`.
         near: bits in which perceptual hashes of near-duplicates differ at most, in [0, 15].
+        vectors: further ones, of millions of stored embeddings, of which nothing else is known.
     """
 
-    def __init__(self, table: pa.Table, near: int = NEAR) -> None:
-        self.table, self.near = table, near
+    def __init__(self, table: pa.Table, near: int = NEAR, vectors: SeenVectors | None = None) -> None:
+        self.table, self.near, self.vectors = table, near, vectors or SeenVectors({})
 
     @classmethod
     def of(cls, images: Iterable[tuple[str, Record, np.ndarray | None]], *, near: int = NEAR) -> SeenImages:
@@ -78,38 +80,39 @@ class SeenImages:
         """
         rows = [(split, record, vector) for split, record, vector in images if vector is not None or _content(record) is not None]
         vectors = {i: vector for i, (_, _, vector) in enumerate(rows) if vector is not None}
-        sketches: list[bytes | None] = [None] * len(rows)
+        of_rows: list[bytes | None] = [None] * len(rows)
         if vectors:
-            for i, sketch in zip(vectors, _sketches(np.stack(list(vectors.values()))), strict=True):
-                sketches[i] = sketch.tobytes()
+            for i, sketch in zip(vectors, sketches(np.stack(list(vectors.values()))), strict=True):
+                of_rows[i] = sketch.tobytes()
         columns = {
             "split": [split for split, _, _ in rows],
             "content": [_content(record) for _, record, _ in rows],
             "perceptual_hash": [record.perceptual_hash for _, record, _ in rows],
             "listed_group": [_group(record) for _, record, _ in rows],
-            "sketch": sketches,
+            "sketch": of_rows,
         }
         return cls(pa.table(columns, schema=_SCHEMA), near)
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.table) + len(self.vectors)
 
     def count(self, split: str) -> int:
         """How many images were seen in a split."""
-        return self.table.column("split").to_pylist().count(split)
+        return self.table.column("split").to_pylist().count(split) + self.vectors.count(split)
 
     def without(self, split: str) -> SeenImages:
         """The same without the images of one split."""
-        return SeenImages(self.table.filter(pc.not_equal(self.table.column("split"), split)), self.near)
+        return SeenImages(self.table.filter(pc.not_equal(self.table.column("split"), split)), self.near, self.vectors.without(split))
 
     def joined(self, more: SeenImages) -> SeenImages:
         """The images of both."""
-        return SeenImages(pa.concat_tables([self.table, more.table]).combine_chunks(), max(self.near, more.near))
+        table = pa.concat_tables([self.table, more.table]).combine_chunks()
+        return SeenImages(table, max(self.near, more.near), self.vectors.joined(more.vectors))
 
     @property
     def has_vectors_only(self) -> bool:
         """Whether some images are known by their embedding alone, so that others have to be embedded to be compared."""
-        return self.table.column("content").null_count > 0
+        return self.table.column("content").null_count > 0 or len(self.vectors) > 0
 
     # --- knowing again ------------------------------------------------------------------------------------------------
 
@@ -134,17 +137,29 @@ class SeenImages:
             again = self._find(part, [records[i] for i in open_rows], None if vectors is None else vectors[open_rows], labelled)
             for i, known in zip(open_rows, again, strict=True):
                 found[i] = known
+        self._find_vectors(found, vectors)
         return found
+
+    def _find_vectors(self, found: list[Known | None], vectors: np.ndarray | None) -> None:
+        """Of images that were not found in the table, or without their labels only, those that are among the vectors."""
+        if vectors is None or not len(self.vectors):
+            return
+        rows = [i for i, known in enumerate(found) if (known is None or known.split not in LABELLED) and vectors[i].any()]
+        if not rows:
+            return
+        for i, split in zip(rows, self.vectors.find(sketches(vectors[rows]), SPLITS), strict=True):
+            if split is not None and (found[i] is None or split in LABELLED):
+                found[i] = Known(split, "embedding")
 
     def _find(self, part: pa.Table, records: list[Record], vectors: np.ndarray | None, labelled: bool) -> list[Known | None]:
         splits = part.column("split").to_pylist()
-        contents, hashes, groups, sketches = (
+        contents, hashes, groups, known_vectors = (
             part.column(name).to_pylist() for name in ("content", "perceptual_hash", "listed_group", "sketch")
         )
         by_content = {value: row for row, value in enumerate(contents) if value is not None}
         by_group = {value: row for row, value in enumerate(groups) if value is not None and labelled}
         near = _nearest([record.perceptual_hash for record in records], hashes, self.near)
-        alike = _same_vectors(records, vectors, contents, sketches)
+        alike = _same_vectors(records, vectors, contents, known_vectors)
         found: list[Known | None] = []
         for i, record in enumerate(records):
             ways = (
@@ -164,8 +179,8 @@ class SeenImages:
         write_table(path, self.table.replace_schema_metadata(about), compression="zstd")
 
     @classmethod
-    def load(cls, path: Path) -> SeenImages:
-        """Reads what `save` wrote.
+    def load(cls, path: Path, vectors: Path | None = None) -> SeenImages:
+        """Reads what `save` wrote, and where there are some the vectors beside it.
 
         Raises:
             InputError: a damaged file, or one with other columns, types or values.
@@ -181,7 +196,7 @@ class SeenImages:
         unknown = set(table.column("split").to_pylist()) - set(SPLITS)
         if unknown:
             raise InputError(f"{path} has the split {sorted(map(str, unknown))[0]!r}, expected {', '.join(SPLITS)}; copy the folder anew")
-        return cls(table.replace_schema_metadata(None), int(near))
+        return cls(table.replace_schema_metadata(None), int(near), None if vectors is None else SeenVectors.load(vectors, SPLITS))
 
 
 def _hash(text: str) -> bytes:
@@ -220,11 +235,11 @@ def _nearest(mine: Sequence[int | None], seen: Sequence[int | None], near: int) 
 
 
 def _same_vectors(
-    records: Sequence[Record], vectors: np.ndarray | None, contents: Sequence[bytes | None], sketches: Sequence[bytes | None]
+    records: Sequence[Record], vectors: np.ndarray | None, contents: Sequence[bytes | None], seen: Sequence[bytes | None]
 ) -> list[int | None]:
     """For each record the row of a seen vector that is the same but for rounding; None: there is none."""
     found: list[int | None] = [None] * len(records)
-    known = [row for row, sketch in enumerate(sketches) if sketch is not None]
+    known = [row for row, sketch in enumerate(seen) if sketch is not None]
     if vectors is None or not known:
         return found
     from scipy.spatial import cKDTree
@@ -237,20 +252,23 @@ def _same_vectors(
     ):
         if not chosen or not against:
             continue
-        tree = cKDTree(np.frombuffer(b"".join(sketches[row] or b"" for row in against), "<i2").reshape(-1, _PROJECTIONS) / _STEPS)
+        tree = cKDTree(np.frombuffer(b"".join(seen[row] or b"" for row in against), "<i2").reshape(-1, _PROJECTIONS) / STEPS)
         # the mean square of a difference's projections is its own square
         limit = _SAME_VECTOR * _PROJECTIONS**0.5
-        distances, nearest = tree.query(_sketches(vectors[chosen]) / _STEPS, distance_upper_bound=limit)
+        distances, nearest = tree.query(sketches(vectors[chosen]) / STEPS, distance_upper_bound=limit)
         for i, distance, row in zip(chosen, distances, nearest, strict=True):
             if distance <= limit:
                 found[i] = against[int(row)]
     return found
 
 
-def _sketches(vectors: np.ndarray) -> np.ndarray:
-    """(n, d) unit vectors -> (n, 32) little-endian int16: projections on random directions, the same in every release."""
+def sketches(vectors: np.ndarray, dtype: type[np.floating] = np.float64) -> np.ndarray:
+    """(n, d) unit vectors -> (n, 32) little-endian int16: projections on random directions, the same in every release.
+
+    In float32 twice as quick, and a step more or less.
+    """
     dim = vectors.shape[1]
     bits = np.frombuffer(hashlib.shake_256(f"guardkit sketch {dim}".encode()).digest(dim * _PROJECTIONS // 8), np.uint8)
     directions = np.where(np.unpackbits(bits).reshape(dim, _PROJECTIONS), 1.0, -1.0)
     largest = np.iinfo(np.int16).max
-    return np.clip(np.rint(vectors.astype(np.float64) @ directions * _STEPS), -largest, largest).astype("<i2")
+    return np.clip(np.rint(vectors.astype(dtype) @ directions.astype(dtype) * STEPS), -largest, largest).astype("<i2")

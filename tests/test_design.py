@@ -14,7 +14,7 @@ import guardkit
 
 LEVELS = {
     "storage": 0, "storage_errors": 0, "local_copies": 0, "publishing": 0,
-    "schema": 0, "_entry": 0, "artifacts": 0, "folders": 0, "terminal": 0, "policy": 0, "progress": 0, "reading": 0, "stores": 0, "colour": 0, "limits": 0, "kinds": 0, "hub": 0, "checks": 0, "pages": 0, "charts": 0, "thresholds": 0, "score_maps": 0, "embedding_blocks": 0, "licences": 0, "jpeg": 0, "reading_ahead": 0,
+    "schema": 0, "_entry": 0, "artifacts": 0, "folders": 0, "terminal": 0, "policy": 0, "progress": 0, "reading": 0, "stores": 0, "colour": 0, "limits": 0, "kinds": 0, "hub": 0, "checks": 0, "pages": 0, "charts": 0, "thresholds": 0, "score_maps": 0, "embedding_blocks": 0, "licences": 0, "seen_vectors": 0, "jpeg": 0, "reading_ahead": 0,
     "pixels": 1, "images": 1, "inputs": 1, "scenes": 1, "encoders": 1, "editors": 1, "heads": 1, "metrics": 1, "vlm": 1, "seen": 1, "explaining": 1, "engines": 1,
     "embeddings": 2, "embedding_folder": 2, "counterfactual": 2, "classifier": 2, "guard_folder": 2, "guard_parts": 2, "guard_config": 2, "guard_card": 2, "baselines": 2,
     "data": 3, "integrations": 3, "exporting": 3,
@@ -30,6 +30,7 @@ LEVELS = {
 ALLOWED = {
     ("artifacts", "schema"), ("folders", "schema"), ("folders", "artifacts"), ("policy", "schema"), ("policy", "artifacts"), ("reading", "schema"), ("reading", "artifacts"), ("stores", "schema"), ("kinds", "schema"), ("hub", "schema"), ("kinds", "checks"), ("checks", "schema"), ("thresholds", "schema"), ("licences", "schema"),  # the ground floor
     ("storage", "schema"), ("storage", "artifacts"), ("storage", "storage_errors"), ("storage_errors", "schema"), ("local_copies", "schema"), ("local_copies", "artifacts"), ("local_copies", "storage"), ("local_copies", "storage_errors"), ("local_copies", "checks"), ("local_copies", "terminal"), ("publishing", "schema"), ("publishing", "artifacts"), ("publishing", "folders"), ("publishing", "local_copies"), ("publishing", "storage"), ("publishing", "storage_errors"), ("publishing", "terminal"), ("checks", "storage"), ("policy", "local_copies"), ("policy", "storage"),  # objects in a bucket, and files of theirs here
+    ("seen_vectors", "artifacts"), ("seen_vectors", "reading"), ("seen_vectors", "schema"),  # what a guard has seen is a file
     ("limits", "schema"), ("images", "pixels"),  # a file is opened, then its pixels are shown
     ("vlm", "images"),  # images travel as PNG
     ("inputs", "images"),  # whatever it is, the reader reads it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from guardkit.api.evaluate import load_contender
 from guardkit.artifacts import write_json, written
 from guardkit.checks import check_number, check_path, check_whole
 from guardkit.classifier import GuardClassifier
+from guardkit.data.columns import listing
 from guardkit.data.sources.base import Source
 from guardkit.encoders.base import Encoder
 from guardkit.evaluation.benchmark import read_benchmark
@@ -125,7 +126,7 @@ def compare(
             "n": len(records),
             "n_unsafe": sum(record.label == UNSAFE for record in records),
             "trained_on": benchmark.n_left_out,
-            "rejected": [asdict(one) for one in (*benchmark.rejected, *sheet.rejected)],
+            **listing(benchmark.rejected, sheet.rejected),
         },
         "prevalence": prevalence,
         "figures": figures,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from guardkit.checks import check_whole
+from guardkit.data.columns import RecordTable
 from guardkit.data.grouping import load_source
 from guardkit.data.sources.base import Source
 from guardkit.encoders.base import Encoder
@@ -64,9 +65,11 @@ def embed(
     refuse_others(folder, "embed", replaces=False)
     _ = encoder.dim  # loads it: what is wrong is said before the images are read
     shards: list[Shard]
-    rejected: list[Rejected] = []
+    rejected: Sequence[Rejected] = []
     if source is not None:
         loaded = load_source(source, for_training=False)
+        if isinstance(loaded.train, RecordTable):  # of which there may be millions
+            raise InputError("source=embeddings holds embeddings already; choose a source of images")
         records = [*loaded.train, *(loaded.test or []), *loaded.set_aside]
         if any(record.content is None for record in records):
             raise InputError("source=embeddings holds embeddings already; choose a source of images")

@@ -44,7 +44,7 @@ def train_guard(
     head: str | type[Head] | HeadFactory = "auto",
     arm: str | Arm = "unpaired",
     editor: Editor | Edits | None = None,
-    n_unsafe: int = 64,
+    n_unsafe: int | Literal["all"] = 64,
     safe_per_unsafe: int | Literal["all"] = 1,
     look_alikes: LookAlikes = "marked",
     variants_per_image: int = 1,
@@ -78,7 +78,7 @@ def train_guard(
         arm: a name of `guardkit.data.arms.ARMS`, or an `Arm`: what the unsafe images are told from.
         editor: makes counterfactuals; with an instructor, a verifier or several tries: `Edits`. None: none can be made, which suits
             arms that edit nothing.
-        n_unsafe: labelled unsafe images, validation included: the label budget.
+        n_unsafe: labelled unsafe images, validation included: the label budget; or "all" there are.
         safe_per_unsafe: natural safe images for each unsafe one, or "all"; of arms that use some.
         look_alikes: "marked" by a category, or found by the policy's "texts"; of arms that use some.
         variants_per_image: counterfactuals, or other edits, of each image, where the arm does not say.

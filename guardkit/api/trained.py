@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from guardkit.artifacts import write_json, written
 from guardkit.classifier import GuardClassifier
 from guardkit.data.arms import Arm
+from guardkit.data.columns import labels_of, sources_of
 from guardkit.data.training_images import training_images
 from guardkit.encoders.known import MAX_IMAGES, unknown_images
 from guardkit.evaluation.training import measure, out_of_fold_figures
@@ -88,8 +90,9 @@ def reported(
             "do not say how a guard does on ordinary images"
         )
     labelled = [record for kind in ("unsafe", "natural", "look_alike") for record in data.choice.of(kind)[:MAX_IMAGES]]
+    metrics["notes"] += data.unusable()
     metrics["notes"] += unknown_images(parts.encoder, lambda: data.views.embed(labelled))
-    n_of = Counter(record.label for record in data.load())
+    n_of = np.bincount(labels_of(data.load()), minlength=2).tolist()
     if extend is not None:
         metrics["notes"].append(
             f"these figures are of {', '.join(parts.policy.category_names)} alone, which were added to {', '.join(extend.policy.category_names)}; "
@@ -107,7 +110,7 @@ def reported(
         "prevalence": fitted.module.objective.prevalence,
         "experiment": arm.name,
         "seed": seed,
-        "sources": sorted({record.source for record in data.choice.train["unsafe"]}),
+        "sources": sorted(sources_of(data.choice.train["unsafe"])),
         **{key: metrics[key] for key in ("n_unsafe", "n_safe", "n_counterfactuals")},
     }
     guard.training_images = training_images(data, parts.unlabelled)

@@ -172,7 +172,7 @@ class CounterfactualPipeline:
         """
         self.photographs = [
             Photograph(record.content, record.region, record.caption, is_look_alike=record.category is not None)
-            for record in pool
+            for record in (() if getattr(pool, "holds_embeddings", False) else pool)
             if record.label == SAFE and record.content is not None and record.region is not None
         ]
         supply(self.editor, self.photographs)
@@ -180,6 +180,8 @@ class CounterfactualPipeline:
     def refusals(self, records: Sequence[Record], kind: Kind = "counterfactual") -> Counter[str]:
         """Why records will not be edited, and how many, as far as it is known without their pixels."""
         found: Counter[str] = Counter()
+        if getattr(records, "holds_embeddings", False) and records:
+            return Counter({_NO_IMAGE: len(records)})
         for record in records:
             reason = None
             if record.content is None:

@@ -13,8 +13,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from guardkit.data.columns import categories_of, corrected_of, labels_of, picked, sharing_groups, together
 from guardkit.data.splits import nested_order, split_validation
-from guardkit.data.views import EDITED, Pool
+from guardkit.data.views import EDITED, Pool, StoredPool
 from guardkit.schema import InputError, Record, shortened
 
 Batch = dict[str, torch.Tensor]
@@ -134,17 +135,17 @@ class Choice:
         validation: to choose settings on; they count in the label budget.
     """
 
-    train: dict[str, list[Record]]
-    validation: dict[str, list[Record]]
+    train: dict[str, Sequence[Record]]
+    validation: dict[str, Sequence[Record]]
 
     @property
     def n_safe(self) -> int:
         """Safe images that the source labelled, validation included."""
         return len(self.of("natural")) + len(self.of("look_alike"))
 
-    def of(self, kind: str) -> list[Record]:
+    def of(self, kind: str) -> Sequence[Record]:
         """All images of a kind; none where the arm does not want it."""
-        return [*self.train.get(kind, []), *self.validation.get(kind, [])]
+        return together(self.train.get(kind, []), self.validation.get(kind, []))
 
 
 @dataclass(frozen=True)
@@ -156,22 +157,25 @@ class Orders:
         look_alikes: those safe ones that look like something unsafe.
     """
 
-    unsafe: list[Record]
-    safe: list[Record]
-    look_alikes: list[Record]
+    unsafe: Sequence[Record]
+    safe: Sequence[Record]
+    look_alikes: Sequence[Record]
 
     def n_corrected(self, label: int) -> int:
         """How many of a label stand first because people corrected them; they come on top of a budget."""
-        return sum(record.is_corrected for record in (self.unsafe if label else self.safe))
+        return int(corrected_of(self.unsafe if label else self.safe).sum())
 
     @classmethod
-    def of(cls, pool: Sequence[Record], seed: int, look_alikes: list[Record] | None = None) -> Orders:
+    def of(cls, pool: Sequence[Record], seed: int, look_alikes: Sequence[Record] | None = None) -> Orders:
         """The nested orders of both labels, corrected images first. Look-alikes are those given, or those that the source marks by a category."""
-        unsafe, safe = (
-            sorted(nested_order([record for record in pool if record.label == label], seed), key=lambda record: not record.is_corrected)
-            for label in (1, 0)
-        )
-        return cls(unsafe, safe, [record for record in safe if record.category is not None] if look_alikes is None else look_alikes)
+        labels = labels_of(pool)
+        unsafe, safe = (_corrected_first(nested_order(picked(pool, labels == label), seed)) for label in (1, 0))
+        return cls(unsafe, safe, picked(safe, categories_of(safe)[0] >= 0) if look_alikes is None else look_alikes)
+
+
+def _corrected_first(records: Sequence[Record]) -> Sequence[Record]:
+    corrected = corrected_of(records)
+    return picked(records, np.argsort(~corrected, kind="stable")) if corrected.any() else records
 
 
 def n_natural(n_unsafe: int, safe_per_unsafe: int | str, orders: Orders) -> int:
@@ -190,21 +194,23 @@ def choose(orders: Orders, n_unsafe: int, kinds: Sequence[str], safe_per_unsafe:
     unsafe = orders.unsafe[:n_unsafe]
     ordered = dict.fromkeys(OF_THE_UNSAFE, unsafe) | {"natural": orders.safe}
     if "shuffled" in kinds:
-        taken = {record.group for record in unsafe}
-        ordered["shuffled"] = [record for record in orders.unsafe[n_unsafe:] if record.group not in taken]
+        ordered["shuffled"] = _without(orders.unsafe[n_unsafe:], unsafe)
     if "look_alike" in kinds:
-        taken = {record.group for record in orders.safe[:n_safe]} if "natural" in kinds else set()
-        ordered["look_alike"] = [record for record in orders.look_alikes if record.group not in taken]
+        ordered["look_alike"] = _without(orders.look_alikes, orders.safe[:n_safe] if "natural" in kinds else [])
         if len(ordered["look_alike"]) < min(n_unsafe, len(orders.look_alikes)):
             # where safe images are few, the natural ones, of which there may be more, leave the look-alikes to their kind
             ordered["look_alike"] = orders.look_alikes
-            kept = {record.group for record in orders.look_alikes[:n_unsafe]}
-            ordered["natural"] = [record for record in orders.safe if record.group not in kept]
+            ordered["natural"] = _without(orders.safe, orders.look_alikes[:n_unsafe])
     parts = {kind: split_validation(ordered[kind], n_safe if kind == "natural" else n_unsafe) for kind in kinds}
     return Choice({kind: train for kind, (train, _) in parts.items()}, {kind: validation for kind, (_, validation) in parts.items()})
 
 
-def make_batch(pools: Mapping[str, Pool], rows: Mapping[str, np.ndarray], turn: int | None) -> Batch:
+def _without(records: Sequence[Record], others: Sequence[Record]) -> Sequence[Record]:
+    """Records that are in no group with the others."""
+    return picked(records, ~sharing_groups(records, others))
+
+
+def make_batch(pools: Mapping[str, Pool | StoredPool], rows: Mapping[str, np.ndarray], turn: int | None) -> Batch:
     """A batch of the images of an arm.
 
     Args:

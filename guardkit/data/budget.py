@@ -7,9 +7,11 @@ repeats; where it cannot serve it at all, that is an error.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
 from guardkit.data.arms import Choice, Orders, choose, n_natural
+from guardkit.data.columns import together, with_images
 from guardkit.editors.base import Kind
 from guardkit.schema import InputError, Record
 
@@ -17,7 +19,7 @@ _LEAST = 2  # images of a kind: one trains, one validates
 
 
 def chosen_in_budget(
-    orders: Orders, n_unsafe: int, kinds: Sequence[str], safe_per_unsafe: int | str, where: str, why: str = ""
+    orders: Orders, n_unsafe: int | Literal["all"], kinds: Sequence[str], safe_per_unsafe: int | str, where: str, why: str = ""
 ) -> tuple[Choice, list[str]]:
     """The images of an arm, and what is missing from its budget, in sentences.
 
@@ -26,7 +28,7 @@ def chosen_in_budget(
 
     Args:
         orders: of the training pool.
-        n_unsafe: the label budget.
+        n_unsafe: the label budget, or "all".
         kinds: of the arm's images.
         safe_per_unsafe: natural safe images for each unsafe one, or "all".
         where: names the source.
@@ -43,8 +45,9 @@ def chosen_in_budget(
         raise InputError(
             f"{where} leaves {len(safe)} safe image(s) for training; this arm needs at least {_LEAST}: add some, or use experiment=pairs_aug{why}"
         )
-    n, notes = min(n_unsafe, len(unsafe) - orders.n_corrected(1)), []
-    if n < n_unsafe:
+    n_all, notes = len(unsafe) - orders.n_corrected(1), []
+    n = n_all if n_unsafe == "all" else min(n_unsafe, n_all)
+    if n_unsafe != "all" and n < n_unsafe:
         notes.append(f"asked for {n_unsafe} unsafe images (data.n_unsafe), {where} has {n} for training: using all of them")
     n_safe = n_natural(n, safe_per_unsafe, orders)
     choice = choose(orders, n, kinds, safe_per_unsafe)
@@ -94,18 +97,19 @@ def shortage(orders: Orders, n_unsafe: int, kinds: Sequence[str], safe_per_unsaf
     return None
 
 
-def edited(choice: Choice, transform: str) -> list[tuple[str, Kind, list[Record]]]:
+def edited(choice: Choice, transform: str) -> list[tuple[str, Kind, Sequence[Record]]]:
     """What an arm asks an editor for: whose images they are, the kind of edit, the images."""
-    wanted: list[tuple[str, Kind, list[Record]]] = []
+    wanted: list[tuple[str, Kind, Sequence[Record]]] = []
     if transform == "null_edit":
-        wanted += [("unsafe images", "null", choice.of("unsafe")), ("safe images", "null", choice.of("natural") + choice.of("look_alike"))]
+        safe = together(choice.of("natural"), choice.of("look_alike"))
+        wanted += [("unsafe images", "null", choice.of("unsafe")), ("safe images", "null", safe)]
     wanted.append(("unsafe images", "counterfactual", choice.of("counterfactual")))
     wanted.append(("unsafe images", "null", choice.of("null_edit")))
     wanted.append(("other unsafe images", "counterfactual", choice.of("shuffled")))
     return [one for one in wanted if one[2]]
 
 
-def check_edits(pipeline: CounterfactualPipeline, wanted: Sequence[tuple[str, Kind, list[Record]]], where: str) -> list[str]:
+def check_edits(pipeline: CounterfactualPipeline, wanted: Sequence[tuple[str, Kind, Sequence[Record]]], where: str) -> list[str]:
     """What the editor will refuse whatever the images show, in sentences.
 
     Args:
@@ -142,7 +146,7 @@ def check_transplants(pipeline: CounterfactualPipeline, choice: Choice, where: s
     records = choice.of("transplant") or choice.of("transplant_safe")
     if not records:
         return []
-    boxed = [record for record in records if record.content is not None and record.region is not None]
+    boxed = [record for record in with_images(records) if record.region is not None]
     if not boxed:
         raise InputError(
             f"none of the {len(records)} unsafe images of {where} has a box, and transplants cut an object out by its box; give some"

@@ -26,13 +26,14 @@ from guardkit.checks import MAX_SEED, check_choice, check_flag, check_number, ch
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.data.arms import NEGATIVES, OF_THE_UNSAFE, POSITIVES, TRANSFORMS, Batch, Choice, Orders, make_batch
 from guardkit.data.budget import check_edits, check_transplants, chosen_in_budget, edited
+from guardkit.data.columns import RecordTable, check_listable, is_large, labels_of, picked, usable, with_images
 from guardkit.data.controls import Control, make_controls
 from guardkit.data.duplicates import perceptual_hash
 from guardkit.data.grouping import load_source, why_rejected
 from guardkit.data.look_alikes import LOOK_ALIKES, LookAlikes, by_texts
 from guardkit.data.sources.base import Loaded, Source
-from guardkit.data.splits import split_test
-from guardkit.data.views import EDITED, Later, Pool, ViewMaker
+from guardkit.data.splits import split_test, why_few
+from guardkit.data.views import EDITED, BlockOrder, Later, Pool, StoredPool, ViewMaker
 from guardkit.embeddings import EmbeddingStore
 from guardkit.policy import Policy
 from guardkit.schema import SAFE, UNSAFE, Content, InputError, Record
@@ -40,6 +41,7 @@ from guardkit.schema import SAFE, UNSAFE, Content, InputError, Record
 log = logging.getLogger(__name__)
 
 MAX_CONTROLS = 256
+ORIGINALS = ("unsafe", "natural", "look_alike")  # kinds of images that are there as they are, unless a transform changes them
 
 
 class GuardDataModule(L.LightningDataModule):
@@ -50,7 +52,7 @@ class GuardDataModule(L.LightningDataModule):
         policy: names the categories.
         store: embeds images, each once.
         pipeline: makes counterfactuals and null edits.
-        n_unsafe: labelled unsafe images, validation included: the label budget.
+        n_unsafe: labelled unsafe images, validation included: the label budget; or "all" there are.
         negatives: what the unsafe images are told from, see `guardkit.data.arms.Arm`.
         positives: what stands beside the unsafe images, see there.
         safe_per_unsafe: natural safe images for each unsafe one, or "all".
@@ -75,7 +77,7 @@ class GuardDataModule(L.LightningDataModule):
         store: EmbeddingStore,
         pipeline: CounterfactualPipeline,
         *,
-        n_unsafe: int = 64,
+        n_unsafe: int | Literal["all"] = 64,
         negatives: Sequence[str] = ("natural",),
         positives: Sequence[str] = (),
         safe_per_unsafe: int | Literal["all"] = 1,
@@ -89,8 +91,9 @@ class GuardDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if n_unsafe != "all":
+            check_whole("data.n_unsafe", n_unsafe, 2)
         for name, value, least in (
-            ("n_unsafe", n_unsafe, 2),
             ("variants_per_image", variants_per_image, 1),
             ("batch_size", batch_size, 1),
             ("split_seed", split_seed, 0),
@@ -116,7 +119,7 @@ class GuardDataModule(L.LightningDataModule):
         self.views = ViewMaker(store, pipeline, transform=transform, variants_per_image=variants_per_image, counts=self.edits)
         self.other_edits = EditCounts()  # of the controls and of test pairs
         self.notes: list[str] = []  # what the source could not give this arm
-        self._candidates: list[Record] | None = None
+        self._candidates: Sequence[Record] | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._stage: str | None = None  # that started it
         self._tests = Later(self.make_test_set)
@@ -137,6 +140,7 @@ class GuardDataModule(L.LightningDataModule):
         choice, self.notes = chosen_in_budget(orders, self.n_unsafe, kinds, self.safe_per_unsafe, where, why_rejected(self.loaded))
         self.notes += check_transplants(self.pipeline, choice, where)
         self.notes += check_edits(self.pipeline, edited(choice, self.transform), where)
+        self.notes += self._notes
         for note in self.notes:
             log.warning("%s", note)
         return choice
@@ -147,10 +151,12 @@ class GuardDataModule(L.LightningDataModule):
         return Orders.of(self.load(), seed, found)
 
     @cached_property
-    def _look_alikes(self) -> list[Record]:
-        return by_texts([record for record in self.load() if record.label == SAFE], self.policy, self.store)
+    def _look_alikes(self) -> Sequence[Record]:
+        pool = self.load()
+        check_listable(pool, "data.look_alikes=texts", "mark look-alikes by a category instead")
+        return by_texts([record for record in pool if record.label == SAFE], self.policy, self.store)
 
-    def load(self) -> list[Record]:
+    def load(self) -> Sequence[Record]:
         """Loads the source, once, sets the test images aside and returns the pool to train on."""
         if self._candidates is None:
             self.loaded: Loaded = load_source(self.source)
@@ -159,7 +165,13 @@ class GuardDataModule(L.LightningDataModule):
                 self._candidates, test = split_test(self.loaded.train, self.test_share, self.split_seed)
             else:
                 self._candidates, test = self.loaded.train, self.loaded.test
-            self.test: list[Record] = test
+            self._notes = list(self.loaded.notes)
+            if self.loaded.test is None:
+                self._notes += why_few(len(test), len(self.loaded.train), self.test_share)
+            test, bad = usable(test)
+            if bad:
+                self._notes.append(f"{len(bad)} test images were left out, the first is {bad[0].id[:100]}: {bad[0].reason}")
+            self.test: Sequence[Record] = test
             self.pipeline.supply(self._candidates)
         return self._candidates
 
@@ -175,20 +187,29 @@ class GuardDataModule(L.LightningDataModule):
             )
 
     @cached_property
-    def _pools(self) -> tuple[dict[str, Pool], dict[str, Pool]]:
+    def _pools(self) -> tuple[dict[str, Pool | StoredPool], dict[str, Pool | StoredPool]]:
         """Of training and of validation, by kind."""
 
-        def pools(images: dict[str, list[Record]], chunk: int | None) -> dict[str, Pool]:
-            found = {kind: self.views.pool(kind, self.policy.category_names) for kind in images}
+        def pools(images: dict[str, Sequence[Record]], chunk: int | None) -> dict[str, Pool | StoredPool]:
+            found: dict[str, Pool | StoredPool] = {}
             for kind, records in images.items():
-                found[kind].add(records, partial(self.views.make, kind), chunk or len(records), self._order(kind, len(records), 1))
+                if isinstance(records, RecordTable) and records.columns.is_large and kind in ORIGINALS and self.transform == "none":
+                    found[kind] = StoredPool(records, self.policy.category_names)
+                    continue
+                found[kind] = pool = self.views.pool(kind, self.policy.category_names)
+                pool.add(records, partial(self.views.make, kind), chunk or len(records), self._order(kind, len(records), 1))
             return found
 
         return pools(self.choice.train, self.batch_size), pools(self.choice.validation, None)
 
     def _order(self, kind: str, n: int, epoch: int) -> np.ndarray:
-        stream = 13 if kind in OF_THE_UNSAFE else 14
-        return np.random.default_rng([self.seed, stream, epoch]).permutation(n)
+        return np.random.default_rng([self.seed, _stream(kind), epoch]).permutation(n)
+
+    def _turns(self, kind: str, pool: Pool | StoredPool, epoch: int) -> np.ndarray | BlockOrder:
+        """In which order an epoch takes the records of a pool."""
+        if isinstance(pool, StoredPool) and not pool.is_held:
+            return BlockOrder(pool, [self.seed, 16, epoch], [self.seed, _stream(kind), epoch])
+        return self._order(kind, len(pool.records), epoch)
 
     # --- what runs in the background ---------------------------------------------------------------------------------
 
@@ -246,13 +267,15 @@ class GuardDataModule(L.LightningDataModule):
             counterfactuals = self.views.embed([counterfactual for _, counterfactual in pairs])
             made_by = f"{self.source.name}: exact"
         else:
-            unsafe_rows = [i for i, record in enumerate(self.test) if record.label == 1]
-            views = self.views.edited([self.test[i] for i in unsafe_rows], 1, "counterfactual", self.other_edits)
+            unsafe_rows = np.flatnonzero(labels_of(self.test) == UNSAFE)
+            views = self.views.edited(picked(self.test, unsafe_rows), 1, "counterfactual", self.other_edits)
             there = views.there[:, 0]
-            rows, counterfactuals = np.array(unsafe_rows, int)[there], views.vectors[there, 0]
+            rows, counterfactuals = unsafe_rows[there], views.vectors[there, 0]
             made_by = f"editor={self.pipeline.editor.name}"
         vectors = self.views.embed(self.test)
-        return TestSet(self.test, vectors, rows, counterfactuals, made_by, time.perf_counter() - started)
+        # of stored embeddings the vectors stand beside the records
+        records = list(self.test.without_vectors()) if isinstance(self.test, RecordTable) else self.test
+        return TestSet(records, vectors, rows, counterfactuals, made_by, time.perf_counter() - started)
 
     def counterfactual_of(self, record: Record) -> Content | None:
         """The counterfactual that test pairs hold for an unsafe test record, or None."""
@@ -272,25 +295,38 @@ class GuardDataModule(L.LightningDataModule):
         return self._controls.get()
 
     def used_images(self) -> list[tuple[str, Record]]:
-        """("train" or "validation", image) of all that this arm was given, and of its counterfactuals, but for those of drawn scenes."""
+        """("train" or "validation", image) of all that this arm was given, and of its counterfactuals, but for those of drawn scenes and of
+        `used_tables`."""
         parts = {"train": self.choice.train, "validation": self.choice.validation}
         used = [
             (split, record)
             for split, images in parts.items()
             for kind, records in images.items()
-            if kind == "unsafe" or kind not in OF_THE_UNSAFE  # each image once
+            if (kind == "unsafe" or kind not in OF_THE_UNSAFE)  # each image once
+            if not is_large(records)
             for record in records
         ]
         if set(EDITED) & set(self.negatives):
             used += [(split, safe) for split, record in used for safe in self._used_counterfactuals(record)]
         return used
 
+    def used_tables(self) -> list[tuple[str, RecordTable]]:
+        """("train" or "validation", images) of what this arm was given and is too much to be listed one by one."""
+        parts = {"train": self.choice.train, "validation": self.choice.validation}
+        return [
+            # in the order in which they are read fastest
+            (split, RecordTable(records.columns, np.sort(records.rows)))
+            for split, images in parts.items()
+            for kind, records in images.items()
+            if isinstance(records, RecordTable) and is_large(records) and (kind == "unsafe" or kind not in OF_THE_UNSAFE)
+        ]
+
     def lent_images(self) -> list[Record]:
         """Safe images of the pool whose parts show, or may show, in what this arm was given: what the editor pastes from, and what
         transplants are made of."""
         shown = {id(content) for content in self.views.lent({*self.positives, *self.negatives}, self.choice.of("unsafe"))}
-        used = {id(record.content) for _, record in self.used_images()} if shown else set()
-        return [record for record in self.load() if id(record.content) in shown - used]
+        used = {id(record.content) for _, record in self.used_images()} if shown else set[int]()
+        return [record for record in with_images(self.load()) if id(record.content) in shown - used] if shown else []
 
     def _used_counterfactuals(self, record: Record) -> list[Record]:
         """What the source brought along, or else the editor made, each with the hash by which it is known when it is saved anew."""
@@ -334,9 +370,17 @@ class GuardDataModule(L.LightningDataModule):
         return -(-len(self.choice.train["unsafe"]) // self.batch_size)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch, counted from 1: the same for the same seed and epoch."""
+        """The batches of an epoch, counted from 1: the same for the same seed and epoch.
+
+        Of up to `columns.LARGE` images of a kind the order is a permutation of all; of more, which must be stored embeddings, see
+        `BlockOrder`, and while one batch is trained on the next is read.
+        """
+        made = self._batches(epoch)
+        return _ahead(made) if any(isinstance(pool, StoredPool) and not pool.is_held for pool in self._pools[0].values()) else made
+
+    def _batches(self, epoch: int) -> Iterator[Batch]:
         pools = self._pools[0]
-        orders = {kind: self._order(kind, len(pool.records), epoch) for kind, pool in pools.items()}
+        orders = {kind: self._turns(kind, pool, epoch) for kind, pool in pools.items()}
         n = len(orders["unsafe"])
         for start in range(0, n, self.batch_size):
             places = np.arange(start, min(start + self.batch_size, n))
@@ -345,7 +389,7 @@ class GuardDataModule(L.LightningDataModule):
                 # a smaller pool goes round, so that every batch has negatives; a batch that is the whole epoch has all
                 whole = len(places) == n and kind not in OF_THE_UNSAFE
                 if whole or not len(order):
-                    rows[kind] = order
+                    rows[kind] = order[:]
                 elif len(order) > n:  # a larger one is divided among the batches
                     rows[kind] = order[places[0] * len(order) // n : (places[-1] + 1) * len(order) // n]
                 else:
@@ -364,6 +408,16 @@ class GuardDataModule(L.LightningDataModule):
 
     def _n_views(self, kinds: Collection[str]) -> int:
         return sum(int(pool.there().sum()) for pools in self._pools for kind, pool in pools.items() if kind in kinds)
+
+    def unusable(self) -> list[str]:
+        """What of stored embeddings, that were not looked at before, came up in training and could not be used; in sentences."""
+        rows = {row for pools in self._pools for pool in pools.values() if isinstance(pool, StoredPool) for row in pool.unusable}
+        if not rows:
+            return []
+        first = next(pool for pool in self._pools[0].values() if isinstance(pool, StoredPool)).records.columns.names(np.array([min(rows)]))[
+            0
+        ]
+        return [f"{len(rows)} chosen images were left out, the first is {first[:100]}: their vectors are zero or not finite"]
 
     def check_both_sides(self) -> None:
         """Raises InputError when not a single unsafe image, or not a single negative, came through, with the reasons."""
@@ -427,7 +481,7 @@ class TestSet:
 
     __test__ = False  # pytest collects classes by their name
 
-    records: list[Record]
+    records: Sequence[Record]
     embeddings: np.ndarray
     pair_rows: np.ndarray
     counterfactuals: np.ndarray
@@ -452,6 +506,20 @@ class Batches:
         yield from self._batches()
 
 
-def _whole(pools: dict[str, Pool]) -> Batch:
+def _stream(kind: str) -> int:
+    """Of random numbers: kinds that stand side by side have the same."""
+    return 13 if kind in OF_THE_UNSAFE else 14
+
+
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same, each made while the one before it is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="guardkit-batches") as worker:
+        waiting = worker.submit(next, batches, None)
+        while (batch := waiting.result()) is not None:
+            waiting = worker.submit(next, batches, None)
+            yield batch
+
+
+def _whole(pools: dict[str, Pool | StoredPool]) -> Batch:
     """All images in one batch, the first view of each."""
     return make_batch(pools, {kind: np.arange(len(pool.records)) for kind, pool in pools.items()}, 0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import tempfile
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -125,14 +127,26 @@ def earliest_near(hashes: np.ndarray, max_distance: int = 4) -> np.ndarray:
 # Unit vectors in half precision are off by at most about 3e-4, so two roundings of one vector lie within this distance.
 _TOLERANCE = 2e-3
 _TABLES, _AXES, _NEIGHBOURS, _CHUNK = 4, 6, 8, 8192
+_HELD, _AT_ONCE = 1 << 20, 1 << 16  # rows: whose places are kept in memory; that are compared at once
 
 
-def near_equal_groups(vectors: Sequence[np.ndarray] | np.ndarray, tolerance: float = _TOLERANCE) -> np.ndarray:
+class Rows(Protocol):
+    """(n, d) vectors, some at a time: an array, or something that reads them."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: Any, /) -> np.ndarray:
+        """(m, d) of a slice or of (m,) rows."""
+        ...
+
+
+def near_equal_groups(vectors: Sequence[np.ndarray] | Rows, tolerance: float = _TOLERANCE) -> np.ndarray:
     """Numbers groups of vectors that are equal up to rounding.
 
     Vectors are put into the cells of several grids, each over random directions; those that share a cell are compared with the next
     few in it. A pair that every grid happens to divide would be missed, which is rarer than one in a million. The work grows with n
     alone: locality-sensitive hashing (Datar et al., 2004, "Locality-sensitive hashing scheme based on p-stable distributions").
+    Vectors themselves are read once in order, and then those that all directions leave open; of millions, what the directions say lies in
+    a temporary file.
 
     Args:
         vectors: n of (d,) float, of unit length.
@@ -143,31 +157,60 @@ def near_equal_groups(vectors: Sequence[np.ndarray] | np.ndarray, tolerance: flo
     n = len(vectors)
     if not n:
         return np.zeros(0, int)
+    rows: Rows = np.stack(vectors) if isinstance(vectors, Sequence) else vectors
     rng = np.random.default_rng(0)
-    axes = rng.normal(size=(len(vectors[0]), _TABLES * _AXES)) / len(vectors[0]) ** 0.5
-    places = np.concatenate([np.asarray(vectors[start : start + _CHUNK], np.float32) @ axes for start in range(0, n, _CHUNK)])
+    dim = rows[:1].shape[1]
+    axes = rng.normal(size=(dim, _TABLES * _AXES)) / dim**0.5
+    places = _room((n, _TABLES * _AXES))
+    for start in range(0, n, _CHUNK):
+        places[start : start + _CHUNK] = np.asarray(rows[start : start + _CHUNK], np.float32) @ axes
     # wide enough that rounding seldom crosses a border, narrow enough that few strangers share a cell
-    widths = np.maximum(places.std(axis=0) / 4, tolerance)
-    cells = np.floor(places / widths + rng.random(_TABLES * _AXES)).astype(np.int64)
+    widths = np.maximum(places.std(axis=0) if n <= _HELD else _deviations(places), 4 * tolerance) / 4
+    offsets = rng.random(_TABLES * _AXES)
     mixers = rng.integers(1, 2**62, _AXES) * 2 + 1
+    # no difference of two vectors is longer along an axis than the axis and it together
+    reach = tolerance * np.linalg.norm(axes, axis=0) + 1e-6
     edges: list[tuple[np.ndarray, np.ndarray]] = []
     for table in range(_TABLES):
         mine = slice(table * _AXES, (table + 1) * _AXES)
-        with np.errstate(over="ignore"):
-            cell = (cells[:, mine] * mixers).sum(axis=1)
+        cell = np.empty(n, np.int64)
+        for start in range(0, n, _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            with np.errstate(over="ignore"):
+                cell[some] = (np.floor(places[some, mine] / widths[mine] + offsets[mine]).astype(np.int64) * mixers).sum(axis=1)
         order = np.lexsort((places[:, mine.start], cell))
+        sorted_cells = cell[order]
         for step in range(1, _NEIGHBOURS + 1):
-            together = np.flatnonzero(cell[order[step:]] == cell[order[:-step]])
-            first, second = order[:-step][together], order[step:][together]
-            near = [_near(vectors, first[i : i + _CHUNK], second[i : i + _CHUNK], tolerance) for i in range(0, len(first), _CHUNK)]
-            if near:
-                chosen = np.concatenate(near)
-                edges.append((first[chosen], second[chosen]))
-    rows, columns = (np.concatenate([edge[i] for edge in edges]) if edges else np.zeros(0, int) for i in (0, 1))
-    return connected_components(coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(n, n)), directed=False)[1]
+            together = np.flatnonzero(sorted_cells[step:] == sorted_cells[:-step])
+            for start in range(0, len(together), _AT_ONCE):
+                pairs = together[start : start + _AT_ONCE]
+                first, second = order[pairs], order[pairs + step]
+                is_open = np.abs(places[first] - places[second]) <= reach
+                first, second = first[is_open.all(axis=1)], second[is_open.all(axis=1)]
+                near = [_near(rows, first[i : i + _CHUNK], second[i : i + _CHUNK], tolerance) for i in range(0, len(first), _CHUNK)]
+                if near:
+                    chosen = np.concatenate(near)
+                    edges.append((first[chosen], second[chosen]))
+    one, other = (np.concatenate([edge[i] for edge in edges]) if edges else np.zeros(0, int) for i in (0, 1))
+    return connected_components(coo_array((np.ones(len(one), bool), (one, other)), shape=(n, n)), directed=False)[1]
 
 
-def _near(vectors: Sequence[np.ndarray] | np.ndarray, first: np.ndarray, second: np.ndarray, tolerance: float) -> np.ndarray:
+def _room(shape: tuple[int, int]) -> np.ndarray:
+    """For numbers: in memory where they are few, else in a file that is gone when nobody looks at it any more."""
+    if shape[0] <= _HELD:
+        return np.empty(shape)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.float32, "w+", shape=shape)
+
+
+def _deviations(places: np.ndarray) -> np.ndarray:
+    """Standard deviations of the columns of an array that is too large for the means of all at once."""
+    starts = range(0, len(places), len(places) // 64)
+    blocks = [np.asarray(places[start : start + _CHUNK], np.float64) for start in starts]
+    return np.concatenate(blocks).std(axis=0)
+
+
+def _near(vectors: Rows, first: np.ndarray, second: np.ndarray, tolerance: float) -> np.ndarray:
     """(n,) bool: which pairs are nearer than the tolerance."""
-    apart = np.stack([vectors[row] for row in first]) - np.stack([vectors[row] for row in second])
+    apart = vectors[first] - vectors[second]
     return np.einsum("nd,nd->n", apart, apart) <= tolerance**2

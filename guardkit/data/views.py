@@ -17,12 +17,16 @@ import numpy as np
 
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.data.augment import AugmentedContent
+from guardkit.data.columns import RecordTable, categories_of, is_large
 from guardkit.data.transplants import TransplantContent, transplant
 from guardkit.editors.base import Kind, lent
 from guardkit.embeddings import EmbeddingStore
 from guardkit.schema import Content, InputError, Record
 
 T = TypeVar("T")
+
+BLOCK = 256  # neighbours in a folder of embeddings that are read together: some 400 kB of width 768 in half precision
+WINDOW = 256 * BLOCK  # records that are shuffled together
 
 EDITED = ("counterfactual", "shuffled")  # kinds of images that are there as their counterfactuals
 _TRANSPLANTS = {"transplant": True, "transplant_safe": False}  # whether the object is the unsafe one
@@ -164,6 +168,96 @@ class Pool:
         return self._views
 
 
+class StoredPool:
+    """Records of a large folder of embeddings. One view each; what a batch needs is read when it needs it, unless they are few.
+
+    Args:
+        records: all of them; they are put in the order in which their folder has them.
+        category_names: of the policy.
+
+    Attributes:
+        records: in that order.
+        categories: (n,) as of a `Pool`.
+        chunks: none, because nothing is made ahead.
+        unusable: rows of the folder that came up and whose vectors are zero or not finite.
+    """
+
+    n_views = 1
+
+    def __init__(self, records: RecordTable, category_names: Sequence[str]) -> None:
+        self.category_names = category_names
+        self.records = RecordTable(records.columns, np.sort(records.rows))
+        codes, names = categories_of(self.records)
+        position = {name: i for i, name in enumerate(category_names)}
+        # the last one is of those without a category
+        self.categories = np.array([*(position.get(name, -1) for name in names), -1], np.int16)[codes]
+        self.chunks: list[Later[None]] = []
+        self.unusable: set[int] = set()
+        self.is_held = not is_large(records)
+        self._held: np.ndarray | None = None
+
+    def pick(self, rows: np.ndarray, turn: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # noqa: ARG002
+        """The embeddings of rows, and whether they mean something, see `Views.pick`."""
+        if self.is_held and self._held is None:
+            self._held = self.records.vectors()
+        vectors = self.records.vectors(rows) if self._held is None else self._held[rows]
+        there = ~np.isnan(vectors[:, 0])
+        if not there.all():
+            self.unusable.update(self.records.rows[rows[~there]].tolist())
+        return vectors, there
+
+    def there(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """(len(rows), 1) bool: which are not known to be unusable."""
+        return ~np.isin(self.records.rows[rows], list(self.unusable))[:, None]
+
+
+class BlockOrder:
+    """A shuffled order of the records of a `StoredPool`: blocks of neighbours in random order, and a few hundred blocks shuffled
+    together at a time.
+
+    That is as good for stochastic gradients as a full permutation, also of a folder that is sorted by label, and reads a file block by
+    block: Xu et al., 2022, "In-Database Machine Learning with CorgiPile: Stochastic Gradient Descent without Full Data Shuffle" (SIGMOD),
+    section 4. Pools of one folder go through its blocks in the same order, so that what one of them has read is at hand for the others.
+    Nothing is read and hardly anything computed before the first batch.
+
+    Args:
+        pool: of records.
+        seed: of the order of the blocks, the same for all pools of an epoch.
+        own_seed: of what is shuffled within.
+    """
+
+    def __init__(self, pool: StoredPool, seed: Sequence[int], own_seed: Sequence[int]) -> None:
+        rows = pool.records.rows
+        n_blocks = -(-len(pool.records.columns.labels) // BLOCK)
+        starts = np.searchsorted(rows, np.arange(n_blocks + 1) * BLOCK)
+        blocks = np.random.default_rng(seed).permutation(n_blocks)
+        lengths = (starts[1:] - starts[:-1])[blocks]
+        ends = np.cumsum(lengths)
+        # place by place: how far it is from the beginning of its block
+        self._places = (np.arange(len(rows)) - np.repeat(ends - lengths - starts[:-1][blocks], lengths)).astype(np.int32)
+        self._seed, self._window = list(own_seed), -1
+        self._shuffled = np.zeros(0, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, turns: slice | np.ndarray) -> np.ndarray:
+        """Places in the pool of the records whose turn it is, rising within a window: their order in a batch tells nothing."""
+        wanted = np.arange(*turns.indices(len(self))) if isinstance(turns, slice) else turns
+        found = np.empty(len(wanted), np.int32)
+        windows = wanted // WINDOW
+        for window in np.unique(windows):
+            mine = windows == window
+            found[mine] = np.sort(self._of(int(window))[wanted[mine] - window * WINDOW])
+        return found
+
+    def _of(self, window: int) -> np.ndarray:
+        if window != self._window:
+            places = self._places[window * WINDOW : (window + 1) * WINDOW]
+            self._window, self._shuffled = window, np.random.default_rng([*self._seed, window]).permutation(places)
+        return self._shuffled
+
+
 class ViewMaker:
     """Makes views of records; what was made before comes from the stores.
 
@@ -214,6 +308,8 @@ class ViewMaker:
 
     def embed(self, records: Sequence[Record]) -> np.ndarray:
         """(n, d) embeddings; those that the source brings are taken as they are."""
+        if isinstance(records, RecordTable) and len(records):
+            return records.vectors()
         vectors = np.zeros((len(records), self.store.encoder.dim), np.float32)
         contents: list[Content] = []
         rows: list[int] = []

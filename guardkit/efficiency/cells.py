@@ -18,6 +18,7 @@ from guardkit.checks import is_whole
 from guardkit.counterfactual.pipeline import EditCounts
 from guardkit.data.arms import Arm, Batch, Choice, choose, make_batch
 from guardkit.data.budget import check_edits, check_transplants, edited, shortage
+from guardkit.data.columns import check_listable, sources_of
 from guardkit.data.datamodule import GuardDataModule
 from guardkit.data.views import EDITED, Pool, ViewMaker
 from guardkit.progress import progress
@@ -89,7 +90,9 @@ class Stock:
     def __init__(self, data: GuardDataModule, arms: Sequence[Arm], sizes: Sequence[int], seeds: Sequence[int]) -> None:
         self._data, self._arms = data, {arm.name: arm for arm in arms}
         pool = data.load()
-        self.train_sources = {record.source for record in pool}
+        if data.safe_per_unsafe == "all" and any("natural" in arm.kinds for arm in arms):
+            check_listable(pool, "a sweep with data.safe_per_unsafe=all", "give a number, such as data.safe_per_unsafe=4")
+        self.train_sources = sources_of(pool)
         self._where = f"source={data.source.name}"
         self._names = data.policy.category_names
         kinds = [kind for arm in arms for kind in arm.kinds]
@@ -191,7 +194,7 @@ class Stock:
     def _pool(self, arm: Arm, kind: str) -> Pool:
         return self._pools[self._makers[arm.name].name(kind)]
 
-    def _batch(self, arm: Arm, images: dict[str, list[Record]], turn: int | None) -> Batch:
+    def _batch(self, arm: Arm, images: dict[str, Sequence[Record]], turn: int | None) -> Batch:
         pools = {kind: self._pool(arm, kind) for kind in images}
         return make_batch(pools, {kind: pools[kind].rows(records) for kind, records in images.items()}, turn)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from guardkit.checks import check_choice, check_number
+from guardkit.data.columns import check_listable, usable
 from guardkit.data.grouping import load_source, why_rejected
 from guardkit.data.sources.base import Loaded, Source
 from guardkit.data.splits import split_test
@@ -36,7 +37,7 @@ class Benchmark:
     records: list[Record]
     counterfactuals: list[Record]
     counterfactual_of: list[int]
-    rejected: list[Rejected]
+    rejected: Sequence[Rejected]
     given: int
     chosen: str
     counterfactuals_are_the_safe_images: bool
@@ -76,7 +77,7 @@ def read_benchmark(source: Source, *, split: str = "test", test_share: float = 0
     check_choice("split", split, SPLITS)
     check_number("test_share", test_share, "(0, 1)")
     loaded = load_source(source)
-    records, chosen = _choose(loaded, source.name, split, test_share, split_seed)
+    records, bad, chosen = _choose(loaded, source.name, split, test_share, split_seed)
     if not records:
         raise InputError(
             f"source={source.name} holds no image to test on ({chosen}); choose another split= or source={why_rejected(loaded)}"
@@ -93,22 +94,25 @@ def read_benchmark(source: Source, *, split: str = "test", test_share: float = 0
         records=records,
         counterfactuals=counterfactuals,
         counterfactual_of=counterfactual_of,
-        rejected=list(loaded.rejected),
-        given=len(records) + len(loaded.rejected),
+        rejected=[*loaded.rejected, *bad] if bad else loaded.rejected,
+        given=len(records) + len(loaded.rejected) + len(bad),
         chosen=chosen,
         counterfactuals_are_the_safe_images=bool(counterfactuals) and not any(record.label == SAFE for record in records),
         encoder_fingerprint=loaded.encoder_fingerprint,
     )
 
 
-def _choose(loaded: Loaded, name: str, split: str, test_share: float, split_seed: int) -> tuple[list[Record], str]:
+def _choose(loaded: Loaded, name: str, split: str, test_share: float, split_seed: int) -> tuple[list[Record], list[Rejected], str]:
     if split == "all":
-        return [*loaded.train, *(loaded.test or [])], f"all images of source={name}, those it trains from included"
+        check_listable(loaded.train, f"split=all of source={name}", "choose split=test, which holds some of them out")
+        train, bad = usable(loaded.train)
+        return [*train, *(loaded.test or [])], bad, f"all images of source={name}, those it trains from included"
     if loaded.test is not None:
-        return list(loaded.test), f"the test images of source={name}"
+        return list(loaded.test), [], f"the test images of source={name}"
     _, test = split_test(loaded.train, test_share, split_seed)
     why = f"source={name} has no test images of its own: the {test_share:.0%} that training holds out with split seed {split_seed}"
-    return test, why
+    test, bad = usable(test)
+    return list(test), bad, why
 
 
 def _pairs(loaded: Loaded, records: Sequence[Record]) -> list[tuple[Record, Record]]:

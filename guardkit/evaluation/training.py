@@ -11,6 +11,7 @@ import torch
 
 from guardkit import __version__
 from guardkit.classifier import GuardClassifier
+from guardkit.data.columns import categories_of, labels_of, listing
 from guardkit.data.controls import Control
 from guardkit.data.datamodule import GuardDataModule, TestSet
 from guardkit.evaluation.effectiveness import N_RESAMPLES, PREVALENCE, SEED, Row
@@ -141,7 +142,7 @@ def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int
             "unsafe": len(choice.validation["unsafe"]),
             "safe": sum(len(choice.validation.get(kind, [])) for kind in ("natural", "look_alike")),
         },
-        "inputs": {"given": data.loaded.given, "rejected": [{"id": r.id, "reason": r.reason} for r in data.loaded.rejected]},
+        "inputs": {"given": data.loaded.given, **listing(data.loaded.rejected)},
         **tested,
         "texts_alone": texts_alone(guard, measured),
         "edits": data.edits.as_dict(),
@@ -167,7 +168,7 @@ def measure(fitted: Fitted, data: GuardDataModule, *, experiment: str, seed: int
 
 def _sheet(guard: GuardClassifier, test: TestSet, scores: np.ndarray, twins: np.ndarray) -> Sheet:
     """The test set as an evaluation of this one guard has it."""
-    labels = np.array([record.label for record in test.records], int)
+    labels = labels_of(test.records)
     n, n_pairs = len(labels), len(test.pair_rows)
     counted = np.arange(n + n_pairs) < n
     if n_pairs and not (labels == SAFE).any():
@@ -206,7 +207,7 @@ def _figures(rows: Sequence[Row], names: Sequence[str], *, category: str | None 
 
 def _on_look_alikes(test: TestSet, scores: np.ndarray, threshold: float) -> dict[str, Any]:
     """False-positive rate on safe images that are marked by a category, because they look like what violates it, with a 95 % interval."""
-    alike = np.array([record.label == SAFE and record.category is not None for record in test.records], bool)
+    alike = (labels_of(test.records) == SAFE) & (categories_of(test.records)[0] >= 0)
     n, hits = int(alike.sum()), int((scores[alike] >= threshold).sum())
     if not n:
         return {"fpr": None, "ci": {}, "n": 0, "reason": "no safe test image is marked by a category"}

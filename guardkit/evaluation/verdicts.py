@@ -127,10 +127,11 @@ def unusable(inputs: Mapping[str, Any]) -> list[str]:
     rejected = inputs["rejected"]
     if not rejected:
         return []
-    reasons = Counter(one["reason"] for one in rejected)
+    reasons = Counter(inputs.get("reasons") or (one["reason"] for one in rejected))
+    named = "names each" if len(rejected) == reasons.total() else f"names the first {len(rejected)}"
     first = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(_N_REASONS))
     more = f"; {len(reasons) - _N_REASONS} other reasons" if len(reasons) > _N_REASONS else ""
-    return [f"of {inputs['given']} inputs {len(rejected)} could not be used ({first}{more}); metrics.json names each"]
+    return [f"of {inputs['given']} inputs {reasons.total()} could not be used ({first}{more}); metrics.json {named}"]
 
 
 def texts(metrics: Mapping[str, Any]) -> list[str]:

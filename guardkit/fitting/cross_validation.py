@@ -57,11 +57,10 @@ def cross_validate(make_head: HeadFactory, parts: Parts, recipe: Recipe, arm: Ar
     Raises:
         InputError: too many images, or a fold leaves too few to train on.
     """
+    n = len(parts.data.load()) + len(parts.data.test)
+    if n >= MAX_IMAGES:
+        raise InputError(f"done where a source has fewer than {MAX_IMAGES} labelled images, and source={parts.data.source.name} has {n}")
     records = [*parts.data.load(), *parts.data.test]
-    if len(records) >= MAX_IMAGES:
-        raise InputError(
-            f"done where a source has fewer than {MAX_IMAGES} labelled images, and source={parts.data.source.name} has {len(records)}"
-        )
     fold = folds(records, N_FOLDS, data["split_seed"])
     scores = np.zeros((len(records), 1 + len(parts.policy.categories)))
     n_epochs = fitted.best_epoch + 1 if fitted.best_epoch >= 0 else {**TRAINER, **recipe.trainer}["max_epochs"]

@@ -11,6 +11,7 @@ from guardkit.checks import MAX_SEED, check_whole
 from guardkit.classifier import GuardClassifier
 from guardkit.counterfactual.edits import Edits
 from guardkit.data.arms import arm_named
+from guardkit.data.columns import sources_of
 from guardkit.data.sources.base import Source
 from guardkit.data.training_images import training_images
 from guardkit.embeddings import EmbeddingStore
@@ -107,7 +108,7 @@ def retrain(asked: Retrained, source: Source, policy: Policy, store: EmbeddingSt
         embedding = store.seconds - stored if store.n_encoded > n else 0.0
         guard = Recipe().fit(head, parts, threshold=asked.threshold).guard
         guard.training |= {"experiment": _ARM, "seed": asked.seed, "n_unsafe": len(chosen.of("unsafe")), "n_safe": chosen.n_safe}
-        guard.training["sources"] = sorted({record.source for record in chosen.train["unsafe"]})
+        guard.training["sources"] = sorted(sources_of(chosen.train["unsafe"]))
         guard.training_images = training_images(parts.data, parts.unlabelled)
     finally:
         parts.data.close()

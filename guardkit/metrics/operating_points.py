@@ -34,8 +34,7 @@ def operating_points(labels: np.ndarray, scores: np.ndarray) -> dict[str, dict[s
     values = np.unique(scores)
     # halfway between neighbours: the same decisions here, the most room for new images
     candidates = np.unique(np.concatenate([[0.0], (values[1:] + values[:-1]) / 2, [0.5, 1.0]]))
-    recall = (scores[labels == 1][None] >= candidates[:, None]).mean(axis=1)
-    fpr = (scores[labels == 0][None] >= candidates[:, None]).mean(axis=1)
+    recall, fpr = (_share_from(scores[labels == label], candidates) for label in (1, 0))
     gain = recall - fpr
     best = np.flatnonzero(gain >= gain.max() - 1e-12)
     thresholds = {"balanced": float(candidates[best[np.abs(candidates[best] - 0.5).argmin()]])}
@@ -69,6 +68,11 @@ def operating_points(labels: np.ndarray, scores: np.ndarray) -> dict[str, dict[s
         if name in reasons:
             points[name]["reason"] = reasons[name]
     return points
+
+
+def _share_from(scores: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """(c,) which share of the scores is at least each candidate."""
+    return (len(scores) - np.searchsorted(np.sort(scores), candidates, side="left")) / len(scores)
 
 
 def operating_threshold(name: str, points: Mapping[str, Mapping[str, Any]]) -> float:

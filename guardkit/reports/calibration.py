@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from guardkit.classifier import GuardClassifier
+from guardkit.data.columns import listing
 from guardkit.evaluation.benchmark import Benchmark
 from guardkit.evaluation.calibration import DECISION, Asked, Column, sentence
 from guardkit.schema import Rejected
@@ -41,7 +42,7 @@ def facts(
             "n_unsafe": columns[0].n_unsafe,
             "trained_on": benchmark.n_left_out,
             "of_a_group_that_is_there": n_grouped,
-            "rejected": [{"id": one.id, "reason": one.reason} for one in rejected],
+            **listing(rejected),
         },
         "asked": {name: value for name, value in vars(asked).items() if value is not None},
         "thresholds": after.thresholds.to_dict(),
@@ -109,7 +110,7 @@ def _left_out(images: dict[str, Any]) -> str:
     parts = [
         (images["trained_on"], "the guard was trained on"),
         (images["of_a_group_that_is_there"], "of a group that is there already"),
-        (len(images["rejected"]), "rejected"),
+        (images.get("n_rejected", len(images["rejected"])), "rejected"),
     ]
     said = ", ".join(f"{n} {what}" for n, what in parts if n)
     return f" ({said})" if said else ""

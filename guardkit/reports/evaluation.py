@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from guardkit import __version__
 from guardkit.artifacts import write_json, write_table, written
+from guardkit.data.columns import listing
 from guardkit.evaluation.costs import cost
 from guardkit.evaluation.effectiveness import uncovered_categories
 from guardkit.evaluation.outcome import Evaluation, plain, shown
@@ -67,7 +68,7 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
             "given": benchmark.given,
             "scored": sheet.n_natural,
             "n_seen_left_out": benchmark.n_left_out,
-            "rejected": [{"id": one.id, "reason": one.reason} for one in [*benchmark.rejected, *sheet.rejected]],
+            **listing(benchmark.rejected, sheet.rejected),
             "n": len(labels),
             "n_unsafe": int((labels == 1).sum()),
             "n_safe": int((labels == 0).sum()),

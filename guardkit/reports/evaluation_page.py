@@ -56,7 +56,7 @@ def markdown(evaluation: Evaluation, facts: dict[str, Any]) -> str:
         f"`{facts['command']}`",
         "",
         f"{about['n']} images, {about['n_unsafe']} unsafe, {about['n_pairs']} pairs, policy `{about['policy']}`: {about['chosen']}. "
-        f"{len(about['rejected'])} of {about['given']} inputs could not be used. F1 of flagging everything: {plain(facts['always_unsafe']['f1'])}. "
+        f"{about.get('n_rejected', len(about['rejected']))} of {about['given']} inputs could not be used. F1 of flagging everything: {plain(facts['always_unsafe']['f1'])}. "
         "Intervals are 95 %, from a bootstrap of groups (a pair, near-duplicates).",
         *(f"\n**{note}**" for note in facts["notes"]),
     ]

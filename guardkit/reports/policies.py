@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from guardkit import __version__
 from guardkit.artifacts import write_json, write_table, written
+from guardkit.data.columns import listing
 from guardkit.evaluation.costs import cost
 from guardkit.evaluation.outcome import PolicyEvaluation, plain
 from guardkit.evaluation.policies import NO_POSITIVES, OF_A_POLICY, Entrant, Figure
@@ -39,7 +40,7 @@ def policies_summary(outcome: PolicyEvaluation) -> dict[str, Any]:
             "given": benchmark.given,
             "scored": sheet.n_natural,
             "n_seen_left_out": benchmark.n_left_out,
-            "rejected": [{"id": one.id, "reason": one.reason} for one in [*benchmark.rejected, *sheet.rejected]],
+            **listing(benchmark.rejected, sheet.rejected),
         },
         "policies": {
             policy.name: {

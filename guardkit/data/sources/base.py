@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from guardkit.schema import InputError, Record, Rejected
@@ -24,18 +25,20 @@ class Loaded:
             (label -1), or in a group with a test image.
         is_grouped: whether `guardkit.data.grouping` has seen it.
         without_labels: what a command that needs labels says where none of the images has one; "" where each has a reason of its own.
+        notes: what a report should say of it, in sentences.
     """
 
-    train: list[Record]
-    test: list[Record] | None
-    rejected: list[Rejected]
+    train: Sequence[Record]
+    test: Sequence[Record] | None
+    rejected: Sequence[Rejected]
     given: int
     test_pairs: list[tuple[Record, Record]] | None = None
     is_drawn: bool = False
     encoder_fingerprint: str | None = None
-    set_aside: list[Record] = field(default_factory=list)
+    set_aside: Sequence[Record] = ()
     is_grouped: bool = False
     without_labels: str = ""
+    notes: Sequence[str] = ()
 
 
 class Source(Protocol):
