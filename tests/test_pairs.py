@@ -19,10 +19,15 @@ from conftest import ROOT, picture
 from PIL import Image
 from test_editors_pipeline import CountingEditor, darker, photograph, pipeline, unsafe_scene
 
+from guardkit.counterfactual.instructor import TemplateInstructor
 from guardkit.counterfactual.pair_dataset import read_pair_dataset, write_pair_dataset
+from guardkit.counterfactual.pipeline import CounterfactualPipeline
+from guardkit.counterfactual.verifier import Verdict
 from guardkit.data.sources.pairs import PairsSource
 from guardkit.editors.base import EditResult
+from guardkit.engines.local import LocalEngine
 from guardkit.schema import InputError, Rejected
+from guardkit.shards.pairing import edits_on
 
 
 def photographs(n):
@@ -145,6 +150,52 @@ def test_killed_thirty_times_it_ends_as_if_undisturbed(tmp_path):
     process.join()
     assert process.exitcode == 0
     assert digests(torn) == digests(whole)
+
+
+class Unreachable:
+    """A verifier whose model could not be asked of one image, the first time."""
+
+    name, config = "unreachable", {"verifier": "unreachable"}
+
+    def __init__(self, of=None):
+        self.of = of
+
+    def verify(self, candidates):
+        return [Verdict("no answer", transient=True) if one.record.id == self.of else Verdict() for one in candidates]
+
+
+def test_a_stopped_run_goes_on_after_the_shards_that_it_noted(scenes_policy, tmp_path):
+    """Also without a store of edits; a shard of which a model could not be asked is asked again."""
+    records = photographs(8)
+
+    def write(folder, editor, verifier=None):
+        here = CounterfactualPipeline(
+            scenes_policy, TemplateInstructor(), editor, verifier or Unreachable(), cache_dir=None, batch_size=2, max_tries=2
+        )
+        write_pair_dataset(
+            records, here, folder, made_from={}, edit=edits_on(LocalEngine(), here, folder, variants_per_image=1, shard_size=1)
+        )
+
+    def refuse_some_and_stop(request):
+        if len(first.asked) > 8:  # within the third of four shards of two images, each of which is tried twice
+            raise KeyboardInterrupt
+        return refuse_some(request)
+
+    refuse_some_and_stop.__name__ = refuse_some.__name__
+    first, second, undisturbed = (CountingEditor(answer) for answer in (refuse_some_and_stop, refuse_some, refuse_some))
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "d", first, Unreachable(records[3].id))
+    assert len(list((tmp_path / "d/.shards").glob("*.json"))) == 2
+    write(tmp_path / "d", second)
+    write(tmp_path / "whole", undisturbed)
+    assert (len(undisturbed.asked), len(second.asked)) == (16, 12)  # all but the first shard's
+    there, whole = ({name: it for name, it in digests(tmp_path / one).items() if ".shards" not in name} for one in ("d", "whole"))
+    assert there == whole
+    plain = CounterfactualPipeline(
+        scenes_policy, TemplateInstructor(), CountingEditor(refuse_some), Unreachable(), cache_dir=None, batch_size=2, max_tries=2
+    )
+    write_pair_dataset(records, plain, tmp_path / "plain", made_from={})
+    assert digests(tmp_path / "plain") == whole
 
 
 def test_what_a_killed_writer_left_is_swept_away(scenes_policy, tmp_path):

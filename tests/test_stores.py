@@ -6,6 +6,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import pickle
 import sqlite3
 import threading
 from contextlib import closing
@@ -269,3 +270,15 @@ def test_a_forked_process_opens_its_own(filled):
         assert results.get() == {"a": 1}
         assert store.get(["child"], number) == {"child": 5}
     results.close()
+
+
+def test_a_pickled_store_is_opened_where_it_is_and_on_another_machine_beside_it(tmp_path, monkeypatch):
+    store = KeyValueStore(tmp_path, "a.sqlite", {"format": 1})
+    store.put({"k": b"v"})
+    sent = pickle.dumps(store)
+    assert pickle.loads(sent).get(["k"], bytes) == {"k": b"v"}
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    there = pickle.loads(sent)
+    there.put({"k": b"w"})
+    assert there.path == tmp_path / "on_elsewhere/a.sqlite"
+    assert (there.get(["k"], bytes), store.get(["k"], bytes)) == ({"k": b"w"}, {"k": b"v"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -16,8 +17,10 @@ from guardkit.counterfactual.verifier import NoVerifier
 from guardkit.counterfactual.vlm_instructor import VLMInstructor
 from guardkit.counterfactual.vlm_verifier import VLMVerifier
 from guardkit.editors.base import EditResult
+from guardkit.editors.inpaint import InpaintEditor
 from guardkit.images import FileContent
 from guardkit.vlm.base import Answer
+from guardkit.vlm.endpoint import OpenAIVLM
 
 GOOD = {"category": "hate", "violation": "a banner", "edit": "Replace the  banner\nwith a kite.", "target": "a person with a kite"}
 
@@ -166,6 +169,32 @@ def test_a_down_endpoint_is_asked_again_and_the_edit_is_not_made_again(scenes_po
     assert make(up).accepted
     assert make(up).accepted
     assert (len(down.asked), len(up.asked), len(editor.asked)) == (2, 2, 1)
+
+
+def test_what_is_sent_to_workers_holds_no_key(scenes_policy, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-test")
+    vlm = OpenAIVLM("m", base_url="http://localhost:1/v1")
+    here = CounterfactualPipeline(
+        scenes_policy,
+        VLMInstructor(vlm, str(tmp_path)),
+        InpaintEditor(),
+        VLMVerifier(scenes_policy, vlm, str(tmp_path)),
+        cache_dir=tmp_path,
+    )
+    sent = pickle.dumps(here)
+    assert b"sk-of-the-test" not in sent
+    there = pickle.loads(sent)
+    assert (there.verifier.config, there.editor.config) == (here.verifier.config, here.editor.config)
+    # the worker finds what is stored, in the same place on the same machine
+    VLMInstructor(Scripted(lambda _: GOOD), str(tmp_path)).instruct([photograph()], [0], scenes_policy)
+    kept = pickle.loads(pickle.dumps(VLMInstructor(Unasked(), str(tmp_path))))
+    assert kept.instruct([photograph()], [0], scenes_policy)[0].target == GOOD["target"]
+
+
+class Unasked:
+    """The scripted model, elsewhere."""
+
+    name, config = "scripted", {"vlm": "scripted"}
 
 
 def test_configured_by_name(compose):
