@@ -7,18 +7,18 @@ import sys
 from omegaconf import DictConfig
 
 from guardkit._entry import callable_as_function
-from guardkit.runs.hydra import main, output_dir
+from guardkit.runs.hydra import main, results_place
 from guardkit.terminal import say
 
 FOUND = 3
 
 
-@main("moderate")
+@main("moderate", brings_results=False)
 def moderate(cfg: DictConfig) -> None:
     """Writes a row for each input, and prints how many were decided how. Status 3: there was what `fail_on` names."""
     from guardkit.runs.moderate import run
 
-    report, is_found = run(cfg, output_dir())
+    report, is_found = run(cfg, results_place(cfg))
     say(report.table)
     say(report.folder)
     if is_found:

@@ -79,7 +79,7 @@ def brought_here(url: str) -> Iterator[None]:
         return
     state = folder.parent / _STATE
     before = items(url)
-    _check_owner(url, before)
+    check_owner(url, before)
     is_copy = not state.is_file() or read_json(state, "a note on an output folder", "delete it").get("listing") != _listing(before)
     if is_copy:
         _empty(folder)
@@ -131,7 +131,7 @@ def _listing(found: Sequence[Item]) -> str:
     return fingerprint([[one.name, one.size, one.version] for one in found])
 
 
-def _check_owner(url: str, found: Sequence[Item]) -> None:
+def check_owner(url: str, found: Sequence[Item]) -> None:
     """Says of a place with objects that guardkit did not write what `folders.claim` says of such a folder, before any is fetched."""
     names = {one.name for one in found}
     if names and MARK not in names:

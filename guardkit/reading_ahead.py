@@ -29,6 +29,7 @@ def read_ahead(
     ahead: int,
     is_needed: Callable[[Item], bool] = lambda _: True,
     n_bytes: Callable[[Item], int] = lambda _: 0,
+    n_threads: int | None = None,
 ) -> Generator[tuple[Item, Result | None]]:
     """Items with what `read` gives of them, in order.
 
@@ -38,11 +39,12 @@ def read_ahead(
         ahead: items that are read, or are waiting, at once.
         is_needed: whether an item is read at all; one that is not is given with None.
         n_bytes: of an item in memory; of those that wait there are 256 MB at most, or one item.
+        n_threads: None: as `n_readers` says, which suits what keeps a processor busy.
     """
     waiting: deque[tuple[Item, Future[Result] | None, int]] = deque()
     held, failed, stream = 0, None, iter(items)
     is_over = False
-    pool = ThreadPoolExecutor(n_readers(), thread_name_prefix="reading")
+    pool = ThreadPoolExecutor(n_threads or n_readers(), thread_name_prefix="reading")
     try:
         while True:
             while not is_over and len(waiting) < ahead and (held < _MOST_BYTES or not waiting):

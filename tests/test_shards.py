@@ -13,9 +13,12 @@ import pytest
 from conftest import picture
 
 import guardkit
-from guardkit import InputError
+from guardkit import GuardClassifier, InputError, LinearHead, storage
 from guardkit.data.duplicates import earliest_near
 from guardkit.embedding_folder import read_embedding_folder
+from guardkit.local_copies import local_folder
+from guardkit.storage import opened
+from guardkit.storage_errors import StorageError
 
 SEEDS = range(6)
 
@@ -204,3 +207,71 @@ def test_the_earliest_near_hash_is_found(distance):
     expected = [int(row[:i].argmax()) if row[:i].any() else -1 for i, row in enumerate(near)]
     assert earliest_near(hashes, distance).tolist() == expected
     assert earliest_near(hashes[:0], distance).tolist() == []
+
+
+def test_a_bucket_in_and_a_bucket_out_give_the_same_rows(scenes_encoder, scenes_policy, shards, bucket, tmp_path, monkeypatch):
+    for path in shards.iterdir():
+        storage.upload(path, f"{bucket}/in/{path.name}")
+    for seed in SEEDS:
+        storage.write(f"{bucket}/loose/{seed}.png", IMAGES[seed])
+    storage.write(f"{bucket}/list.txt", f"loose/1.png\n{bucket}/loose/gone.png\n{bucket}/in/00000.tar\nloose/2.png\n".encode())
+    for place, out in ((shards, tmp_path / "out"), (f"{bucket}/in", f"{bucket}/out")):
+        assert guardkit.embed(input=place, encoder=scenes_encoder, output_dir=out) == {"given": 14, "written": 13, "rejected": 1}
+    vectors, table, manifest = read_embedding_folder(tmp_path / "out")
+    brought = local_folder(f"{bucket}/out")
+    again, same, remote = read_embedding_folder(brought)
+    np.testing.assert_array_equal(vectors, again)
+    assert table.equals(same)
+    rows = [[{**one, "version": ""} for one in about["shards"]] for about in (manifest, remote)]
+    assert rows[0] == [{**one, "shard": one["shard"].replace("in/", "shards/")} for one in rows[1]]
+    assert not [one.name for one in storage.items(f"{bucket}/out") if one.name.startswith(".shards")]
+    # it is kept, and what is gone is made again
+    versions = {one.name: one.version for one in storage.items(f"{bucket}/out")}
+    storage.delete(f"{bucket}/out/img_emb/img_emb_1.npy")
+    made = []
+    encode = type(scenes_encoder).encode_preprocessed
+    monkeypatch.setattr(
+        type(scenes_encoder), "encode_preprocessed", lambda self, images, **kw: made.append(len(images)) or encode(self, images, **kw)
+    )
+    guardkit.embed(input=f"{bucket}/in", encoder=scenes_encoder, output_dir=f"{bucket}/out")
+    assert made == [6]
+    assert {one.name: one.version for one in storage.items(f"{bucket}/out")} == versions
+    counts = guardkit.embed(input=f"{bucket}/list.txt", encoder=scenes_encoder, output_dir=tmp_path / "listed")
+    assert counts == {"given": 9, "written": 8, "rejected": 1}
+    assert pq.read_table(tmp_path / "listed/rejected.parquet")["reason"].to_pylist() == ["file does not exist"]
+    guard = GuardClassifier(LinearHead.build(scenes_encoder, scenes_policy), scenes_encoder, scenes_policy)
+    for place, out in ((shards, tmp_path / "decided"), (f"{bucket}/in", f"{bucket}/decided")):
+        guardkit.moderate(guard, place, output_dir=out)
+    with opened(f"{bucket}/decided/decisions.parquet") as file:
+        assert pq.read_table(file).equals(pq.read_table(tmp_path / "decided/decisions.parquet"))
+    assert sorted(one.name for one in storage.items(f"{bucket}/decided")) == [
+        ".guardkit.json", "decisions.parquet", "rejected.parquet", "report.html"
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="holds the results of guardkit moderate, not of embed"):
+        guardkit.embed(input=shards, encoder=scenes_encoder, output_dir=f"{bucket}/decided")
+    with pytest.raises(InputError, match="lies within input="):
+        guardkit.embed(input=f"{bucket}/in", encoder=scenes_encoder, output_dir=f"{bucket}/in/out")
+    with pytest.raises(InputError, match="is not there; give a folder"):
+        guardkit.embed(input=f"{bucket}/nowhere", encoder=scenes_encoder, output_dir=tmp_path / "x")
+
+
+def test_a_storage_that_fails_ends_the_run_in_one_line_and_the_next_one_goes_on(scenes_encoder, shards, bucket, tmp_path, monkeypatch):
+    from guardkit.shards import inputs
+
+    for path in shards.iterdir():
+        storage.upload(path, f"{bucket}/in/{path.name}")
+    read = inputs.opened
+
+    def failing(url, **options):
+        if url.endswith("00001.tar"):
+            raise StorageError(f"{url} cannot be read (503 SlowDown); try again later")
+        return read(url, **options)
+
+    monkeypatch.setattr(inputs, "opened", failing)
+    with pytest.raises(InputError, match="503 SlowDown"):
+        guardkit.embed(input=f"{bucket}/in", encoder=scenes_encoder, output_dir=tmp_path / "out")
+    assert (tmp_path / "out/.shards/000000.json").is_file()
+    with pytest.raises(InputError, match="is not complete; run"):
+        read_embedding_folder(tmp_path / "out")
+    monkeypatch.setattr(inputs, "opened", read)
+    assert guardkit.embed(input=f"{bucket}/in", encoder=scenes_encoder, output_dir=tmp_path / "out")["written"] == 13

@@ -11,11 +11,11 @@ from guardkit.data.grouping import load_source
 from guardkit.data.sources.base import Source
 from guardkit.encoders.base import Encoder
 from guardkit.engines.base import Engine
-from guardkit.folders import refuse_others
 from guardkit.limits import MAX_PIXELS
 from guardkit.schema import InputError, Rejected
 from guardkit.shards.embedding import shards_of_records, write_embedding_folder
 from guardkit.shards.inputs import Inputs, Shard
+from guardkit.shards.output import Output
 
 
 def embed(
@@ -41,7 +41,7 @@ def embed(
     Args:
         source: of images, looked at as training does: labels are read, what is the same image gets one group.
         encoder: frozen; images to unit vectors.
-        output_dir: of the embedding folder. One that was begun with the same encoder is gone on with.
+        output_dir: of the embedding folder, or a URL of an object storage. One that was begun with the same encoder is gone on with.
         input: instead of a source: a folder, tar shards as img2dataset and webdataset write them, Parquet files with encoded images, lists of
             paths, or several of these, see `guardkit.shards.inputs.Inputs`. Nothing is asked of them but images; what they say beside is kept in
             the columns of the metadata.
@@ -59,10 +59,10 @@ def embed(
     check_whole("limit", limit, 1, optional=True)
     check_whole("shard_size", shard_size, 1)
     check_whole("max_pixels", max_pixels, 1)
-    folder = Path(output_dir).expanduser()
+    output = Output(output_dir)
     if (source is None) == (input is None):
         raise InputError("give either source, whose labels are read, or input, of which nothing is asked but images; got both or neither")
-    refuse_others(folder, "embed", replaces=False)
+    output.check_owner("embed")
     _ = encoder.dim  # loads it: what is wrong is said before the images are read
     shards: list[Shard]
     rejected: Sequence[Rejected] = []
@@ -76,14 +76,14 @@ def embed(
         shards, rejected = shards_of_records(records[:limit], shard_size), loaded.rejected
     else:
         assert input is not None
-        given = Inputs(input, image_column=image_column, id_column=id_column, file_column=file_column, outside=folder)
+        given = Inputs(input, image_column=image_column, id_column=id_column, file_column=file_column, outside=output.folder or output.url)
         shards = list(given.shards(shard_size, limit))
         if not shards:
             raise InputError(f"input={input} holds nothing to embed; give a folder of images, tar or Parquet files, or a list of paths")
     return write_embedding_folder(
         shards,
         encoder,
-        folder,
+        output_dir,
         rejected=rejected,
         engine=engine,
         cache_dir=None if cache_dir is None else Path(cache_dir).expanduser(),

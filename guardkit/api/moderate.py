@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guardkit.artifacts import written
 from guardkit.checks import check_choice, check_flag, check_whole, is_list
 from guardkit.classifier import GuardClassifier
 from guardkit.engines.base import Engine
 from guardkit.engines.local import LocalEngine
-from guardkit.folders import claim, refuse_others
 from guardkit.moderation.banks import banks_of
 from guardkit.moderation.deciding import HIDDEN, OURS, Deciding
 from guardkit.moderation.joining import Repeated, rows, write_decisions
@@ -22,6 +19,7 @@ from guardkit.reports.moderation import report_page, short_table, summarised
 from guardkit.schema import InputError
 from guardkit.seen import NEAR
 from guardkit.shards.inputs import Inputs
+from guardkit.shards.output import Output
 from guardkit.shards.work import LEDGER, work_on
 from guardkit.thresholds import check_scope
 
@@ -31,7 +29,7 @@ class ModerationReport:
     """What a run over many images gives.
 
     Attributes:
-        folder: with decisions.parquet, rejected.parquet and report.html.
+        folder: with decisions.parquet, rejected.parquet and report.html; a URL where `output_dir` was one.
         counts: given, decided and rejected; decided + rejected = given.
         actions: action -> how many.
         violated: category -> how many flagged images it is named of.
@@ -39,7 +37,7 @@ class ModerationReport:
         table: the main numbers, to print.
     """
 
-    folder: Path
+    folder: Path | str
     counts: dict[str, int]
     actions: dict[str, int]
     violated: dict[str, int]
@@ -76,7 +74,7 @@ def moderate(
         guard: a `GuardClassifier`, or the folder or Hub id of a saved one.
         input: a folder (with everything below it; tar and Parquet files in it are opened), a tar file, a Parquet file with encoded images, or a list
             of paths (.txt, or .csv and .jsonl with a column of them); or several.
-        output_dir: of the results.
+        output_dir: of the results: a folder, or a URL of an object storage.
         scope: categories: only what violates one of them is flagged, see `GuardClassifier.predict`.
         block_list, allow_list: files of hashes of known images, see `guardkit.moderation.banks.Bank`; the block list goes first.
         trim_bars: take letterbox bars away before an image is looked at.
@@ -89,15 +87,14 @@ def moderate(
     Raises:
         InputError: a wrong value, nothing to decide over, a bank with lines that are no hashes, or a folder with results of something else.
     """
-    folder = Path(output_dir).expanduser()
+    output = Output(output_dir)
     check_flag("trim_bars", trim_bars)
     check_flag("json_lines", json_lines)
     check_whole("limit", limit, 1, optional=True)
     check_whole("max_pixels", max_pixels, 1)
     check_whole("max_frames", max_frames, 1)
-    if folder.is_dir():
-        refuse_others(folder, "moderate", replaces=False)
-    inputs = Inputs(input, image_column=image_column, id_column=id_column, file_column=file_column, outside=folder)
+    output.check_owner("moderate")
+    inputs = Inputs(input, image_column=image_column, id_column=id_column, file_column=file_column, outside=output.folder or output.url)
     banks = banks_of({"block_list": block_list, "allow_list": allow_list})
     if not isinstance(guard, GuardClassifier):
         guard = GuardClassifier.from_pretrained(guard, trust=trust)
@@ -108,8 +105,6 @@ def moderate(
             f"the category {taken[0]!r} has the name of a column of decisions.parquet; rename it in the policy and train the guard again"
         )
     shards = list(inputs.shards(limit=limit))
-    if not shards:
-        raise InputError(f"input={input} holds nothing to decide over; give a folder of images, tar or Parquet files, or a list of paths")
     options = Options(check_scope(scope, names), max_pixels, max_frames, trim_bars)
     settings = {
         "guard": guard.fingerprint,
@@ -117,22 +112,22 @@ def moderate(
         "banks": {bank.name: bank.digest for bank in banks},
         "options": [list(options.scope) if options.scope else None, max_pixels, max_frames, trim_bars],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with claim(folder, "moderate", settings, differs="made with another guard or other settings"):
-        entries = work_on(Deciding(guard, options, banks, folder), shards, engine or LocalEngine(), what="deciding over images")
-        parts = [folder / name for entry in entries for name in entry["files"]]
-        if not parts:
-            raise InputError(
-                f"input={input} holds nothing to decide over; give a folder of images, tar or Parquet files, or a list of paths"
-            )
-        repeated = Repeated(parts, NEAR)
-        counts = write_decisions(parts, repeated, folder, json_lines=json_lines)
-        facts = summarised(rows(parts, repeated), guard, options.scope, counts)
-        with written(folder / "report.html") as temporary:
+    nothing = InputError(f"input={input} holds nothing to decide over; give a folder of images, tar or Parquet files, or a list of paths")
+    if not shards:
+        raise nothing
+    with output.claimed("moderate", settings, differs="made with another guard or other settings"):
+        entries = work_on(Deciding(guard, options, banks, output), shards, engine or LocalEngine(), what="deciding over images")
+        with output.here([name for entry in entries for name in entry["files"]]) as parts:
+            if not parts:
+                raise nothing
+            repeated = Repeated(parts, NEAR)
+            counts = write_decisions(parts, repeated, output, json_lines=json_lines)
+            facts = summarised(rows(parts, repeated), guard, options.scope, counts)
+        with output.written("report.html") as temporary:
             temporary.write_text(report_page(facts, guard, options.scope), encoding="utf-8", errors="backslashreplace")
-        shutil.rmtree(folder / LEDGER)
+        output.clear(LEDGER)
     actions, violated = ({one["name"]: one["n"] for one in facts[part]} for part in ("actions", "categories"))
-    return ModerationReport(folder, counts, actions, violated, facts["duplicates"], short_table(facts))
+    return ModerationReport(output.folder or output.url, counts, actions, violated, facts["duplicates"], short_table(facts))
 
 
 def check_fail_on(value: Any) -> tuple[str, ...]:

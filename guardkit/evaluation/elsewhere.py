@@ -21,6 +21,7 @@ from guardkit.folders import LOCK
 from guardkit.reading import read_table
 from guardkit.schema import UNLABELLED, Content, ImageError, ImageGuard, InputError, Record
 from guardkit.shards.inputs import Given, Shard
+from guardkit.shards.output import Output
 from guardkit.shards.work import LEDGER, Entry, work_on
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Looking:
 
     def __init__(self, encoders: Sequence[tuple[Encoder, bool]], guards: Sequence[ImageGuard], folder: Path) -> None:
         self.encoders, self.guards, self.folder = list(encoders), list(guards), Path(folder)
+        self.output = Output(self.folder)
 
     def with_parts(self, put: Put) -> Looking:
         """See `guardkit.engines.base.Put`."""

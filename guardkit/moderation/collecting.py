@@ -17,7 +17,7 @@ from guardkit.moderation.stream import ACTIONS, encoded_bytes
 from guardkit.policy import Policy
 from guardkit.reading import read_table
 from guardkit.schema import Content, ImageError, InputError
-from guardkit.shards.inputs import Inputs
+from guardkit.shards.inputs import Inputs, Stored
 
 _SCHEMA = pa.schema(
     {
@@ -77,7 +77,7 @@ def read_decisions(folder: str | Path, name: str, categories: Sequence[str] = ()
     return rows
 
 
-def decided_bytes(source: bytes | Path | Content, row: Mapping[str, Any]) -> bytes:
+def decided_bytes(source: bytes | Path | Stored | Content, row: Mapping[str, Any]) -> bytes:
     """The bytes that a decision is of: nobody must judge another image under its name.
 
     Args:

@@ -6,7 +6,6 @@ import copy
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -17,6 +16,7 @@ from guardkit.moderation.banks import Bank
 from guardkit.moderation.stream import Decided, Moderator, Options
 from guardkit.shards.columns import own_columns
 from guardkit.shards.inputs import Shard
+from guardkit.shards.output import Output
 from guardkit.shards.work import LEDGER, Entry
 
 PART_INPUTS = 2048  # decisions that are in memory at once
@@ -44,17 +44,17 @@ class Deciding:
         guard: decides.
         options: how.
         banks: of known images.
-        folder: of the output.
+        output: of the parts.
     """
 
-    def __init__(self, guard: GuardClassifier, options: Options, banks: Sequence[Bank], folder: Path) -> None:
-        self.guard, self.options, self.banks, self.folder = guard, options, tuple(banks), Path(folder)
+    def __init__(self, guard: GuardClassifier, options: Options, banks: Sequence[Bank], output: Output) -> None:
+        self.guard, self.options, self.banks, self.output = guard, options, tuple(banks), output
 
     def with_parts(self, put: Put) -> Deciding:
         """See `guardkit.engines.base.Put`."""
         guard = copy.copy(self.guard)
         guard.encoder = put("encoder", guard.encoder)
-        return Deciding(guard, self.options, self.banks, self.folder)
+        return Deciding(guard, self.options, self.banks, self.output)
 
     def do(self, shard: Shard, tick: Callable[[int], None]) -> Entry:
         """See `Work`."""
@@ -68,9 +68,10 @@ class Deciding:
                 tick(1)
             if not block:
                 break
-            path = Path(LEDGER) / f"{shard.number:06d}_{number:04d}.parquet"
-            write_table(self.folder / path, self._table(block), compression="zstd")
-            files[path.as_posix()] = (self.folder / path).stat().st_size
+            name = f"{LEDGER}/{shard.number:06d}_{number:04d}.parquet"
+            with self.output.written(name) as temporary:
+                write_table(temporary, self._table(block), compression="zstd")
+                files[name] = temporary.stat().st_size
             n += len(block)
         return {"given": n, "files": files}
 

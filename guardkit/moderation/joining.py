@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from guardkit.artifacts import write_table, written
+from guardkit.artifacts import write_table
 from guardkit.data.duplicates import earliest_near
 from guardkit.moderation.deciding import HIDDEN
 from guardkit.reading import read_table
+from guardkit.shards.output import Output
 
 _MEND = "delete it, and run the same command again"
 _NEEDED = pa.schema(
@@ -109,25 +110,26 @@ def each_part(parts: Sequence[Path], repeated: Repeated) -> Iterator[pa.Table]:
         start += len(table)
 
 
-def write_decisions(parts: Sequence[Path], repeated: Repeated, folder: Path, *, json_lines: bool) -> dict[str, int]:
+def write_decisions(parts: Sequence[Path], repeated: Repeated, output: Output, *, json_lines: bool) -> dict[str, int]:
     """Writes decisions.parquet, rejected.parquet and, where asked for, decisions.jsonl; decided + rejected = given."""
     schema = _schema([pq.read_schema(path) for path in parts])
     rejected: list[dict[str, Any]] = []
     given = 0
-    with written(folder / "decisions.parquet") as temporary, open(temporary, "wb") as file, pq.ParquetWriter(file, schema) as writer:
+    with output.written("decisions.parquet") as temporary, open(temporary, "wb") as file, pq.ParquetWriter(file, schema) as writer:
         for table in each_part(parts, repeated):
             writer.write_table(_cast(table, schema))
             given += len(table)
             ids, errors = (table.column(name).to_pylist() for name in ("id", "error"))
             rejected += [{"id": name, "reason": error} for name, error in zip(ids, errors, strict=True) if error is not None]
-    write_table(folder / "rejected.parquet", pa.Table.from_pylist(rejected, schema=pa.schema({"id": pa.string(), "reason": pa.string()})))
+    with output.written("rejected.parquet") as temporary:
+        write_table(temporary, pa.Table.from_pylist(rejected, schema=pa.schema({"id": pa.string(), "reason": pa.string()})))
     if json_lines:
-        with written(folder / "decisions.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as lines:
+        with output.written("decisions.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as lines:
             for table in each_part(parts, repeated):
                 for row in _cast(table, schema).to_pylist():
                     lines.write(json.dumps(row, default=str) + "\n")
     else:
-        (folder / "decisions.jsonl").unlink(missing_ok=True)
+        output.delete("decisions.jsonl")
     return {"given": given, "decided": given - len(rejected), "rejected": len(rejected)}
 
 

@@ -24,7 +24,7 @@ from guardkit.moderation.bars import trim_bars
 from guardkit.moderation.frames import worst_frame
 from guardkit.reading_ahead import read_ahead
 from guardkit.schema import Content, Decision, ImageError
-from guardkit.shards.inputs import Given
+from guardkit.shards.inputs import Given, Stored, fetched
 from guardkit.thresholds import undecided
 
 ACTIONS = ("allow", "review", "block", "error")
@@ -109,7 +109,7 @@ class Moderator:
         """Each input's decision, in order."""
         size = self.guard.encoder.batch_size
         # as many are read ahead as one batch takes, however many frames they have
-        with closing(read_ahead(inputs, self._read, ahead=size, n_bytes=_n_bytes)) as stream:
+        with closing(read_ahead(fetched(inputs), self._read, ahead=size, n_bytes=_n_bytes)) as stream:
             batch: list[_Read] = []
             n_frames = 0
             for _, one in stream:
@@ -180,11 +180,13 @@ class Moderator:
         return decisions
 
 
-def encoded_bytes(data: bytes | Path | Content) -> bytes:
+def encoded_bytes(data: bytes | Path | Stored | Content) -> bytes:
     """All of an input. Raises ImageError where it cannot be read, is empty or too large."""
     if isinstance(data, bytes):
         check_bytes(len(data))
         return data
+    if isinstance(data, Stored):
+        return encoded_bytes(data.read())
     assert isinstance(data, Path)
     try:
         with open_file(data) as file:

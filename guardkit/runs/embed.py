@@ -14,12 +14,12 @@ from guardkit.schema import InputError
 _SETTINGS = ("image_column", "id_column", "file_column", "max_pixels", "limit", "shard_size")
 
 
-def run(cfg: DictConfig, folder: Path) -> dict[str, int]:
+def run(cfg: DictConfig, folder: Path | str) -> dict[str, int]:
     """Embeds every image of a source, or of `input`, into an embedding folder.
 
     Args:
         cfg: composed from conf/embed.yaml.
-        folder: written to.
+        folder: written to; or a URL of an object storage.
     Returns:
         given, written and rejected; given is the sum of the others.
     """

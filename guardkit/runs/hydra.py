@@ -80,17 +80,21 @@ def _check_place(arguments: Sequence[str]) -> None:
                 raise InputError(f"a multirun writes into a folder on this machine, got output_dir={place}; give a path, and copy it")
 
 
-def main(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def main(config_name: str, *, brings_results: bool = True) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Decorates the function of an entry point.
 
     The program ends with status 2 and one readable line when the user's input is at fault, and with a traceback when
     the program is.
+
+    Args:
+        config_name: of its root file in conf/.
+        brings_results: a URL as output_dir is worked on here and published at the end. False: the command writes there by itself, see `results_place`.
     """
 
     def decorate(run: Callable[[DictConfig], None]) -> Callable[[], None]:
         @functools.wraps(run)
         def guarded(cfg: DictConfig) -> None:
-            _run_job(run, cfg)
+            _run_job(run, cfg, brings_results)
 
         @functools.wraps(run)
         def start() -> None:
@@ -135,7 +139,7 @@ def _readable_errors() -> Iterator[None]:
         sys.exit(USER_ERROR)
 
 
-def _run_job(run: Callable[[DictConfig], None], cfg: DictConfig) -> None:
+def _run_job(run: Callable[[DictConfig], None], cfg: DictConfig, brings_results: bool) -> None:
     """One job, alone or of a multirun, in its folder."""
     folder = output_dir()
     is_one_of_many = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -149,7 +153,7 @@ def _run_job(run: Callable[[DictConfig], None], cfg: DictConfig) -> None:
         stack.enter_context(locked(folder, about=about, on_claim=lambda: _write_settings(folder, cfg)))
         if missing:  # in here, so that the folder that Hydra made is taken away
             raise InputError(f"{', '.join(missing)} must be given, as in {missing[0]}=VALUE; see --help")
-        if is_url(cfg.output_dir):
+        if brings_results and is_url(cfg.output_dir):
             stack.enter_context(brought_here(cfg.output_dir))
         run(cfg)
 
@@ -270,6 +274,11 @@ class Jobs(Callback):
 def output_dir() -> Path:
     """Where this job's results go; under multirun, the job's own folder."""
     return Path(HydraConfig.get().runtime.output_dir)
+
+
+def results_place(cfg: DictConfig) -> Path | str:
+    """Where a command writes that writes to object storage by itself: the run's folder, or the URL that was given."""
+    return str(cfg.output_dir) if is_url(cfg.output_dir) and local_path(cfg.output_dir) is None else output_dir()
 
 
 def make(cfg: DictConfig, **objects: Any) -> Any:

@@ -14,7 +14,7 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def run(cfg: DictConfig, folder: Path) -> tuple[ModerationReport, bool]:
+def run(cfg: DictConfig, folder: Path | str) -> tuple[ModerationReport, bool]:
     """Decides over images and writes everything the contract promises of `moderate`.
 
     Args:

@@ -19,7 +19,7 @@ from guardkit.moderation.gate import Refused
 from guardkit.moderation.ordering import queue_order
 from guardkit.policy import Policy
 from guardkit.schema import Content, ImageError, InputError
-from guardkit.shards.inputs import Inputs
+from guardkit.shards.inputs import Inputs, Stored
 
 REVIEWS, CORRECTIONS = "reviews.jsonl", "corrections.parquet"
 MAX_SHOWN = 1000
@@ -46,12 +46,12 @@ class ModerationQueue:
         self.rows = [row for row in ordered if row["action"] != "error"][:MAX_SHOWN]
         wanted = {row["id"]: number for number, row in enumerate(self.rows)}
         # files are read when somebody looks; of what lies within a tar or Parquet file a small picture is kept
-        self._places: dict[int, Path | bytes] = {}
+        self._places: dict[int, Path | Stored | bytes] = {}
         for given in Inputs(input):
             number = wanted.get(given.id)
             if number is not None and given.data is not None:
                 with suppress(ImageError):  # known by a bank, and no image that can be shown
-                    self._places[number] = given.data if isinstance(given.data, Path) else _picture(given.data, self.rows[number])
+                    self._places[number] = given.data if isinstance(given.data, (Path, Stored)) else _picture(given.data, self.rows[number])
         self._lock = threading.Lock()
         self._said: dict[int, dict[str, Verdict]] = {}
         if (folder / REVIEWS).is_file():
@@ -131,7 +131,7 @@ class ModerationQueue:
         return [{"reviewer": one.reviewer, "verdict": one.verdict, "category": one.category} for one in self._said.get(row, {}).values()]
 
 
-def _picture(source: Path | bytes | Content, row: Mapping[str, Any]) -> bytes:
+def _picture(source: Path | bytes | Stored | Content, row: Mapping[str, Any]) -> bytes:
     """A JPEG of the frame that decided. Raises ImageError where it is no longer what was decided."""
     frames = read_frames(decided_bytes(source, row), lambda image: encode_jpeg(image, max_px=_PICTURE_PX))
     return frames[min(row["frame"] or 0, len(frames) - 1)]

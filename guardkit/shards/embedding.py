@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -15,19 +14,19 @@ import numpy as np
 import pyarrow as pa
 
 from guardkit import __version__
-from guardkit.artifacts import fingerprint, read_json, write_json, write_table, written
+from guardkit.artifacts import fingerprint, write_json, write_table
 from guardkit.embedding_folder import MANIFEST, REJECTED
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.engines.base import Engine, Put
 from guardkit.engines.local import LocalEngine
-from guardkit.folders import claim
 from guardkit.images import BytesContent, FileContent
 from guardkit.limits import MAX_PIXELS
 from guardkit.reading import read_table
 from guardkit.schema import UNLABELLED, Content, ImageError, InputError, Record, Rejected
 from guardkit.shards.columns import own_columns
-from guardkit.shards.inputs import Given, Shard
+from guardkit.shards.inputs import Given, Shard, fetched
+from guardkit.shards.output import Output
 from guardkit.shards.work import LEDGER, Entry, work_on
 from guardkit.stores import of_this_machine
 
@@ -50,61 +49,65 @@ class Embedding:
 
     Args:
         encoder: frozen; images to unit vectors.
-        folder: of the embeddings.
+        output: of the embeddings.
         cache_dir: where vectors are kept for later runs; None: only in the folder.
         max_pixels: larger images are rejected.
     """
 
-    def __init__(self, encoder: Encoder, folder: Path, *, cache_dir: Path | None, max_pixels: int) -> None:
-        self.encoder, self.folder, self.cache_dir, self.max_pixels = encoder, Path(folder), cache_dir, max_pixels
+    def __init__(self, encoder: Encoder, output: Output, *, cache_dir: Path | None, max_pixels: int) -> None:
+        self.encoder, self.output, self.cache_dir, self.max_pixels = encoder, output, cache_dir, max_pixels
         self._machine = platform.node()
 
     def with_parts(self, put: Put) -> Embedding:
         """See `guardkit.engines.base.Put`."""
-        return Embedding(put("encoder", self.encoder), self.folder, cache_dir=self.cache_dir, max_pixels=self.max_pixels)
+        return Embedding(put("encoder", self.encoder), self.output, cache_dir=self.cache_dir, max_pixels=self.max_pixels)
 
     def do(self, shard: Shard, tick: Callable[[int], None]) -> Entry:
         """See `guardkit.shards.work.Work`."""
         rows: list[Given] = []
-        refused: list[tuple[Given, str]] = []
-        vectors = Path("img_emb") / f"img_emb_{shard.number}.npy"
-        with written(self.folder / vectors) as temporary, _growing(temporary, self.encoder.dim) as add:
+        refused: list[tuple[int, Given, str]] = []
+        files: dict[str, int] = {}
+        with self._noted(f"img_emb/img_emb_{shard.number}.npy", files) as path, _growing(path, self.encoder.dim) as add:
             cache_dir = of_this_machine(self.cache_dir, self._machine)
             store = EmbeddingStore(self.encoder, cache_dir, keeps=cache_dir is not None)
-            under_way: deque[Given] = deque()
+            under_way: deque[tuple[int, Given]] = deque()
             with closing(store.stream(self._contents(shard, under_way, refused, tick), _n_bytes)) as outcomes:
                 for outcome in outcomes:
-                    given = replace(under_way.popleft(), data=None)  # the bytes are not wanted any more
+                    number, given = under_way.popleft()
+                    given = replace(given, data=None)  # the bytes are not wanted any more
                     if isinstance(outcome, ImageError):
-                        refused.append((given, str(outcome)))
+                        refused.append((number, given, str(outcome)))
                     else:
                         add(outcome[None])
                         rows.append(given)
                     tick(1)
-        table = Path("metadata") / f"metadata_{shard.number}.parquet"
-        write_table(self.folder / table, _metadata(rows, shard.schema))
-        files = [vectors, table]
+        with self._noted(f"metadata/metadata_{shard.number}.parquet", files) as path:
+            write_table(path, _metadata(rows, shard.schema))
         if refused:
-            files.append(Path(LEDGER) / f"{shard.number:06d}_rejected.parquet")
-            write_table(self.folder / files[-1], _rejected(refused, shard.number))
-        return {
-            "given": len(rows) + len(refused),
-            "written": len(rows),
-            "rejected": len(refused),
-            "files": {path.as_posix(): (self.folder / path).stat().st_size for path in files},
-        }
+            # in the order of the inputs, whoever was read ahead of whom
+            in_order = [(given, reason) for _, given, reason in sorted(refused, key=lambda one: one[0])]
+            with self._noted(_rejected_file(shard.number), files) as path:
+                write_table(path, _rejected(in_order, shard.number))
+        return {"given": len(rows) + len(refused), "written": len(rows), "rejected": len(refused), "files": files}
 
     def _contents(
-        self, shard: Shard, under_way: deque[Given], refused: list[tuple[Given, str]], tick: Callable[[int], None]
+        self, shard: Shard, under_way: deque[tuple[int, Given]], refused: list[tuple[int, Given, str]], tick: Callable[[int], None]
     ) -> Iterator[Content]:
         """What is to be embedded, noted as under way; what cannot be is refused."""
-        for given in shard:
-            if given.data is None:
-                refused.append((given, given.reason))
-                tick(1)
-            else:
-                under_way.append(given)
-                yield self._content(given)
+        with closing(fetched(shard)) as inputs:
+            for number, given in enumerate(inputs):
+                if given.data is None:
+                    refused.append((number, given, given.reason))
+                    tick(1)
+                else:
+                    under_way.append((number, given))
+                    yield self._content(given)
+
+    @contextmanager
+    def _noted(self, name: str, files: dict[str, int]) -> Iterator[Path]:
+        with self.output.written(name) as path:
+            yield path
+            files[name] = path.stat().st_size
 
     def _content(self, given: Given) -> Content:
         if isinstance(given.data, Path):
@@ -132,7 +135,7 @@ def shards_of_records(records: Sequence[Record], size: int) -> list[Shard]:
 def write_embedding_folder(
     shards: Iterable[Shard],
     encoder: Encoder,
-    folder: Path,
+    place: str | Path,
     *,
     rejected: Sequence[Rejected] = (),
     engine: Engine | None = None,
@@ -144,7 +147,7 @@ def write_embedding_folder(
     Args:
         shards: of images, numbered from 0.
         encoder: frozen.
-        folder: written to; one that another encoder or another tool filled is refused. Shards that are there and did not change are kept.
+        place: a folder, or a URL of an object storage; one that another encoder or another tool filled is refused. Shards that are there and did not change are kept.
         rejected: inputs that were already found unusable, to be listed with the rest.
         engine: does the work; None: this process.
         cache_dir: where vectors are kept for later runs.
@@ -154,31 +157,31 @@ def write_embedding_folder(
     Raises:
         InputError: the folder holds embeddings of another encoder, or some that guardkit did not write; or it cannot be written.
     """
-    folder = Path(folder)
+    output = Output(place)
 
     def recognise() -> dict[str, Any] | None:
         # a copy without hidden files has no mark
-        return {"encoder": str(_manifest(folder).get("encoder_fingerprint"))} if (folder / MANIFEST).is_file() else None
+        return {"encoder": str(_manifest(output).get("encoder_fingerprint"))} if output.size(MANIFEST) is not None else None
 
     settings = {"encoder": encoder.fingerprint}
-    with claim(folder, "embed", settings, recognise=recognise, differs="made by another encoder"):
+    with output.claimed("embed", settings, recognise=recognise, differs="made by another encoder"):
         listed = list(shards)
-        known = _unpacked(folder)
-        work = Embedding(encoder, folder, cache_dir=cache_dir, max_pixels=max_pixels)
+        known = _unpacked(output)
+        work = Embedding(encoder, output, cache_dir=cache_dir, max_pixels=max_pixels)
         entries = work_on(work, listed, engine or LocalEngine(), what="embedding images", known=known)
         return _finished(work, listed, entries, rejected)
 
 
 def _finished(work: Embedding, shards: Sequence[Shard], entries: Sequence[Entry], rejected: Sequence[Rejected]) -> dict[str, int]:
-    folder, encoder = work.folder, work.encoder
-    for stale in [*folder.glob("img_emb/img_emb_*.npy"), *folder.glob("metadata/metadata_*.parquet")]:
-        if not _is_number_below(stale, len(shards)):
-            stale.unlink()
+    output, encoder = work.output, work.encoder
+    for name in output.sizes():
+        if name.startswith(("img_emb/img_emb_", "metadata/metadata_")) and not _is_number_below(Path(name), len(shards)):
+            output.delete(name)
     tables = [_rejected([(Given(one.id, None), one.reason) for one in rejected], None)]
-    for shard, entry in zip(shards, entries, strict=True):
-        if entry["rejected"]:
-            tables.append(read_table(folder / LEDGER / f"{shard.number:06d}_rejected.parquet", mend=_MEND))
-    write_table(folder / REJECTED, pa.concat_tables(tables, promote_options="permissive"))
+    with output.here([_rejected_file(shard.number) for shard, entry in zip(shards, entries, strict=True) if entry["rejected"]]) as paths:
+        tables += [read_table(path, mend=_MEND) for path in paths]
+    with output.written(REJECTED) as temporary:
+        write_table(temporary, pa.concat_tables(tables, promote_options="permissive"))
     counts = {name: sum(entry[name] for entry in entries) for name in ("given", "written", "rejected")}
     counts = {"given": counts["given"] + len(rejected), "written": counts["written"], "rejected": counts["rejected"] + len(rejected)}
     manifest: dict[str, Any] = {
@@ -193,28 +196,31 @@ def _finished(work: Embedding, shards: Sequence[Shard], entries: Sequence[Entry]
         **counts,
         "shards": [entry | {"files": {name: n for name, n in entry["files"].items() if not name.startswith(LEDGER)}} for entry in entries],
     }
-    write_json(folder / MANIFEST, manifest)
-    shutil.rmtree(folder / LEDGER, ignore_errors=True)
+    with output.written(MANIFEST) as temporary:
+        write_json(temporary, manifest)
+    output.clear(LEDGER)
     return counts
 
 
-def _unpacked(folder: Path) -> dict[int, Entry]:
+def _unpacked(output: Output) -> dict[int, Entry]:
     """The entries of a folder that was finished before, whose manifest is taken away, because it will not be whole for a while."""
+    if output.size(MANIFEST) is None:
+        return {}
     known: dict[int, Entry] = {}
-    if (folder / MANIFEST).is_file():
-        entries = _manifest(folder).get("shards")
-        if isinstance(entries, list) and all(isinstance(one, dict) and isinstance(one.get("files"), dict) for one in entries):
-            known = dict(enumerate(entries))
-        if any(one.get("rejected") for one in known.values()):
-            known = _with_rejected(folder, known)
-        (folder / MANIFEST).unlink()
+    entries = _manifest(output).get("shards")
+    if isinstance(entries, list) and all(isinstance(one, dict) and isinstance(one.get("files"), dict) for one in entries):
+        known = dict(enumerate(entries))
+    if any(one.get("rejected") for one in known.values()):
+        known = _with_rejected(output, known)
+    output.delete(MANIFEST)
     return known
 
 
-def _with_rejected(folder: Path, known: dict[int, Entry]) -> dict[int, Entry]:
+def _with_rejected(output: Output, known: dict[int, Entry]) -> dict[int, Entry]:
     """The same, the rejected rows of each shard in a file of its own again; those whose rows are not as counted are left out."""
     try:
-        table = read_table(folder / REJECTED, pa.schema({"id": pa.string(), "reason": pa.string(), "shard": pa.int32()}))
+        with output.here([REJECTED]) as (path,):
+            table = read_table(path, pa.schema({"id": pa.string(), "reason": pa.string(), "shard": pa.int32()}))
     except InputError:
         return {number: entry for number, entry in known.items() if not entry.get("rejected")}
     found = {}
@@ -223,15 +229,21 @@ def _with_rejected(folder: Path, known: dict[int, Entry]) -> dict[int, Entry]:
             mine = table.filter(pa.compute.equal(table["shard"], number))
             if len(mine) != entry["rejected"]:
                 continue
-            path = Path(LEDGER) / f"{number:06d}_rejected.parquet"
-            write_table(folder / path, mine)
-            entry = entry | {"files": {**entry["files"], path.as_posix(): (folder / path).stat().st_size}}
+            name = _rejected_file(number)
+            with output.written(name) as temporary:
+                write_table(temporary, mine)
+                n_bytes = temporary.stat().st_size
+            entry = entry | {"files": {**entry["files"], name: n_bytes}}
         found[number] = entry
     return found
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    return read_json(folder / MANIFEST, "the manifest of an embedding folder", "embed the images into another folder")
+def _rejected_file(number: int) -> str:
+    return f"{LEDGER}/{number:06d}_rejected.parquet"
+
+
+def _manifest(output: Output) -> dict[str, Any]:
+    return output.json(MANIFEST, "the manifest of an embedding folder")
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

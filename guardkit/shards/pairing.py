@@ -16,6 +16,7 @@ from guardkit.reading import read_table
 from guardkit.schema import InputError, Rejected
 from guardkit.shards.embedding import content_key
 from guardkit.shards.inputs import Given, Shard
+from guardkit.shards.output import Output
 from guardkit.shards.work import LEDGER, Entry, work_on
 
 _UNREADABLE = pa.schema([("id", pa.string()), ("reason", pa.string())])
@@ -33,6 +34,7 @@ class Pairing:
 
     def __init__(self, pipeline: CounterfactualPipeline, folder: Path, variants_per_image: int) -> None:
         self.pipeline, self.folder, self.variants_per_image = pipeline, Path(folder), variants_per_image
+        self.output = Output(self.folder)
 
     def with_parts(self, put: Put) -> Pairing:
         """See `guardkit.engines.base.Put`."""

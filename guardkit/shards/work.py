@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
+from json import dumps
 from typing import Any, Protocol
 
-from guardkit.artifacts import read_json, write_json
 from guardkit.engines.base import Engine, Put
 from guardkit.progress import ticking
-from guardkit.schema import InputError
 from guardkit.shards.inputs import Shard
+from guardkit.shards.output import Output
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +26,13 @@ class Work(Protocol):
     """What is done to a shard. It is sent to workers: it holds settings and places, and builds models when it is first asked to do something.
 
     Attributes:
-        folder: of the output, which every worker can write to.
+        output: which every worker can write to.
     """
 
-    folder: Path
+    output: Output
 
     def do(self, shard: Shard, tick: Callable[[int], None]) -> Entry:
-        """Writes the shard's output, and gives plain JSON: counts (`given` among them), and `files`: path below the folder -> bytes.
+        """Writes the shard's output, and gives plain JSON: counts (`given` among them), and `files`: name in the output -> bytes.
 
         Args:
             shard: to be read.
@@ -49,42 +47,51 @@ class Ledger:
     """Which shards are done.
 
     Args:
-        folder: of the output.
+        output: of them.
         known: entries that are kept elsewhere, by number of the shard.
 
     Attributes:
         changed: names of shards that were done, and are others now.
     """
 
-    def __init__(self, folder: Path, known: Mapping[int, Entry] | None = None) -> None:
-        self.folder, self._known = Path(folder), dict(known or {})
+    def __init__(self, output: Output, known: Mapping[int, Entry] | None = None) -> None:
+        self.output, self._known = output, dict(known or {})
         self.changed: list[str] = []
-
-    def _path(self, number: int) -> Path:
-        return self.folder / LEDGER / f"{number:06d}.json"
 
     def note(self, shard: Shard, entry: Entry) -> Entry:
         """Writes a shard's entry, after its output."""
         noted = {"shard": shard.name, "version": shard.version, "most": shard.most, **entry}
-        write_json(self._path(shard.number), noted)
+        with self.output.written(_name(shard)) as temporary:
+            temporary.write_text(dumps(noted), encoding="utf-8")
         return noted
 
-    def find(self, shard: Shard) -> Entry | None:
-        """The entry of a shard whose output is there as it was written; None: it is to be made."""
-        entry = self._known.get(shard.number)
-        if self._path(shard.number).is_file():
-            with suppress(InputError):  # damaged: the shard is made anew
-                entry = read_json(self._path(shard.number), "an entry of a shard")
-        if entry is None or not isinstance(entry.get("files"), dict):
-            return None
+    def find(self, shards: Sequence[Shard]) -> dict[int, Entry]:
+        """By number, the entries of those shards whose output is there as it was written; the others are to be made."""
+        sizes = self.output.sizes() if len(shards) > 1 else None
+        noted = [shard for shard in shards if sizes is None or _name(shard) in sizes]
+        entries = self._known | {
+            shard.number: entry
+            for shard, entry in zip(noted, self.output.jsons([_name(shard) for shard in noted], "an entry of a shard"), strict=True)
+            if entry is not None
+        }
+        return {shard.number: entry for shard in shards if self._is_whole(shard, entry := entries.get(shard.number, {}), sizes)}
+
+    def _is_whole(self, shard: Shard, entry: Entry, sizes: Mapping[str, int] | None) -> bool:
+        files = entry.get("files")
+        if not isinstance(files, dict):
+            return False
         if entry.get("shard") != shard.name or entry.get("version") != shard.version or entry.get("most") != shard.most:
             self.changed.append(shard.name)
-            return None
-        damaged = [name for name, n_bytes in entry["files"].items() if _size(self.folder / name) != n_bytes]
-        if damaged:
-            log.warning("%s: %s is gone or not as it was written; %s is worked on anew", self.folder, damaged[0], shard.name)
-            return None
-        return entry
+            return False
+        for name, n_bytes in files.items():
+            if (self.output.size(name) if sizes is None else sizes.get(name)) != n_bytes:
+                log.warning("%s: %s is gone or not as it was written; %s is worked on anew", self.output, name, shard.name)
+                return False
+        return True
+
+
+def _name(shard: Shard) -> str:
+    return f"{LEDGER}/{shard.number:06d}.json"
 
 
 class ShardTask:
@@ -115,9 +122,9 @@ class ShardTask:
 
         if torch.get_num_threads() != self.n_threads:
             torch.set_num_threads(self.n_threads)
-        ledger = Ledger(self.work.folder)
+        ledger = Ledger(self.work.output)
         # by a worker that ended before it could say so
-        return ledger.find(shard) or ledger.note(shard, self.work.do(shard, self.tick))
+        return ledger.find([shard]).get(shard.number) or ledger.note(shard, self.work.do(shard, self.tick))
 
 
 def work_on(work: Work, shards: Sequence[Shard], engine: Engine, *, what: str, known: Mapping[int, Entry] | None = None) -> list[Entry]:
@@ -136,14 +143,14 @@ def work_on(work: Work, shards: Sequence[Shard], engine: Engine, *, what: str, k
     """
     import torch
 
-    ledger = Ledger(work.folder, known)
-    done = {shard.number: entry for shard in shards if (entry := ledger.find(shard)) is not None}
+    ledger = Ledger(work.output, known)
+    done = ledger.find(shards)
     rest = [shard for shard in shards if shard.number not in done]
     if ledger.changed:
         said = "%s: %d of %d shards changed since they were worked on, the first is %s; they are worked on anew"
-        log.warning(said, work.folder, len(ledger.changed), len(shards), ledger.changed[0])
+        log.warning(said, work.output, len(ledger.changed), len(shards), ledger.changed[0])
     if done:
-        log.info("%s: goes on; %d of %d shards were done before", work.folder, len(done), len(shards))
+        log.info("%s: goes on; %d of %d shards were done before", work.output, len(done), len(shards))
     task = ShardTask(work, torch.get_num_threads())
     total = None if any(shard.n is None for shard in rest) else sum(shard.n or 0 for shard in rest)
     with ticking(total=total, what=what) as tick:
@@ -161,13 +168,6 @@ def _each(engine: Engine, task: ShardTask, shards: Sequence[Shard]) -> Iterator[
         return
     for place, entry in engine.run(task, shards):
         yield shards[place], entry
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
 
 
 def _nothing(n: int) -> None:
