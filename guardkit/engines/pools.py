@@ -27,6 +27,7 @@ _PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "instructor": (("name",), ("instruct",)),
     "verifier": (("name", "config"), ("verify",)),
 }
+_SMALL_BYTES = 64 << 10
 _SIZES = {"workers": 1, "cpus": 1, "gpus": 0}  # with what holds where nothing is said
 
 
@@ -64,7 +65,9 @@ def pool(ray: Any, role: str, part: Any, sizes: Mapping[str, Any], retries: int)
     import torch
 
     with sending("ray"):
-        kept = ray.put(part)
+        data = ray.cloudpickle.dumps(part)
+    # what is small travels with the call: of a reference Ray warns that an actor cannot begin anew without what it leads to
+    kept = data if len(data) < _SMALL_BYTES else ray.put(data)
     # Ray begins an actor that ended anew, and its call with it
     limits = {"max_restarts": -1, "max_task_retries": retries}
     holder = ray.remote(_Holder).options(num_cpus=sizes["cpus"], num_gpus=sizes["gpus"], **limits)
@@ -145,11 +148,12 @@ class _Desk:
 class _Holder:
     """Holds a part."""
 
-    def __init__(self, part: Any, n_threads: int) -> None:
+    def __init__(self, part: bytes, n_threads: int) -> None:
+        import ray
         import torch
 
         torch.set_num_threads(n_threads)
-        self._part = part
+        self._part = ray.cloudpickle.loads(part)
 
     def call(self, method: str, sent: list[Any]) -> tuple[bool, Any]:
         """See `_Desk`; a user's mistake is a sentence."""
