@@ -116,7 +116,7 @@ def trained(folder: Path, batch_size: int, connection) -> None:
 
     import guardkit
 
-    torch.set_num_threads(multiprocessing.cpu_count())
+    torch.set_num_threads(max(1, multiprocessing.cpu_count() - 1))  # one processor makes the next batch
 
     class Clock(L.Callback):
         first = started = ended = 0.0
@@ -130,6 +130,10 @@ def trained(folder: Path, batch_size: int, connection) -> None:
 
         def on_train_epoch_end(self, trainer, module):  # noqa: ARG002
             self.ended = time.perf_counter()
+            print(
+                f"first batch after {self.first - started:.1f} s, epoch {self.ended - self.started:.1f} s, {self.rows} rows, {watch.most}",
+                flush=True,
+            )
 
     before, watch, clock = memory()["RssAnon"], Watch(), Clock()
     watch.start()
@@ -215,11 +219,11 @@ def main() -> None:
             write(place, asked.rows)
         floor = [read(place)]
         done = alone(trained, place, asked.batch_size)
+        print(json.dumps(done), flush=True)
         floor.append(read(place))
         old, new = alone(as_objects, place, OBJECTS), alone(loaded, place)
         n_bytes = sum(path.stat().st_size for path in place.glob("img_emb/*.npy"))
         rate, reading = done["rows"] / done["epoch_s"], asked.rows / min(floor)
-        print(json.dumps({"floor_s": floor, "trained": done, "as_objects": old, "loaded": new}, indent=1))
         print(
             f"files          {n_bytes / 1e9:.1f} GB, read in {floor[0]:.1f} s before and {floor[1]:.1f} s after: {reading / 1e6:.2f} million rows a second"
         )

@@ -149,7 +149,7 @@ class EmbeddingsSource:
             groups=groups,
             names=names,
             captions=said.captions,
-            listed=said.listed,
+            listed=partial(_listed, said.groups),  # and no more of what was read
             name_keys=keys,
             vectors=vectors,
             is_checked=self._looks,
@@ -366,10 +366,6 @@ class _Said:
     captions: Texts
     groups: Texts
 
-    def listed(self, rows: np.ndarray) -> list[str | None]:
-        """Groups of (m,) rising rows; None without one."""
-        return [name or None for name in self.groups(rows)]
-
     def of_kinds(self, policy: Policy) -> tuple[list[int], list[int]]:
         """Label, and position of the category in the policy (-1: none), of each kind."""
         place = {name: i for i, name in enumerate(policy.category_names)}
@@ -411,6 +407,11 @@ def _numbered(paths: pa.Array, first: int) -> pa.Array:
     if not pc.any(bare).as_py():
         return paths
     return pc.if_else(bare, pa.array(np.arange(first, first + len(paths))).cast(pa.large_string()), paths)
+
+
+def _listed(groups: Texts, rows: np.ndarray) -> list[str | None]:
+    """Groups of (m,) rising rows; None without one."""
+    return [name or None for name in groups(rows)]
 
 
 def _holds(taken: np.ndarray, name: str) -> bool:
