@@ -28,7 +28,7 @@ MANIFEST, REJECTED = "manifest.json", "rejected.parquet"
 _COPY = "copy the shard anew"
 _BLOCK = 512  # records embedded between two looks at the clock
 _AT_ONCE = 512  # rows that are brought to unit length while the processor's cache holds them
-_MAX_OPEN = 64  # files of vectors: a process may open few, and a folder has thousands
+_MAX_OPEN = 256  # files of vectors: a process may open few, and every batch looks into most of a folder
 _KEPT_BYTES = 1 << 28  # that are read before mapped pages go back to the system
 
 
