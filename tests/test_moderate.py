@@ -213,10 +213,8 @@ def test_a_bank_with_broken_lines_is_refused(guard, uploads, tmp_path, lines):
 
 def test_a_stopped_run_goes_on_and_gives_the_same_rows(guard, uploads, tmp_path, monkeypatch):
     from guardkit.moderation.stream import Moderator
-    from guardkit.shards import inputs
 
-    monkeypatch.setattr(inputs.Inputs.shards, "__defaults__", (4, None))  # files in a shard
-    whole = pq.read_table(guardkit.moderate(guard, uploads, output_dir=tmp_path / "whole").folder / "decisions.parquet")
+    whole = pq.read_table(guardkit.moderate(guard, uploads, output_dir=tmp_path / "whole", shard_size=4).folder / "decisions.parquet")
     decide, n_decided = Moderator.decide, []
 
     def stopping(self, inputs):
@@ -228,10 +226,10 @@ def test_a_stopped_run_goes_on_and_gives_the_same_rows(guard, uploads, tmp_path,
 
     monkeypatch.setattr(Moderator, "decide", stopping)
     with pytest.raises(KeyboardInterrupt):
-        guardkit.moderate(guard, uploads, output_dir=tmp_path / "again")
+        guardkit.moderate(guard, uploads, output_dir=tmp_path / "again", shard_size=4)
     assert not (tmp_path / "again/decisions.parquet").exists()
     n_decided.clear()
-    report = guardkit.moderate(guard, uploads, output_dir=tmp_path / "again")
+    report = guardkit.moderate(guard, uploads, output_dir=tmp_path / "again", shard_size=4)
     assert len(n_decided) == 15 - 8  # two shards were written
     assert pq.read_table(report.folder / "decisions.parquet").to_pylist() == whole.to_pylist()
     # with other settings it is not gone on with
@@ -241,9 +239,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_rows(guard, uploads, tmp_path,
 
 def test_a_shard_that_changed_while_a_run_was_stopped_is_decided_anew(guard, uploads, tmp_path, monkeypatch, caplog):
     from guardkit.moderation.stream import Moderator
-    from guardkit.shards import inputs
 
-    monkeypatch.setattr(inputs.Inputs.shards, "__defaults__", (4, None))
     decide, n_decided = Moderator.decide, []
 
     def stopping(self, inputs):
@@ -255,13 +251,12 @@ def test_a_shard_that_changed_while_a_run_was_stopped_is_decided_anew(guard, upl
 
     monkeypatch.setattr(Moderator, "decide", stopping)
     with pytest.raises(KeyboardInterrupt):
-        guardkit.moderate(guard, uploads, output_dir=tmp_path / "again")
+        guardkit.moderate(guard, uploads, output_dir=tmp_path / "again", shard_size=4)
     monkeypatch.undo()
-    monkeypatch.setattr(inputs.Inputs.shards, "__defaults__", (4, None))
     (uploads / "0.png").write_bytes(encoded(picture(77)))
-    report = guardkit.moderate(guard, uploads, output_dir=tmp_path / "again")
+    report = guardkit.moderate(guard, uploads, output_dir=tmp_path / "again", shard_size=4)
     assert "1 of 4 shards changed since they were worked on, the first is uploads/, files 1 to 4" in caplog.text
-    fresh = guardkit.moderate(guard, uploads, output_dir=tmp_path / "fresh")
+    fresh = guardkit.moderate(guard, uploads, output_dir=tmp_path / "fresh", shard_size=4)
     assert rows_of(report.folder) == rows_of(fresh.folder)
     assert report.counts == fresh.counts
 

@@ -18,7 +18,7 @@ from guardkit.moderation.stream import ACTIONS, Options
 from guardkit.reports.moderation import report_page, short_table, summarised
 from guardkit.schema import InputError
 from guardkit.seen import NEAR
-from guardkit.shards.inputs import Inputs
+from guardkit.shards.inputs import SHARD_INPUTS, Inputs
 from guardkit.shards.output import Output
 from guardkit.shards.work import LEDGER, work_on
 from guardkit.thresholds import check_scope
@@ -60,6 +60,7 @@ def moderate(
     id_column: str | None = None,
     file_column: str = "file_name",
     limit: int | None = None,
+    shard_size: int = SHARD_INPUTS,
     json_lines: bool = False,
     engine: Engine | None = None,
     trust: Sequence[str] = (),
@@ -81,6 +82,7 @@ def moderate(
         max_pixels, max_frames: an image with more pixels, and an animation with more frames, is an error.
         image_column, id_column, file_column: of Parquet files and tables of paths, see `guardkit.shards.inputs.Inputs`.
         limit: only the first so many inputs.
+        shard_size: loose files, or lines of a list, that are decided and noted together; a tar or Parquet file is a shard by itself.
         json_lines: write decisions.jsonl as well.
         engine: does the work; None: this process.
         trust: packages that a saved guard may take its head and encoder from.
@@ -91,6 +93,7 @@ def moderate(
     check_flag("trim_bars", trim_bars)
     check_flag("json_lines", json_lines)
     check_whole("limit", limit, 1, optional=True)
+    check_whole("shard_size", shard_size, 1)
     check_whole("max_pixels", max_pixels, 1)
     check_whole("max_frames", max_frames, 1)
     output.check_owner("moderate")
@@ -104,7 +107,7 @@ def moderate(
         raise InputError(
             f"the category {taken[0]!r} has the name of a column of decisions.parquet; rename it in the policy and train the guard again"
         )
-    shards = list(inputs.shards(limit=limit))
+    shards = list(inputs.shards(shard_size, limit))
     options = Options(check_scope(scope, names), max_pixels, max_frames, trim_bars)
     settings = {
         "guard": guard.fingerprint,

@@ -10,7 +10,7 @@ from guardkit.api.moderate import ModerationReport, check_fail_on, moderate
 from guardkit.runs.hydra import make, plain
 
 _SETTINGS = (
-    "scope", "block_list", "allow_list", "trim_bars", "max_pixels", "max_frames", "image_column", "id_column", "file_column", "limit", "json_lines", "trust",
+    "scope", "block_list", "allow_list", "trim_bars", "max_pixels", "max_frames", "image_column", "id_column", "file_column", "limit", "shard_size", "json_lines", "trust",
 )  # fmt: skip
 
 
