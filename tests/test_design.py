@@ -131,7 +131,7 @@ def test_heavy_libraries_have_one_place():
         "uvicorn": {"serving/server.py", "moderation/review_page.py"},
         "open_clip": {"encoders/open_clip.py"},
         "peft": {"encoders/adapters.py"},
-        "ray": {"engines/ray.py"},
+        "ray": {"engines/ray.py", "engines/pools.py"},
         "submitit": {"engines/slurm.py"},
     }
     for path in modules():

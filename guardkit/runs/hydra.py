@@ -341,7 +341,7 @@ def policy(cfg: DictConfig) -> Policy:
 
     if cfg.policy_file is None:
         return Policy.from_dict(OmegaConf.to_container(cfg.policy, resolve=True))
-    return Policy.load(cfg.policy_file)
+    return Policy.load(cfg.policy_file if is_url(cfg.policy_file) else check_path("policy_file", cfg.policy_file))
 
 
 def cache_dir(cfg: DictConfig) -> Path | None:
