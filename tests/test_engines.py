@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, picture
+from engine_tasks import Asking, Full, Marked, Part
 
 import guardkit
 from guardkit import GuardClassifier, InputError, LinearHead
@@ -42,29 +43,6 @@ class Bound:
         return [Judgment(float(image.mean()) / 255) for image in images]
 
 
-class Full:
-    """A task that finds no room."""
-
-    def __call__(self, item):
-        raise OSError(28, "No space left on device")
-
-
-class Marked:
-    """A task that leaves a mark of each call, and ends its worker the first times that it is given a bad item."""
-
-    def __init__(self, folder, bad=(), times=1, mistake=False):
-        self.folder, self.bad, self.times, self.mistake = Path(folder), bad, times, mistake
-
-    def __call__(self, item):
-        calls = len(list(self.folder.glob(f"{item}_*")))
-        (self.folder / f"{item}_{calls}_{os.getpid()}").touch()
-        if item in self.bad and calls < self.times:
-            if self.mistake:
-                raise InputError("the input is none; give another")
-            os.kill(os.getpid(), signal.SIGKILL)
-        return item.upper()
-
-
 @pytest.fixture(scope="module")
 def started():
     """One Ray for all tests here: it takes seconds to start."""
@@ -72,7 +50,7 @@ def started():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # workers find the task of this file
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # workers find the tasks
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=128 << 20)
         yield
         ray.shutdown()
@@ -147,7 +125,8 @@ def test_the_same_bytes_whoever_embeds_and_decides(started, scenes_encoder, scen
     for name, engine in (("local", LocalEngine()), ("ray", RayEngine(workers=1, pools={"encoder": {}}))):
         counts = guardkit.embed(input=pictures, encoder=scenes_encoder, output_dir=tmp_path / name, shard_size=4, engine=engine)
         assert counts == {"given": 11, "written": 10, "rejected": 1}
-        guardkit.moderate(guard, [pictures, pictures], output_dir=tmp_path / f"decided_{name}", engine=engine)
+        alone = engine if name == "local" else RayEngine(workers=1)  # all parts in one worker
+        guardkit.moderate(guard, [pictures, pictures], output_dir=tmp_path / f"decided_{name}", engine=alone)
     assert files_of(tmp_path / "ray") == files_of(tmp_path / "local")
     tables = [pq.read_table(tmp_path / f"decided_{name}/decisions.parquet") for name in ("local", "ray")]
     assert tables[0].equals(tables[1])
@@ -205,36 +184,9 @@ def test_the_same_pairs_whoever_edits_and_no_edit_is_made_twice(started, synthes
 def test_the_same_pairs_by_pools_one_of_whose_actors_ends(started, synthesized_here, scenes_policy, scenes_encoder, tmp_path):
     whole, n_edits = synthesized_here
     (tmp_path / "marks").mkdir()
-    engine = RayEngine(cpus=0.5, pools={"editor": {"workers": 2, "cpus": 0.5}, "encoder": {"cpus": 0.5}, "verifier": {"cpus": 0.5}})
+    engine = RayEngine(workers=1, cpus=0.5, pools={"editor": {"cpus": 0.5}, "encoder": {"cpus": 0.5}, "verifier": {"cpus": 0.5}})
     assert synthesized(scenes_policy, scenes_encoder, tmp_path / "d", Marking(tmp_path / "marks", ends=True), engine=engine) == whole
     assert len(list((tmp_path / "marks").glob("*"))) == n_edits + 1
-
-
-class Part:
-    """An editor that says what a user did wrong, or ends its process."""
-
-    name, config = "part", {"editor": "part"}
-
-    def __init__(self, mistake):
-        self.mistake = mistake
-
-    def edit(self, requests):
-        if self.mistake:
-            raise InputError("no {weights}; give some")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Asking:
-    """A task with an editor."""
-
-    def __init__(self, editor):
-        self.editor = editor
-
-    def with_parts(self, put):
-        return Asking(put("editor", self.editor))
-
-    def __call__(self, item):
-        return self.editor.edit([item])
 
 
 @pytest.mark.parametrize(
