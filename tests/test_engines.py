@@ -104,7 +104,7 @@ def test_what_nobody_can_do_is_one_line(started, tmp_path, engine, mistake):
     message = {
         ("ray", True): "^the input is none; give another$",
         ("slurm", True): "^the input is none; give another$",
-        ("ray", False): "ended 2 times at item 1: .*; what was done stays",
+        ("ray", False): "ended 2 times at item [01]: .*; what was done stays",  # the answer to item 0 may be lost with it
         ("slurm", False): r"not done in 2 attempts of engine=slurm.*what was done stays",
     }[engine, mistake]
     with pytest.raises(InputError, match=message):

@@ -211,20 +211,26 @@ def test_a_bank_with_broken_lines_is_refused(guard, uploads, tmp_path, lines):
         guardkit.moderate(guard, uploads, output_dir=tmp_path / "out", allow_list=tmp_path / "bank.txt")
 
 
-def test_a_stopped_run_goes_on_and_gives_the_same_rows(guard, uploads, tmp_path, monkeypatch):
+def stopped_after(n, monkeypatch):
+    """Runs end, as by Ctrl-C, after n decisions of a shard in all; gives the list of them, which may be emptied."""
     from guardkit.moderation.stream import Moderator
 
-    whole = pq.read_table(guardkit.moderate(guard, uploads, output_dir=tmp_path / "whole", shard_size=4).folder / "decisions.parquet")
     decide, n_decided = Moderator.decide, []
 
     def stopping(self, inputs):
         for one in decide(self, inputs):
-            if len(n_decided) == 10:
+            if len(n_decided) == n:
                 raise KeyboardInterrupt
             n_decided.append(one)
             yield one
 
     monkeypatch.setattr(Moderator, "decide", stopping)
+    return n_decided
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same_rows(guard, uploads, tmp_path, monkeypatch):
+    whole = pq.read_table(guardkit.moderate(guard, uploads, output_dir=tmp_path / "whole", shard_size=4).folder / "decisions.parquet")
+    n_decided = stopped_after(10, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         guardkit.moderate(guard, uploads, output_dir=tmp_path / "again", shard_size=4)
     assert not (tmp_path / "again/decisions.parquet").exists()
@@ -238,18 +244,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_rows(guard, uploads, tmp_path,
 
 
 def test_a_shard_that_changed_while_a_run_was_stopped_is_decided_anew(guard, uploads, tmp_path, monkeypatch, caplog):
-    from guardkit.moderation.stream import Moderator
-
-    decide, n_decided = Moderator.decide, []
-
-    def stopping(self, inputs):
-        for one in decide(self, inputs):
-            if len(n_decided) == 10:
-                raise KeyboardInterrupt
-            n_decided.append(one)
-            yield one
-
-    monkeypatch.setattr(Moderator, "decide", stopping)
+    stopped_after(10, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         guardkit.moderate(guard, uploads, output_dir=tmp_path / "again", shard_size=4)
     monkeypatch.undo()

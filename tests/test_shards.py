@@ -274,4 +274,20 @@ def test_a_storage_that_fails_ends_the_run_in_one_line_and_the_next_one_goes_on(
     with pytest.raises(InputError, match="is not complete; run"):
         read_embedding_folder(tmp_path / "out")
     monkeypatch.setattr(inputs, "opened", read)
+    # an entry that was changed is none
+    noted = json.loads((tmp_path / "out/.shards/000000.json").read_text())
+    noted["entry"] |= {"written": 5}
+    (tmp_path / "out/.shards/000000.json").write_text(json.dumps(noted))
     assert guardkit.embed(input=f"{bucket}/in", encoder=scenes_encoder, output_dir=tmp_path / "out")["written"] == 13
+
+
+@pytest.mark.parametrize("change", [{"files": {}}, {"written": 5}, {"rejected": -1, "written": 7}, {"given": None}, {"written": "6"}])
+def test_what_a_manifest_says_of_a_shard_is_not_believed(scenes_encoder, shards, tmp_path, change):
+    out = tmp_path / "out"
+    guardkit.embed(input=shards, encoder=scenes_encoder, output_dir=out)
+    before = files_of(out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["shards"][0] |= change
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    guardkit.embed(input=shards, encoder=scenes_encoder, output_dir=out)
+    assert files_of(out) == before

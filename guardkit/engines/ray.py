@@ -46,7 +46,7 @@ class RayEngine:
 
     Attributes:
         busy_s: seconds that workers spent in tasks, in the last run, all together.
-        wall_s: seconds that the last run took, once the actors were there.
+        wall_s: seconds that the last run took, the beginning of its actors included.
     """
 
     name = "ray"

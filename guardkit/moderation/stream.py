@@ -24,11 +24,12 @@ from guardkit.moderation.bars import trim_bars
 from guardkit.moderation.frames import worst_frame
 from guardkit.reading_ahead import read_ahead
 from guardkit.schema import Content, Decision, ImageError
-from guardkit.shards.inputs import Given, Stored, fetched
+from guardkit.shards.inputs import Given, Stored, fetched, n_bytes
 from guardkit.thresholds import undecided
 
 ACTIONS = ("allow", "review", "block", "error")
 _THUMBNAIL_PX = 160
+_KNOWN = 20_000  # contents whose decisions are kept, so that what repeats them soon is not decoded
 _NOBODY = Given("", None)  # of what is kept: an input would keep its bytes
 
 
@@ -90,6 +91,7 @@ class _Read:
     hash: int | None = None
     pdqs: tuple[np.ndarray | None, ...] = ()
     thumbnails: tuple[np.ndarray, ...] = ()
+    known: Decided | None = None
 
 
 class Moderator:
@@ -109,7 +111,7 @@ class Moderator:
         """Each input's decision, in order."""
         size = self.guard.encoder.batch_size
         # as many are read ahead as one batch takes, however many frames they have
-        with closing(read_ahead(fetched(inputs), self._read, ahead=size, n_bytes=_n_bytes)) as stream:
+        with closing(read_ahead(fetched(inputs), self._read, ahead=size, n_bytes=n_bytes)) as stream:
             batch: list[_Read] = []
             n_frames = 0
             for _, one in stream:
@@ -128,8 +130,9 @@ class Moderator:
             data = encoded_bytes(given.data)
             sha256 = hashlib.sha256(data).digest()
             # what is known by its bytes need not be decoded
-            if sha256 in self._known or any(bank.match(sha256, ()) for bank in self.banks):
-                return _Read(given, "", sha256)
+            known = self._known.get(sha256)
+            if known is not None or any(bank.match(sha256, ()) for bank in self.banks):
+                return _Read(given, "", sha256, known=known)
             first: list[int] = []
 
             def take(image: np.ndarray) -> tuple[torch.Tensor, np.ndarray | None, np.ndarray]:
@@ -161,11 +164,13 @@ class Moderator:
                 nothing = replace(_failed(self.guard, ""), error=None)
                 found.append(Decided(one.given, nothing, bank=":".join(matched), thumbnail=small, sha256=key))
                 continue
-            known = self._known.get(one.sha256)
+            known = one.known or self._known.get(one.sha256)
             if known is None:
                 decision, frame = worst_frame(mine)
                 small = None if decision.action == "allow" else encode_jpeg(one.thumbnails[frame or 0], max_px=_THUMBNAIL_PX)
                 known = self._known[one.sha256] = Decided(_NOBODY, decision, frame, one.hash, "", small, key)
+                if len(self._known) > _KNOWN:
+                    del self._known[next(iter(self._known))]  # what repeats it is decided again, and alike
             found.append(replace(known, given=one.given))
         return found
 
@@ -195,10 +200,6 @@ def encoded_bytes(data: bytes | Path | Stored | Content) -> bytes:
         raise ImageError(f"cannot be read: {error.strerror or error}") from error
     check_bytes(len(found))
     return found
-
-
-def _n_bytes(given: Given) -> int:
-    return len(given.data) if isinstance(given.data, bytes) else 0
 
 
 def _failed(guard: GuardClassifier, reason: str) -> Decision:

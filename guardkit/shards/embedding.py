@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from guardkit import __version__
 from guardkit.artifacts import fingerprint, write_json, write_table
+from guardkit.checks import is_whole
 from guardkit.embedding_folder import MANIFEST, REJECTED
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
@@ -208,12 +209,20 @@ def _unpacked(output: Output) -> dict[int, Entry]:
         return {}
     known: dict[int, Entry] = {}
     entries = _manifest(output).get("shards")
-    if isinstance(entries, list) and all(isinstance(one, dict) and isinstance(one.get("files"), dict) for one in entries):
-        known = dict(enumerate(entries))
+    if isinstance(entries, list):
+        known = {number: entry for number, entry in enumerate(entries) if _is_counted(entry)}
     if any(one.get("rejected") for one in known.values()):
         known = _with_rejected(output, known)
     output.delete(MANIFEST)
     return known
+
+
+def _is_counted(entry: Any) -> bool:
+    """Whether an entry of a manifest, which may be somebody's, is one of ours."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("files"), dict) or not entry["files"]:
+        return False
+    counts = [one for name in ("given", "written", "rejected") if is_whole(one := entry.get(name)) and one >= 0]
+    return len(counts) == 3 and counts[0] == counts[1] + counts[2]
 
 
 def _with_rejected(output: Output, known: dict[int, Entry]) -> dict[int, Entry]:

@@ -91,7 +91,7 @@ class Given:
 
 def fetched(inputs: Iterable[Given]) -> Generator[Given]:
     """The same inputs, in order, objects as their bytes: many are asked for at once, because each takes its time to come."""
-    each = read_ahead(inputs, _fetch, ahead=_FETCHED_AT_ONCE, is_needed=_is_stored, n_bytes=_n_bytes, n_threads=_FETCHED_AT_ONCE)
+    each = read_ahead(inputs, _fetch, ahead=_FETCHED_AT_ONCE, is_needed=_is_stored, n_bytes=n_bytes, n_threads=_FETCHED_AT_ONCE)
     with closing(each):
         for given, found in each:
             yield given if found is None else found
@@ -101,7 +101,8 @@ def _is_stored(given: Given) -> bool:
     return isinstance(given.data, Stored)
 
 
-def _n_bytes(given: Given) -> int:
+def n_bytes(given: Given) -> int:
+    """Of an input in memory, or of an object that will be."""
     if isinstance(given.data, Stored):
         return given.data.size
     return len(given.data) if isinstance(given.data, bytes) else 0

@@ -6,7 +6,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,12 @@ class Output:
         if self.folder is None:
             place = joined(self.url, below) if below else self.url
             return {f"{below}/{one.name}" if below else one.name: one.size for one in items(place)}
-        found = (self.folder / below).rglob("*")
-        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in found if path.is_file()}
+        found: dict[str, int] = {}
+        for path in (self.folder / below).rglob("*"):
+            with suppress(FileNotFoundError):  # a worker of an earlier run has just renamed it
+                if path.is_file():
+                    found[path.relative_to(self.folder).as_posix()] = path.stat().st_size
+        return found
 
     def json(self, name: str, what: str) -> dict[str, Any]:
         """The JSON object that a file holds. Raises InputError where it holds none, MissingError where it is not there."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
 
-from guardkit.artifacts import fingerprint, read_json, write_table
+from guardkit.artifacts import fingerprint, write_table
 from guardkit.counterfactual.pair_dataset import Edited, Named, edit_records, tries_table
 from guardkit.counterfactual.pipeline import CounterfactualPipeline
 from guardkit.engines.base import Engine, Put
 from guardkit.reading import read_table
-from guardkit.schema import InputError, Rejected
+from guardkit.schema import Rejected
 from guardkit.shards.embedding import content_key
 from guardkit.shards.inputs import Given, Shard
 from guardkit.shards.output import Output
@@ -73,10 +72,6 @@ def edits_on(
     size = -(-shard_size // pipeline.batch_size) * pipeline.batch_size
 
     def edit(named: Sequence[Named]) -> Iterator[Edited]:
-        for noted in (folder / LEDGER).glob("*.json"):
-            with suppress(InputError):  # a damaged entry counts as none
-                if read_json(noted, "an entry of a shard").get("unsettled"):
-                    noted.unlink()
         shards = _shards(named, size)
         for shard, entry in zip(
             shards, work_on(Pairing(pipeline, folder, variants_per_image), shards, engine, what="editing images"), strict=True

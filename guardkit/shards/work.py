@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from json import dumps
 from typing import Any, Protocol
 
+from guardkit.artifacts import fingerprint
 from guardkit.engines.base import Engine, Put
 from guardkit.progress import ticking
 from guardkit.shards.inputs import Shard
@@ -33,6 +34,7 @@ class Work(Protocol):
 
     def do(self, shard: Shard, tick: Callable[[int], None]) -> Entry:
         """Writes the shard's output, and gives plain JSON: counts (`given` among them), and `files`: name in the output -> bytes.
+        With `unsettled` above 0 something may come out otherwise another time: a run that goes on does the shard again.
 
         Args:
             shard: to be read.
@@ -62,7 +64,7 @@ class Ledger:
         """Writes a shard's entry, after its output."""
         noted = {"shard": shard.name, "version": shard.version, "most": shard.most, **entry}
         with self.output.written(_name(shard)) as temporary:
-            temporary.write_text(dumps(noted), encoding="utf-8")
+            temporary.write_text(dumps({"checksum": fingerprint(noted), "entry": noted}), encoding="utf-8")
         return noted
 
     def find(self, shards: Sequence[Shard]) -> dict[int, Entry]:
@@ -70,15 +72,15 @@ class Ledger:
         sizes = self.output.sizes() if len(shards) > 1 else None
         noted = [shard for shard in shards if sizes is None or _name(shard) in sizes]
         entries = self._known | {
-            shard.number: entry
-            for shard, entry in zip(noted, self.output.jsons([_name(shard) for shard in noted], "an entry of a shard"), strict=True)
-            if entry is not None
+            shard.number: found["entry"]
+            for shard, found in zip(noted, self.output.jsons([_name(shard) for shard in noted], "an entry of a shard"), strict=True)
+            if found is not None and isinstance(found.get("entry"), dict) and found.get("checksum") == fingerprint(found["entry"])
         }
         return {shard.number: entry for shard in shards if self._is_whole(shard, entry := entries.get(shard.number, {}), sizes)}
 
     def _is_whole(self, shard: Shard, entry: Entry, sizes: Mapping[str, int] | None) -> bool:
         files = entry.get("files")
-        if not isinstance(files, dict):
+        if not isinstance(files, dict) or entry.get("unsettled"):
             return False
         if entry.get("shard") != shard.name or entry.get("version") != shard.version or entry.get("most") != shard.most:
             self.changed.append(shard.name)
