@@ -104,7 +104,7 @@ def test_one_process_and_one_thread_at_a_time(tmp_path):
         thread.join()
         assert refused == [True]
         write(tmp_path)  # the thread that holds it
-        with claim(tmp_path.parent / "elsewhere", "train", 1, replaces=[]):
+        with claim(tmp_path.with_name(f"{tmp_path.name}_beside"), "train", 1, replaces=[]):
             pass
     assert read_mark(tmp_path)["overrides"] == ["seed=1"]
 

@@ -190,11 +190,11 @@ def test_rows_of_parquet_without_an_image_are_rejected_with_what_they_say(scenes
     ],
 )
 def test_a_wrong_setting_is_one_line(scenes_encoder, tmp_path, monkeypatch, settings, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "x.tar").touch()
+    (tmp_path / "here/empty").mkdir(parents=True)
+    (tmp_path / "here/x.tar").touch()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(InputError, match=message):
-        guardkit.embed(encoder=scenes_encoder, **{"output_dir": tmp_path.parent / "elsewhere"} | settings)
+        guardkit.embed(encoder=scenes_encoder, **{"output_dir": tmp_path / "elsewhere"} | settings)
 
 
 @pytest.mark.parametrize("distance", [0, 4, 9])
