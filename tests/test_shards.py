@@ -256,24 +256,24 @@ def test_a_bucket_in_and_a_bucket_out_give_the_same_rows(scenes_encoder, scenes_
 
 
 def test_a_storage_that_fails_ends_the_run_in_one_line_and_the_next_one_goes_on(scenes_encoder, shards, bucket, tmp_path, monkeypatch):
-    from guardkit.shards import inputs
+    from guardkit.shards import files
 
     for path in shards.iterdir():
         storage.upload(path, f"{bucket}/in/{path.name}")
-    read = inputs.opened
+    read = files.opened
 
     def failing(url, **options):
         if url.endswith("00001.tar"):
             raise StorageError(f"{url} cannot be read (503 SlowDown); try again later")
         return read(url, **options)
 
-    monkeypatch.setattr(inputs, "opened", failing)
+    monkeypatch.setattr(files, "opened", failing)
     with pytest.raises(InputError, match="503 SlowDown"):
         guardkit.embed(input=f"{bucket}/in", encoder=scenes_encoder, output_dir=tmp_path / "out")
     assert (tmp_path / "out/.shards/000000.json").is_file()
     with pytest.raises(InputError, match="is not complete; run"):
         read_embedding_folder(tmp_path / "out")
-    monkeypatch.setattr(inputs, "opened", read)
+    monkeypatch.setattr(files, "opened", read)
     # an entry that was changed is none
     noted = json.loads((tmp_path / "out/.shards/000000.json").read_text())
     noted["entry"] |= {"written": 5}

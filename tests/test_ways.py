@@ -168,7 +168,7 @@ def test_a_reduced_file_is_upright_and_as_strictly_judged():
 
 def test_reduced_decoding_is_part_of_the_encoder_and_the_same_everywhere(scenes_encoder, guard, tmp_path, caplog):
     from guardkit.moderation.stream import Moderator, Options
-    from guardkit.shards.inputs import Given
+    from guardkit.shards.base import Given
 
     reduced = OpenClipEncoder(None, "guardkit:scenes_clip", decode="reduced", device="cpu", batch_size=scenes_encoder.batch_size)
     assert reduced.at_least == 128

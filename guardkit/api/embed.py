@@ -13,8 +13,9 @@ from guardkit.encoders.base import Encoder
 from guardkit.engines.base import Engine
 from guardkit.limits import MAX_PIXELS
 from guardkit.schema import InputError, Rejected
+from guardkit.shards.base import Shard
 from guardkit.shards.embedding import shards_of_records, write_embedding_folder
-from guardkit.shards.inputs import Inputs, Shard
+from guardkit.shards.inputs import Inputs
 from guardkit.shards.output import Output
 
 

@@ -20,7 +20,7 @@ from guardkit.evaluation.judgments import JudgmentStore
 from guardkit.folders import LOCK
 from guardkit.reading import read_table
 from guardkit.schema import UNLABELLED, Content, ImageError, ImageGuard, InputError, Record
-from guardkit.shards.inputs import Given, Shard
+from guardkit.shards.base import Given, Shard
 from guardkit.shards.output import Output
 from guardkit.shards.work import LEDGER, Entry, work_on
 

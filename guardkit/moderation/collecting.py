@@ -17,7 +17,8 @@ from guardkit.moderation.stream import ACTIONS, encoded_bytes
 from guardkit.policy import Policy
 from guardkit.reading import read_table
 from guardkit.schema import Content, ImageError, InputError
-from guardkit.shards.inputs import Inputs, Stored
+from guardkit.shards.base import Stored
+from guardkit.shards.inputs import Inputs
 
 _SCHEMA = pa.schema(
     {

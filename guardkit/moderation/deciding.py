@@ -14,8 +14,8 @@ from guardkit.classifier import GuardClassifier
 from guardkit.engines.base import Put
 from guardkit.moderation.banks import Bank
 from guardkit.moderation.stream import Decided, Moderator, Options
+from guardkit.shards.base import Shard
 from guardkit.shards.columns import own_columns
-from guardkit.shards.inputs import Shard
 from guardkit.shards.output import Output
 from guardkit.shards.work import LEDGER, Entry
 

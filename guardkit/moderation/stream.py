@@ -24,7 +24,7 @@ from guardkit.moderation.bars import trim_bars
 from guardkit.moderation.frames import worst_frame
 from guardkit.reading_ahead import read_ahead
 from guardkit.schema import Content, Decision, ImageError
-from guardkit.shards.inputs import Given, Stored, fetched, n_bytes
+from guardkit.shards.base import Given, Stored, fetched, n_bytes
 from guardkit.thresholds import undecided
 
 ACTIONS = ("allow", "review", "block", "error")

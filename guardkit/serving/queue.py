@@ -19,7 +19,8 @@ from guardkit.moderation.gate import Refused
 from guardkit.moderation.ordering import queue_order
 from guardkit.policy import Policy
 from guardkit.schema import Content, ImageError, InputError
-from guardkit.shards.inputs import Inputs, Stored
+from guardkit.shards.base import Stored
+from guardkit.shards.inputs import Inputs
 
 REVIEWS, CORRECTIONS = "reviews.jsonl", "corrections.parquet"
 MAX_SHOWN = 1000

@@ -25,8 +25,8 @@ from guardkit.images import BytesContent, FileContent
 from guardkit.limits import MAX_PIXELS
 from guardkit.reading import read_table
 from guardkit.schema import UNLABELLED, Content, ImageError, InputError, Record, Rejected
+from guardkit.shards.base import Given, Shard, fetched
 from guardkit.shards.columns import own_columns
-from guardkit.shards.inputs import Given, Shard, fetched
 from guardkit.shards.output import Output
 from guardkit.shards.work import LEDGER, Entry, work_on
 from guardkit.stores import of_this_machine

@@ -13,8 +13,8 @@ from guardkit.counterfactual.pipeline import CounterfactualPipeline
 from guardkit.engines.base import Engine, Put
 from guardkit.reading import read_table
 from guardkit.schema import Rejected
+from guardkit.shards.base import Given, Shard
 from guardkit.shards.embedding import content_key
-from guardkit.shards.inputs import Given, Shard
 from guardkit.shards.output import Output
 from guardkit.shards.work import LEDGER, Entry, work_on
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from guardkit.artifacts import fingerprint
 from guardkit.engines.base import Engine, Put
 from guardkit.progress import ticking
-from guardkit.shards.inputs import Shard
+from guardkit.shards.base import Shard
 from guardkit.shards.output import Output
 
 log = logging.getLogger(__name__)
