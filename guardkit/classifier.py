@@ -259,12 +259,7 @@ class GuardClassifier:
         is_unit = True
         if isinstance(embeddings, (str, os.PathLike)):
             found = find_embedding_parts(Path(embeddings))
-            if found.manifest and found.manifest["encoder_fingerprint"] != self.encoder.fingerprint:
-                other = found.manifest["encoder_fingerprint"][:12]
-                raise InputError(
-                    f"{embeddings} holds embeddings of another encoder ({other}...) than the guard's, {self.encoder.name} "
-                    f"({self.encoder.fingerprint[:12]}...); embed the images with the guard's"
-                )
+            self.check_made_by((found.manifest or {}).get("encoder_fingerprint"), str(embeddings))
             is_unit = (found.manifest or {}).get("normalized") is True
             n, parts = found.n_rows, (part for part in found.mapped() if len(part))
         else:
@@ -313,6 +308,26 @@ class GuardClassifier:
             raise InputError(_UNUSABLE)
         with torch.inference_mode():
             return self.head(torch.from_numpy(embeddings)).double()
+
+    def check_made_by(self, fingerprint: str | None, what: str, *, width: int | None = None) -> None:
+        """Refuses embeddings that another encoder made.
+
+        Args:
+            fingerprint: of the encoder that made them; None: nobody knows.
+            what: holds them, for the message.
+            width: of them; None: nobody knows.
+        Raises:
+            InputError: it is another one than the guard's, or makes vectors of another width.
+        """
+        if fingerprint not in (None, self.encoder.fingerprint):
+            raise InputError(
+                f"{what} holds embeddings of another encoder ({fingerprint[:12]}...) than the guard's, {self.encoder.name} "
+                f"({self.encoder.fingerprint[:12]}...); embed the images with the guard's"
+            )
+        if width not in (None, self.encoder.dim):
+            raise InputError(
+                f"{what} holds vectors of {width} columns, the guard's encoder {self.encoder.name} makes {self.encoder.dim}; embed the images with it"
+            )
 
     def _check_width(self, embeddings: np.ndarray) -> None:
         if embeddings.ndim != 2 or embeddings.shape[1] != self.encoder.dim:

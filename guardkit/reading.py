@@ -48,19 +48,32 @@ def _mapped(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...], order: Lite
     return np.memmap(file, dtype, "r", file.tell(), shape, order)
 
 
+def array_head(file: BinaryIO, n_bytes: int) -> tuple[tuple[int, ...], np.dtype, Literal["C", "F"]]:
+    """Shape, type and order of the numbers in a .npy file, which is read up to the first of them.
+
+    Args:
+        file: at its beginning.
+        n_bytes: that it has.
+    Raises:
+        ValueError, and whatever NumPy's parser raises: it is no such file, or has less or more than its header says.
+    """
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise ValueError(f"version {version} of the format holds more than numbers")
+    shape, is_fortran, dtype = _HEADERS[version](file)
+    if dtype.kind not in "biuf" or dtype.hasobject or any(length < 0 for length in shape):
+        raise ValueError(f"{shape} of {dtype} are no numbers")
+    claimed, found = math.prod(shape) * dtype.itemsize, n_bytes - file.tell()
+    if claimed != found:
+        raise ValueError(f"its header says {claimed} bytes, it has {found}")
+    return shape, dtype, "F" if is_fortran else "C"
+
+
 def _array(path: Path, mend: str, read: Callable[[BinaryIO, np.dtype, tuple[int, ...], Literal["C", "F"]], np.ndarray]) -> np.ndarray:
     try:
         with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            if version not in _HEADERS:
-                raise ValueError(f"version {version} of the format holds more than numbers")
-            shape, is_fortran, dtype = _HEADERS[version](file)
-            if dtype.kind not in "biuf" or dtype.hasobject or any(length < 0 for length in shape):
-                raise ValueError(f"{shape} of {dtype} are no numbers")
-            claimed, found = math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size - file.tell()
-            if claimed != found:
-                raise ValueError(f"its header says {claimed} bytes, it has {found}")
-            return read(file, dtype, shape, "F" if is_fortran else "C")
+            shape, dtype, order = array_head(file, os.fstat(file.fileno()).st_size)
+            return read(file, dtype, shape, order)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); {mend}") from error
     # a header is a Python literal: damaged ones raise whatever the parser raises

@@ -1,7 +1,8 @@
-"""Deciding over a folder, shards, Parquet files or a list of paths, of any number of images."""
+"""Deciding over a folder, shards, Parquet files, a list of paths or stored embeddings, of any number of images."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,10 +72,13 @@ def moderate(
     same; a shard of the input that changed meanwhile is decided anew. An image that cannot be read is a row with the action "error", never one that is allowed. Of an animation the worst frame
     decides. Of inputs with the same bytes the first is decided.
 
+    Stored embeddings are decided over as the images that they were made of, without these: there is no picture, hash of bytes or repeated input then.
+
     Args:
         guard: a `GuardClassifier`, or the folder or Hub id of a saved one.
-        input: a folder (with everything below it; tar and Parquet files in it are opened), a tar file, a Parquet file with encoded images, or a list
-            of paths (.txt, or .csv and .jsonl with a column of them); or several.
+        input: a folder (with everything below it; tar and Parquet files in it are opened), a tar file, a Parquet file with encoded images, a list
+            of paths (.txt, or .csv and .jsonl with a column of them), or an embedding folder of the guard's encoder, which `embed` or
+            clip-retrieval wrote; or several.
         output_dir: of the results: a folder, or a URL of an object storage.
         scope: categories: only what violates one of them is flagged, see `GuardClassifier.predict`.
         block_list, allow_list: files of hashes of known images, see `guardkit.moderation.banks.Bank`; the block list goes first.
@@ -87,7 +91,8 @@ def moderate(
         engine: does the work; None: this process.
         trust: packages that a saved guard may take its head and encoder from.
     Raises:
-        InputError: a wrong value, nothing to decide over, a bank with lines that are no hashes, or a folder with results of something else.
+        InputError: a wrong value, nothing to decide over, a bank with lines that are no hashes, a folder with results of something else, embeddings
+            of another encoder, or a setting that needs images where there are embeddings.
     """
     output = Output(output_dir)
     check_flag("trim_bars", trim_bars)
@@ -97,10 +102,32 @@ def moderate(
     check_whole("max_pixels", max_pixels, 1)
     check_whole("max_frames", max_frames, 1)
     output.check_owner("moderate")
-    inputs = Inputs(input, image_column=image_column, id_column=id_column, file_column=file_column, outside=output.folder or output.url)
+    if not isinstance(guard, (GuardClassifier, str, os.PathLike)):
+        raise InputError(f"guard must be a GuardClassifier, or the folder or Hub id of a saved one, got {type(guard).__name__}")
+    inputs = Inputs(
+        input,
+        image_column=image_column,
+        id_column=id_column,
+        file_column=file_column,
+        outside=output.folder or output.url,
+        with_vectors=True,
+    )
+    for folder in inputs.embedding_folders:
+        for name, value in (
+            ("block_list", block_list),
+            ("allow_list", allow_list),
+            ("trim_bars", trim_bars),
+            ("image_column", image_column),
+        ):
+            if value:
+                raise InputError(
+                    f"{name} is of images, and input={folder.place} holds embeddings; leave it out, or give the images that were embedded"
+                )
     banks = banks_of({"block_list": block_list, "allow_list": allow_list})
     if not isinstance(guard, GuardClassifier):
         guard = GuardClassifier.from_pretrained(guard, trust=trust)
+    for folder in inputs.embedding_folders:
+        guard.check_made_by(folder.encoder, f"input={folder.place}", width=folder.width)
     names = guard.policy.category_names
     taken = sorted(set(names) & {*OURS, *HIDDEN})
     if taken:

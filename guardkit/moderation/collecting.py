@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from guardkit.artifacts import write_table
@@ -78,7 +79,7 @@ def read_decisions(folder: str | Path, name: str, categories: Sequence[str] = ()
     return rows
 
 
-def decided_bytes(source: bytes | Path | Stored | Content, row: Mapping[str, Any]) -> bytes:
+def decided_bytes(source: bytes | Path | Stored | Content | np.ndarray, row: Mapping[str, Any]) -> bytes:
     """The bytes that a decision is of: nobody must judge another image under its name.
 
     Args:
@@ -87,6 +88,8 @@ def decided_bytes(source: bytes | Path | Stored | Content, row: Mapping[str, Any
     Raises:
         ImageError: it cannot be read, or is another image than the one that was decided.
     """
+    if row["sha256"] is None:
+        raise ImageError("nobody knows of which bytes the decision is")
     data = encoded_bytes(source)
     if hashlib.sha256(data).hexdigest() != row["sha256"]:
         raise ImageError("it was changed after it was decided")

@@ -91,6 +91,7 @@ class _Read:
     hash: int | None = None
     pdqs: tuple[np.ndarray | None, ...] = ()
     thumbnails: tuple[np.ndarray, ...] = ()
+    vector: np.ndarray | None = None
     known: Decided | None = None
 
 
@@ -111,13 +112,15 @@ class Moderator:
         """Each input's decision, in order."""
         size = self.guard.encoder.batch_size
         # as many are read ahead as one batch takes, however many frames they have
-        with closing(read_ahead(fetched(inputs), self._read, ahead=size, n_bytes=n_bytes)) as stream:
+        with closing(read_ahead(fetched(inputs), self._read, ahead=size, is_needed=_is_image, n_bytes=n_bytes)) as stream:
             batch: list[_Read] = []
             n_frames = 0
-            for _, one in stream:
-                assert one is not None
-                batch.append(one)
-                n_frames += len(one.frames)
+            for given, read in stream:
+                if read is None:
+                    assert isinstance(given.data, np.ndarray)
+                    read = _Read(given, vector=given.data)
+                batch.append(read)
+                n_frames += len(read.frames)
                 if n_frames >= size or len(batch) >= 4 * size:
                     yield from self._decide(batch)
                     batch, n_frames = [], 0
@@ -152,11 +155,15 @@ class Moderator:
     def _decide(self, batch: Sequence[_Read]) -> list[Decided]:
         found: list[Decided] = []
         made = iter(self._of_frames([frame for one in batch for frame in one.frames]))
+        stored = iter(self._of_vectors([one.vector for one in batch if one.vector is not None]))
         for one in batch:
             mine = [next(made) for _ in one.frames]
             key = one.sha256.hex()
             if one.reason:
                 found.append(Decided(one.given, _failed(self.guard, one.reason)))
+                continue
+            if one.vector is not None:
+                found.append(Decided(one.given, next(stored)))
                 continue
             matched = next(((bank.name, kind) for bank in self.banks if (kind := bank.match(one.sha256, one.pdqs)) is not None), None)
             if matched is not None:
@@ -175,18 +182,31 @@ class Moderator:
         return found
 
     def _of_frames(self, frames: Sequence[torch.Tensor]) -> list[Decision]:
-        """Always equally many at once: a score does not depend, to the last bit, on where a run was stopped before."""
         size = self.guard.encoder.batch_size
         decisions: list[Decision] = []
         for start in range(0, len(frames), size):
-            vectors = self.guard.encoder.encode_preprocessed(frames[start : start + size], fixed_batch=True)
-            filled = np.concatenate([vectors, np.repeat(vectors[:1], size - len(vectors), axis=0)])
-            decisions += self.guard.decide(filled, scope=self.options.scope)[: len(vectors)]
+            decisions += self._of_vectors(self.guard.encoder.encode_preprocessed(frames[start : start + size], fixed_batch=True))
+        return decisions
+
+    def _of_vectors(self, vectors: Sequence[np.ndarray] | np.ndarray) -> list[Decision]:
+        """Always equally many at once: a score does not depend, to the last bit, on where a run was stopped before."""
+        size = self.guard.encoder.batch_size
+        decisions: list[Decision] = []
+        for start in range(0, len(vectors), size):
+            some = np.stack(tuple(vectors[start : start + size]))
+            filled = np.concatenate([some, np.repeat(some[:1], size - len(some), axis=0)])
+            decisions += self.guard.decide(filled, scope=self.options.scope)[: len(some)]
         return decisions
 
 
-def encoded_bytes(data: bytes | Path | Stored | Content) -> bytes:
-    """All of an input. Raises ImageError where it cannot be read, is empty or too large."""
+def _is_image(given: Given) -> bool:
+    return not isinstance(given.data, np.ndarray)
+
+
+def encoded_bytes(data: bytes | Path | Stored | Content | np.ndarray) -> bytes:
+    """All of an input. Raises ImageError where it cannot be read, is empty or too large, or was given as a vector."""
+    if isinstance(data, np.ndarray):
+        raise ImageError("there is its embedding, and no image")
     if isinstance(data, bytes):
         check_bytes(len(data))
         return data

@@ -21,7 +21,7 @@ def summarised(
 ) -> dict[str, Any]:
     """What page and table say, from one pass over the rows."""
     actions, named, banks, errors = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    duplicates = near = 0
+    duplicates = near = stored = 0
     queue: list[tuple[tuple[float, ...], int, Mapping[str, Any]]] = []
     for number, row in enumerate(rows):
         actions[row["action"]] += 1
@@ -30,6 +30,7 @@ def summarised(
         errors.update([row["error"]] if row["error"] else ())
         duplicates += row["duplicate_of"] is not None
         near += row["near_duplicate_of"] is not None
+        stored += row["score"] is not None and row["sha256"] is None
         if row["action"] != "allow" and row["duplicate_of"] is None:
             heapq.heappush(queue, (value(row), -number, row))
             if len(queue) > N_SHOWN:
@@ -45,6 +46,7 @@ def summarised(
         "errors": dict(errors.most_common(8)),
         "duplicates": duplicates,
         "near_duplicates": near,
+        "stored": stored,
         "queue": [row for _, _, row in sorted(queue, key=lambda one: (one[0], one[1]), reverse=True)],
     }
 
@@ -94,5 +96,7 @@ def short_table(facts: Mapping[str, Any]) -> str:
     lines += [f"  known     {', '.join(f'{name} {n}' for name, n in facts['banks'].items())}"] if facts["banks"] else []
     if facts["duplicates"] or facts["near_duplicates"]:
         lines.append(f"  repeated  {facts['duplicates']} with the bytes of an earlier one, {facts['near_duplicates']} that look like one")
+    if facts["stored"]:
+        lines.append(f"  stored    {facts['stored']} decided by stored embeddings: no pictures, and repeated ones are not found")
     lines += [f"  rejected  {n} x {reason}" for reason, n in facts["errors"].items()]
     return "\n".join(lines)

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from guardkit.artifacts import append_whole
 from guardkit.counterfactual.review import reviewer_name
 from guardkit.images import encode_jpeg, read_frames
@@ -132,7 +134,7 @@ class ModerationQueue:
         return [{"reviewer": one.reviewer, "verdict": one.verdict, "category": one.category} for one in self._said.get(row, {}).values()]
 
 
-def _picture(source: Path | bytes | Stored | Content, row: Mapping[str, Any]) -> bytes:
+def _picture(source: Path | bytes | Stored | Content | np.ndarray, row: Mapping[str, Any]) -> bytes:
     """A JPEG of the frame that decided. Raises ImageError where it is no longer what was decided."""
     frames = read_frames(decided_bytes(source, row), lambda image: encode_jpeg(image, max_px=_PICTURE_PX))
     return frames[min(row["frame"] or 0, len(frames) - 1)]

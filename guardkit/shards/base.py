@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from guardkit.limits import MAX_BYTES
@@ -55,13 +56,14 @@ class Given:
 
     Attributes:
         id: its path below the folder, its name in the shard after the shard's, its row after the file's; or as the list has it.
-        data: encoded bytes, a file, an object, or an image that is read when somebody asks; None: there is none, and `reason` says why.
+        data: encoded bytes, a file, an object, an image that is read when somebody asks, or in its place a vector that an encoder made of it, (d,)
+            float32 of unit length; None: there is none, and `reason` says why.
         reason: see there.
         columns: what else the input says, to be kept beside what comes out.
     """
 
     id: str
-    data: bytes | Path | Stored | Content | None
+    data: bytes | Path | Stored | Content | np.ndarray | None
     reason: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
 

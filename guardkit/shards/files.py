@@ -107,7 +107,7 @@ def place_of(setting: str, given: str | Path) -> File:
     path = path or check_path(setting, given)
     if not path.exists():
         raise InputError(f"{setting}={path} is not there; give a folder, a tar file, a Parquet file, or a list of paths")
-    return File(printable(path.name), path, _changed(path), is_folder=path.is_dir())
+    return File(printable(path.name), path, changed(path), is_folder=path.is_dir())
 
 
 def beside(file: Path | str, said: str) -> Path | str | None:
@@ -153,7 +153,7 @@ class Row:
     @property
     def version(self) -> str:
         """Of a file; an object is asked when it is read."""
-        return _changed(self.at) if isinstance(self.at, Path) else ""
+        return changed(self.at) if isinstance(self.at, Path) else ""
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def _image(cell: pa.Scalar) -> tuple[bytes | None, str]:
     return None, "no image in this row" if value is None else f"expected encoded bytes, got {type(value).__name__}"
 
 
-def _changed(path: Path) -> str:
+def changed(path: Path) -> str:
     """What tells one version of a file from another: size, time of change; "" of one that is not there."""
     try:
         status = path.lstat()
@@ -316,4 +316,4 @@ def _walked(folder: Path) -> Iterator[File]:
         folders[:] = sorted(one for one in folders if one not in links)
         for one in sorted([*files, *links]):
             path = Path(parent) / one
-            yield File(printable(path.relative_to(folder).as_posix()), path, _changed(path), is_link=one in links or path.is_symlink())
+            yield File(printable(path.relative_to(folder).as_posix()), path, changed(path), is_link=one in links or path.is_symlink())

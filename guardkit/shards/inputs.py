@@ -1,4 +1,4 @@
-"""What is embedded or decided over, from where it lies to shards: folders, tar files, Parquet files, lists of paths."""
+"""What is embedded or decided over, from where it lies to shards: folders, tar files, Parquet files, lists of paths, embedding folders."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from guardkit.local_copies import local_copy
 from guardkit.schema import InputError
 from guardkit.shards.base import Given, Shard
 from guardkit.shards.files import TAR, File, Listed, Loose, Row, Rows, Tar, beside, check_id_column, may_hold_images, place_of
+from guardkit.shards.vectors import Part, embedding_folder
 from guardkit.storage import check_url, is_url, local_path
 
 SHARD_INPUTS = 2048  # loose files, or lines of a list, in a shard
@@ -39,8 +40,13 @@ class Inputs:
         id_column: of Parquet files and tables of paths: names the rows; None: their number, or the path.
         file_column: of tables of paths.
         outside: a folder, or URL, that must not lie within what is given, because results are written there.
+        with_vectors: take embedding folders too: of their inputs there is a vector in place of the image. Each part is a shard; what was rejected
+            when the images were embedded is one more.
     Raises:
         InputError: a place is not there, or is none of these.
+
+    Attributes:
+        embedding_folders: among what is given.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class Inputs:
         id_column: str | None = None,
         file_column: str = "file_name",
         outside: str | Path | None = None,
+        with_vectors: bool = False,
     ) -> None:
         named: list[str | Path] = list(places) if is_list(places) else [places]  # type: ignore[list-item]
         if not named:
@@ -65,6 +72,18 @@ class Inputs:
                     f"input={place} is none of what can be read: a folder, {', '.join(TAR)}, .parquet, or a list of paths ({', '.join(_LISTS)}); "
                     "for one image give its folder, or call GuardClassifier.predict"
                 )
+        several = len(self._places) > 1
+        self._vectors = {
+            number: found
+            for number, place in enumerate(self._places)
+            if place.is_folder
+            and (found := embedding_folder(place, f"{place.name}/" if several else "", id_column if with_vectors else None)) is not None
+        }
+        self.embedding_folders = tuple(self._vectors.values())
+        if self.embedding_folders and not with_vectors:
+            raise InputError(
+                f"input={self.embedding_folders[0].place} is an embedding folder, which holds vectors and no images; give the images themselves"
+            )
         has_rows = id_column is None or any(
             one.ends_with(".parquet", *(() if place.is_folder else (".csv", ".jsonl")))
             for place in self._places
@@ -97,11 +116,14 @@ class Inputs:
             if not left:
                 return
 
-    def _parts(self, size: int) -> Iterator[tuple[str, str, Tar | Rows | Loose | Listed]]:
+    def _parts(self, size: int) -> Iterator[tuple[str, str, Tar | Rows | Loose | Listed | Part]]:
         several = len(self._places) > 1
-        for place in self._places:
+        for number, place in enumerate(self._places):
             prefix = f"{place.name}/" if several else ""
-            if place.is_folder:
+            if number in self._vectors:
+                for part in self._vectors[number].parts:
+                    yield part.name, fingerprint([*part.version, self.id_column]), part
+            elif place.is_folder:
                 yield from self._of_folder(place, prefix, size)
             elif place.ends_with(*_LISTS):
                 yield from self._of_list(place, size)
@@ -193,6 +215,8 @@ def _is_of_a_shard(file: File, there: Set[str]) -> bool:
 
 def _counted(inputs: Iterable[Given], most: int) -> int:
     """How many inputs there are, up to `most`."""
+    if isinstance(inputs, Part):
+        return inputs.count()
     if isinstance(inputs, Rows):
         try:
             with inputs.file.opened() as opened, pq.ParquetFile(opened) as file:
