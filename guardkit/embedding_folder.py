@@ -6,11 +6,13 @@ last, that names the encoder.
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ import pyarrow as pa
 import torch
 
 from guardkit.artifacts import read_json
-from guardkit.embedding_blocks import give_back
 from guardkit.folders import is_unfinished
 from guardkit.reading import count_rows, map_array, read_schema, read_table
 from guardkit.schema import InputError
@@ -28,8 +29,9 @@ MANIFEST, REJECTED = "manifest.json", "rejected.parquet"
 _COPY = "copy the shard anew"
 _BLOCK = 512  # records embedded between two looks at the clock
 _AT_ONCE = 512  # rows that are brought to unit length while the processor's cache holds them
-_MAX_OPEN = 256  # files of vectors: a process may open few, and every batch looks into most of a folder
-_KEPT_BYTES = 1 << 28  # that are read before mapped pages go back to the system
+_MAX_OPEN = 256  # files of vectors: a process may open few, and an epoch looks into all of a folder again and again
+_GAP_BYTES = 1 << 16  # between two rows that are read over: quicker than to begin anew
+_READ_BYTES = 1 << 21  # read at once
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -101,8 +103,7 @@ class StoredVectors:
         self._files = [(path, parts.sizes[number]) for number, path in parts.vectors.items() if parts.sizes[number]]
         self.firsts = np.cumsum([0, *(size for _, size in self._files)])
         self._stamps: dict[int, tuple[int, int]] = {}
-        self._opened: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._n_read = 0
+        self._opened: OrderedDict[int, _File] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -112,55 +113,135 @@ class StoredVectors:
         """See `take`."""
         return self.take(np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows)
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process opens the files itself."""
+        return self.__dict__ | {"_opened": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_lock": threading.Lock()}
+
+    def take(self, rows: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
         """(m, d) float32 unit vectors of (m,) rows, best in rising order; NaN where a stored one is zero or not finite.
 
+        Args:
+            rows: to read.
+            into: (m, d) float32, where they are put; None: new memory.
         Raises:
             InputError: a file was changed since it was first looked at.
         """
-        vectors = np.empty((len(rows), self.width), np.float32)
-        part_of = np.searchsorted(self.firsts, rows, side="right") - 1
+        vectors = np.empty((len(rows), self.width), np.float32) if into is None else into
+        order = None if (rows[1:] >= rows[:-1]).all() else np.argsort(rows, kind="stable")
+        wanted = rows if order is None else rows[order]
+        bounds = np.searchsorted(wanted, self.firsts).tolist()
+        room = np.empty(_READ_BYTES, np.uint8)  # the same memory again and again is quicker than new one
         with self._lock:
-            for part in np.unique(part_of):
-                places = np.flatnonzero(part_of == part)
-                shard, first = self._open(int(part)), self.firsts[part]
-                for start in range(0, len(places), _AT_ONCE):
-                    some = places[start : start + _AT_ONCE]
-                    vectors[some] = _unit(shard[rows[some] - first])
-            self._n_read += vectors.nbytes
-            if self._n_read > _KEPT_BYTES:
-                self._n_read = 0
-                for shard in self._opened.values():
-                    give_back(shard)
+            for part, (begin, end) in enumerate(pairwise(bounds)):
+                for start in range(begin, end, _AT_ONCE):
+                    stop = min(start + _AT_ONCE, end)
+                    stored = self._open(part).take(wanted[start:stop] - self.firsts[part], room)
+                    if order is None:
+                        _unit(stored, vectors[start:stop])
+                    else:
+                        vectors[order[start:stop]] = _unit(stored, np.empty(stored.shape, np.float32))
         return vectors
 
-    def _open(self, part: int) -> np.ndarray:
+    def _open(self, part: int) -> _File:
         if part in self._opened:
             self._opened.move_to_end(part)
             return self._opened[part]
         path, size = self._files[part]
-        shard = map_array(path, _COPY)
-        try:
-            seen = path.stat()
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}); {_COPY}") from error
-        stamp = (seen.st_size, seen.st_mtime_ns)
-        if shard.shape != (size, self.width) or shard.dtype.kind != "f" or self._stamps.setdefault(part, stamp) != stamp:
-            raise InputError(f"{path} was changed while it was read; start again when nothing writes to the folder")
-        self._opened[part] = shard
+        file = _File(path)
+        stamp = file.stamp
+        if file.shape != (size, self.width) or file.dtype.kind != "f" or self._stamps.setdefault(part, stamp) != stamp:
+            raise _changed(path)
+        self._opened[part] = file
         if len(self._opened) > _MAX_OPEN:
             self._opened.popitem(last=False)
-        return shard
+        return file
 
 
-def _unit(shard: np.ndarray) -> np.ndarray:
-    """(n, d) of any number type -> float32 of unit length; NaN where that is not possible."""
+class _File:
+    """An open file of vectors, read in spans of rows. That is several times quicker than looking at pages of a mapped one here and there,
+    and one that is cut short meanwhile is an error, where a mapped one would end the process.
+
+    Args:
+        path: of a .npy file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        mapped = map_array(path, _COPY)  # which reads the header with care
+        self.path, self.shape, self.dtype = path, mapped.shape, mapped.dtype
+        self.row_bytes = int(np.prod(mapped.shape[1:], dtype=np.int64)) * mapped.dtype.itemsize
+        # laid out column by column there are no spans of rows
+        self._columns = mapped if mapped.ndim > 1 and mapped.size and not mapped.flags.c_contiguous else None
+        self._start = int(getattr(mapped, "offset", 0))
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}); {_COPY}") from error
+        seen = os.fstat(self._descriptor)
+        self.stamp = seen.st_size, seen.st_mtime_ns
+
+    def take(self, rows: np.ndarray, room: np.ndarray) -> np.ndarray:
+        """(m, d) rising rows as they are stored; `room` are bytes to read into, and what is returned may lie there."""
+        if self._columns is not None:
+            return np.ascontiguousarray(self._columns[rows])
+        runs = list(_runs(rows, self.row_bytes, len(room)))
+        if len(runs) == 1 and rows[-1] - rows[0] == len(rows) - 1:
+            return self._read(int(rows[0]), int(rows[-1]) + 1, room)
+        taken = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        for start, end in runs:
+            read = self._read(int(rows[start]), int(rows[end - 1]) + 1, room)
+            np.take(read, rows[start:end] - rows[start], axis=0, out=taken[start:end], mode="clip")
+        return taken
+
+    def _read(self, first: int, end: int, room: np.ndarray) -> np.ndarray:
+        n_bytes = (end - first) * self.row_bytes
+        held = room[:n_bytes] if n_bytes <= len(room) else np.empty(n_bytes, np.uint8)  # of a single long row
+        left, at = memoryview(held.data), self._start + first * self.row_bytes
+        while left:
+            try:
+                n = os.preadv(self._descriptor, [left], at)
+            except OSError as error:
+                raise InputError(f"{self.path} cannot be read ({error.strerror}); {_COPY}") from error
+            if not n:
+                raise _changed(self.path)
+            left, at = left[n:], at + n
+        return held.view(self.dtype).reshape(end - first, *self.shape[1:])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
+def _changed(path: Path) -> InputError:
+    return InputError(f"{path} was changed while it was read; start again when nothing writes to the folder")
+
+
+def _runs(rows: np.ndarray, row_bytes: int, n_bytes: int) -> Iterator[tuple[int, int]]:
+    """Bounds of rising rows that are read at once: those with small gaps between them, `n_bytes` at most."""
+    far, most = (max(1, length // max(1, row_bytes)) for length in (_GAP_BYTES, n_bytes))
+    for first, end in pairwise([0, *(np.flatnonzero(np.diff(rows) > far) + 1).tolist(), len(rows)]):
+        start = first
+        while start < end:
+            stop = start + int(np.searchsorted(rows[start:end], rows[start] + most))
+            yield start, stop
+            start = stop
+
+
+def _unit(block: np.ndarray, into: np.ndarray) -> np.ndarray:
+    """(n, d) of any number type -> `into`, (n, d) float32 of unit length; NaN where that is not possible."""
+    vectors = torch.from_numpy(into)
     with np.errstate(over="ignore", invalid="ignore"):  # of numbers that float32 does not hold
         # PyTorch converts float16 many times faster than NumPy
-        floats = torch.from_numpy(shard).float().numpy() if shard.dtype == np.float16 and shard.dtype.isnative else shard.astype(np.float32)
-        norms = np.linalg.norm(floats, axis=1, keepdims=True)
-    norms[~np.isfinite(norms) | (norms == 0)] = np.nan
-    return floats / norms
+        if block.dtype == np.float16 and block.dtype.isnative:
+            vectors.copy_(torch.from_numpy(block))
+        else:
+            into[:] = block
+    norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    norms[~norms.isfinite() | (norms == 0)] = torch.nan
+    vectors /= norms
+    return into
 
 
 def find_embedding_parts(folder: Path, *, with_tables: bool = False, only_matched: bool = False) -> EmbeddingParts:

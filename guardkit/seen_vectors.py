@@ -46,7 +46,7 @@ class SeenVectors:
         found: dict[str, list[np.ndarray]] = {}
         for split, sketches in blocks:
             found.setdefault(split, []).append(_number(sketches // _CELL))
-        return cls({split: np.unique(np.concatenate(parts)) for split, parts in found.items()})
+        return cls({split: _different(found.pop(split)) for split in list(found)})
 
     def __len__(self) -> int:
         return sum(map(len, self.numbers.values()))
@@ -108,6 +108,14 @@ class SeenVectors:
         if split.max(initial=0) >= len(splits):
             raise InputError(f"{path} has the split {split.max()}, expected are {len(splits)}; copy the folder anew")
         return cls({name: np.unique(number[split == i]) for i, name in enumerate(splits)})
+
+
+def _different(parts: list[np.ndarray]) -> np.ndarray:
+    """Rising numbers, each once; sorted in place, because they are many."""
+    numbers = np.concatenate(parts)
+    parts.clear()
+    numbers.sort()
+    return numbers[np.r_[True, numbers[1:] != numbers[:-1]][: len(numbers)]]
 
 
 def _among(seen: np.ndarray, numbers: np.ndarray) -> np.ndarray:

@@ -74,7 +74,7 @@ def large(monkeypatch):
     """A few rows are many."""
     monkeypatch.setattr(columns, "LARGE", 40)
     monkeypatch.setattr(views, "BLOCK", 4)
-    monkeypatch.setattr(views, "WINDOW", 32)
+    monkeypatch.setattr(views, "WINDOW", 8)
 
 
 @pytest.fixture
@@ -235,6 +235,28 @@ def test_what_looks_at_every_image_says_that_there_are_too_many(folder, monkeypa
     with pytest.raises(InputError, match="split=all of source=embeddings looks at every image by itself, and here are 3"):
         read_benchmark(EmbeddingsSource(POLICY, str(folder)), split="all")
     assert read_benchmark(EmbeddingsSource(POLICY, str(folder))).records
+
+
+@pytest.mark.usefixtures("large")
+def test_a_batch_that_would_not_fit_is_refused(folder):
+    with pytest.raises(
+        InputError, match=r"would put \d+ unsafe images into 1 batches, allowed are .* give a number as data.safe_per_unsafe"
+    ):
+        trained(folder, batch_size=500)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize(("dtype", "order"), [("<f2", "C"), ("<f4", "C"), (">f4", "C"), ("<f2", "F"), ("<f8", "F")])
+def test_rows_are_read_as_they_are_stored_whatever_they_are_asked_in(tmp_path, dtype, order):
+    vectors, table = rows()
+    folder = write(tmp_path / "rows", vectors, table)
+    for path in (folder / "img_emb").iterdir():
+        np.save(path, np.asarray(np.load(path), dtype, order=order))
+    stored = StoredVectors(find_embedding_parts(folder))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    rng = np.random.default_rng(0)
+    for asked in (np.arange(len(unit)), rng.permutation(len(unit)), np.array([7, 7, 3, len(unit) - 1]), np.zeros(0, int)):
+        np.testing.assert_allclose(stored.take(asked), unit[asked], atol=2e-3)
 
 
 def test_a_long_list_of_rejected_rows_is_cut_and_counted(folder, monkeypatch):

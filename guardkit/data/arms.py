@@ -246,7 +246,7 @@ def make_batch(pools: Mapping[str, Pool | StoredPool], rows: Mapping[str, np.nda
             first.append(row_at[other][paired])
             second.append(row_at[kind][paired])
         n = int(found.sum())
-        parts.append(vectors[found])
+        parts.append(vectors if n == len(found) else vectors[found])
         if kind == "unsafe" or kind in POSITIVES:
             known = pools[kind].categories[np.tile(rows[kind], n_turns)[found]]
             targets.append(np.where(known[:, None] >= 0, np.arange(n_categories) == known[:, None], np.nan))
@@ -255,7 +255,7 @@ def make_batch(pools: Mapping[str, Pool | StoredPool], rows: Mapping[str, np.nda
             targets.append(np.zeros((n, n_categories)))
             labels.append(np.zeros(n))
     return {
-        "embeddings": torch.from_numpy(np.concatenate(parts)),
+        "embeddings": torch.cat([torch.from_numpy(part) for part in parts]),
         "labels": torch.from_numpy(np.concatenate(labels)).float(),
         "targets": torch.from_numpy(np.concatenate(targets)).float(),
         "unsafe_rows": torch.from_numpy(np.concatenate(first)),

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, overload
+from typing import Any, TypeGuard, overload
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -176,6 +176,11 @@ def are_many(n: int) -> bool:
 def is_large(records: Sequence[Record]) -> bool:
     """Whether these are too many to be held as records."""
     return isinstance(records, RecordTable) and are_many(len(records))
+
+
+def is_of_large(records: Sequence[Record]) -> TypeGuard[RecordTable]:
+    """Whether they come from a folder that is."""
+    return isinstance(records, RecordTable) and records.columns.is_large
 
 
 def check_listable(records: Sequence[Record], what: str, mend: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from guardkit.checks import MAX_SEED, check_choice, check_flag, check_number, ch
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.data.arms import NEGATIVES, OF_THE_UNSAFE, POSITIVES, TRANSFORMS, Batch, Choice, Orders, make_batch
 from guardkit.data.budget import check_edits, check_transplants, chosen_in_budget, edited
-from guardkit.data.columns import RecordTable, check_listable, is_large, labels_of, picked, usable, with_images
+from guardkit.data.columns import LARGE, RecordTable, are_many, check_listable, is_of_large, labels_of, picked, usable, with_images
 from guardkit.data.controls import Control, make_controls
 from guardkit.data.duplicates import perceptual_hash
 from guardkit.data.grouping import load_source, why_rejected
@@ -41,6 +42,7 @@ from guardkit.schema import SAFE, UNSAFE, Content, InputError, Record
 log = logging.getLogger(__name__)
 
 MAX_CONTROLS = 256
+_MOST_AHEAD, _BYTES_AHEAD = 8, 1 << 26  # batches of stored embeddings that are ready before their turn
 ORIGINALS = ("unsafe", "natural", "look_alike")  # kinds of images that are there as they are, unless a transform changes them
 
 
@@ -138,6 +140,13 @@ class GuardDataModule(L.LightningDataModule):
         kinds = ("unsafe", *self.positives, *self.negatives)
         orders = self.orders(self.seed, kinds)
         choice, self.notes = chosen_in_budget(orders, self.n_unsafe, kinds, self.safe_per_unsafe, where, why_rejected(self.loaded))
+        n_batches = -(-len(choice.train["unsafe"]) // self.batch_size)
+        for kind, records in choice.train.items():
+            if is_of_large(records) and are_many(len(records) // max(1, n_batches)):
+                raise InputError(
+                    f"{where} would put {len(records)} {kind} images into {n_batches} batches, allowed are {LARGE} in one; give a number as "
+                    "data.safe_per_unsafe, more unsafe images, or a smaller data.batch_size"
+                )
         self.notes += check_transplants(self.pipeline, choice, where)
         self.notes += check_edits(self.pipeline, edited(choice, self.transform), where)
         self.notes += self._notes
@@ -193,7 +202,7 @@ class GuardDataModule(L.LightningDataModule):
         def pools(images: dict[str, Sequence[Record]], chunk: int | None) -> dict[str, Pool | StoredPool]:
             found: dict[str, Pool | StoredPool] = {}
             for kind, records in images.items():
-                if isinstance(records, RecordTable) and records.columns.is_large and kind in ORIGINALS and self.transform == "none":
+                if is_of_large(records) and kind in ORIGINALS and self.transform == "none":
                     found[kind] = StoredPool(records, self.policy.category_names)
                     continue
                 found[kind] = pool = self.views.pool(kind, self.policy.category_names)
@@ -208,7 +217,7 @@ class GuardDataModule(L.LightningDataModule):
     def _turns(self, kind: str, pool: Pool | StoredPool, epoch: int) -> np.ndarray | BlockOrder:
         """In which order an epoch takes the records of a pool."""
         if isinstance(pool, StoredPool) and not pool.is_held:
-            return BlockOrder(pool, [self.seed, 16, epoch], [self.seed, _stream(kind), epoch])
+            return pool.shuffled([self.seed, 16, epoch], [self.seed, _stream(kind), epoch])
         return self._order(kind, len(pool.records), epoch)
 
     # --- what runs in the background ---------------------------------------------------------------------------------
@@ -303,7 +312,7 @@ class GuardDataModule(L.LightningDataModule):
             for split, images in parts.items()
             for kind, records in images.items()
             if (kind == "unsafe" or kind not in OF_THE_UNSAFE)  # each image once
-            if not is_large(records)
+            if not is_of_large(records)
             for record in records
         ]
         if set(EDITED) & set(self.negatives):
@@ -311,14 +320,14 @@ class GuardDataModule(L.LightningDataModule):
         return used
 
     def used_tables(self) -> list[tuple[str, RecordTable]]:
-        """("train" or "validation", images) of what this arm was given and is too much to be listed one by one."""
+        """("train" or "validation", images) of what this arm was given of a folder with too many to be listed one by one."""
         parts = {"train": self.choice.train, "validation": self.choice.validation}
         return [
             # in the order in which they are read fastest
             (split, RecordTable(records.columns, np.sort(records.rows)))
             for split, images in parts.items()
             for kind, records in images.items()
-            if isinstance(records, RecordTable) and is_large(records) and (kind == "unsafe" or kind not in OF_THE_UNSAFE)
+            if is_of_large(records) and (kind == "unsafe" or kind not in OF_THE_UNSAFE)
         ]
 
     def lent_images(self) -> list[Record]:
@@ -395,6 +404,9 @@ class GuardDataModule(L.LightningDataModule):
                 else:
                     rows[kind] = order[places % len(order)]
             yield make_batch(pools, rows, None if self.all_views else epoch)
+        for pool in pools.values():
+            if isinstance(pool, StoredPool):
+                pool.end()
 
     @property
     def n_counterfactuals(self) -> int:
@@ -512,12 +524,18 @@ def _stream(kind: str) -> int:
 
 
 def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same, each made while the one before it is used."""
+    """The same, made while those before them are used: at least one, and several while they are small."""
     with ThreadPoolExecutor(1, thread_name_prefix="guardkit-batches") as worker:
-        waiting = worker.submit(next, batches, None)
-        while (batch := waiting.result()) is not None:
-            waiting = worker.submit(next, batches, None)
-            yield batch
+        waiting = deque([worker.submit(next, batches, None)])
+        try:
+            while (batch := waiting.popleft().result()) is not None:
+                n_ahead = max(1, min(_MOST_AHEAD, _BYTES_AHEAD // max(1, batch["embeddings"].nbytes)))
+                while len(waiting) < n_ahead:
+                    waiting.append(worker.submit(next, batches, None))
+                yield batch
+        finally:
+            for one in waiting:
+                one.cancel()
 
 
 def _whole(pools: dict[str, Pool | StoredPool]) -> Batch:

@@ -91,9 +91,12 @@ def nested_order(records: Sequence[Record], seed: int) -> Sequence[Record]:
     by_id = order_of_ids(records)
     group = groups_of(picked(records, by_id))
     n_groups = int(group.max(initial=-1)) + 1
-    turn = np.empty(n_groups, int)
-    turn[np.random.default_rng([seed, 12]).permutation(n_groups)] = np.arange(n_groups)
-    return picked(records, by_id[np.argsort(turn[group], kind="stable")])
+    order = np.random.default_rng([seed, 12]).permutation(n_groups)
+    if n_groups < len(group):
+        turn = np.empty(n_groups, int)
+        turn[order] = np.arange(n_groups)
+        order = np.argsort(turn[group], kind="stable")
+    return picked(records, by_id[order])
 
 
 def split_validation(records: Sequence[Record], n: int) -> tuple[Sequence[Record], Sequence[Record]]:

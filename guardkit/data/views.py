@@ -14,6 +14,7 @@ from functools import partial
 from typing import Generic, Literal, TypeVar
 
 import numpy as np
+import torch
 
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.data.augment import AugmentedContent
@@ -26,7 +27,7 @@ from guardkit.schema import Content, InputError, Record
 T = TypeVar("T")
 
 BLOCK = 256  # neighbours in a folder of embeddings that are read together: some 400 kB of width 768 in half precision
-WINDOW = 256 * BLOCK  # records that are shuffled together
+WINDOW = 128  # blocks whose records are shuffled together, and held: 100 MB of width 768
 
 EDITED = ("counterfactual", "shuffled")  # kinds of images that are there as their counterfactuals
 _TRANSPLANTS = {"transplant": True, "transplant_safe": False}  # whether the object is the unsafe one
@@ -169,7 +170,7 @@ class Pool:
 
 
 class StoredPool:
-    """Records of a large folder of embeddings. One view each; what a batch needs is read when it needs it, unless they are few.
+    """Records of a large folder of embeddings. One view each; what an epoch needs is read window by window, unless they are few.
 
     Args:
         records: all of them; they are put in the order in which their folder has them.
@@ -195,16 +196,49 @@ class StoredPool:
         self.unusable: set[int] = set()
         self.is_held = not is_large(records)
         self._held: np.ndarray | None = None
+        self.end()
+
+    def end(self) -> None:
+        """Lets go of the order and of what was held for it."""
+        self._order: BlockOrder | None = None
+        self._window, self._places, self._vectors, self._room = -1, np.zeros(0, np.int32), torch.empty(0), torch.empty(0)
+
+    def shuffled(self, seed: Sequence[int], own_seed: Sequence[int]) -> BlockOrder:
+        """The order of an epoch, see `BlockOrder`, in which records are picked from now on."""
+        self._order, self._window = BlockOrder(self.records, seed, own_seed), -1
+        return self._order
 
     def pick(self, rows: np.ndarray, turn: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # noqa: ARG002
         """The embeddings of rows, and whether they mean something, see `Views.pick`."""
         if self.is_held and self._held is None:
             self._held = self.records.vectors()
-        vectors = self.records.vectors(rows) if self._held is None else self._held[rows]
+        vectors = self._in_windows(rows) if self._held is None else self._held[rows]
         there = ~np.isnan(vectors[:, 0])
         if not there.all():
             self.unusable.update(self.records.rows[rows[~there]].tolist())
         return vectors, there
+
+    def _in_windows(self, rows: np.ndarray) -> np.ndarray:
+        """Embeddings of rows in an epoch's order: a window is read once, from its first record to its last."""
+        order = self._order
+        windows = np.zeros(0, int) if order is None else order.window_of(rows)
+        if order is None or (windows[1:] < windows[:-1]).any():
+            return self.records.vectors(rows)  # in nobody's order
+        vectors = torch.empty((len(rows), self.records.columns.vectors.width))
+        for window in np.unique(windows).tolist():
+            start, end = np.searchsorted(windows, [window, window + 1]).tolist()
+            if window != self._window:
+                self._window, self._places = -1, np.sort(order.places(window))
+                if len(self._room) < len(self._places):
+                    self._room = self._vectors = torch.empty(0)  # before there is more of it
+                    self._room = torch.empty((len(self._places) + len(self._places) // 8, vectors.shape[1]))
+                # the same memory again and again is quicker than new one
+                stored = self.records.columns.vectors
+                self._vectors = torch.from_numpy(stored.take(self.records.rows[self._places], self._room[: len(self._places)].numpy()))
+                self._window = window
+            places = torch.from_numpy(np.searchsorted(self._places, rows[start:end]))
+            torch.index_select(self._vectors, 0, places, out=vectors[start:end])  # other threads go on meanwhile
+        return vectors.numpy()
 
     def there(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
         """(len(rows), 1) bool: which are not known to be unusable."""
@@ -212,8 +246,8 @@ class StoredPool:
 
 
 class BlockOrder:
-    """A shuffled order of the records of a `StoredPool`: blocks of neighbours in random order, and a few hundred blocks shuffled
-    together at a time.
+    """A shuffled order of the records of a large folder: blocks of neighbours in random order, and those of `WINDOW` blocks shuffled
+    together.
 
     That is as good for stochastic gradients as a full permutation, also of a folder that is sorted by label, and reads a file block by
     block: Xu et al., 2022, "In-Database Machine Learning with CorgiPile: Stochastic Gradient Descent without Full Data Shuffle" (SIGMOD),
@@ -221,41 +255,48 @@ class BlockOrder:
     Nothing is read and hardly anything computed before the first batch.
 
     Args:
-        pool: of records.
+        records: in the order in which their folder has them.
         seed: of the order of the blocks, the same for all pools of an epoch.
         own_seed: of what is shuffled within.
     """
 
-    def __init__(self, pool: StoredPool, seed: Sequence[int], own_seed: Sequence[int]) -> None:
-        rows = pool.records.rows
-        n_blocks = -(-len(pool.records.columns.labels) // BLOCK)
-        starts = np.searchsorted(rows, np.arange(n_blocks + 1) * BLOCK)
-        blocks = np.random.default_rng(seed).permutation(n_blocks)
-        lengths = (starts[1:] - starts[:-1])[blocks]
-        ends = np.cumsum(lengths)
-        # place by place: how far it is from the beginning of its block
-        self._places = (np.arange(len(rows)) - np.repeat(ends - lengths - starts[:-1][blocks], lengths)).astype(np.int32)
-        self._seed, self._window = list(own_seed), -1
+    def __init__(self, records: RecordTable, seed: Sequence[int], own_seed: Sequence[int]) -> None:
+        self._rows = records.rows
+        n_blocks = -(-len(records.columns.labels) // BLOCK)
+        self._starts = np.searchsorted(self._rows, np.arange(n_blocks + 1) * BLOCK)
+        self._blocks = np.random.default_rng(seed).permutation(n_blocks)
+        self._turn = np.empty(n_blocks, np.int64)
+        self._turn[self._blocks] = np.arange(n_blocks)
+        lengths = np.diff(self._starts)[self._blocks]
+        # turn at which each window begins, and the number of all
+        self._firsts = np.append(np.r_[0, np.cumsum(lengths)][:n_blocks:WINDOW], len(self._rows))
+        self._own_seed, self._window = list(own_seed), -1
         self._shuffled = np.zeros(0, np.int32)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._rows)
 
     def __getitem__(self, turns: slice | np.ndarray) -> np.ndarray:
-        """Places in the pool of the records whose turn it is, rising within a window: their order in a batch tells nothing."""
+        """Places among the records of those whose turn it is, rising within a window: their order in a batch tells nothing."""
         wanted = np.arange(*turns.indices(len(self))) if isinstance(turns, slice) else turns
         found = np.empty(len(wanted), np.int32)
-        windows = wanted // WINDOW
-        for window in np.unique(windows):
+        windows = np.searchsorted(self._firsts, wanted, side="right") - 1
+        for window in np.unique(windows).tolist():
             mine = windows == window
-            found[mine] = np.sort(self._of(int(window))[wanted[mine] - window * WINDOW])
+            if window != self._window:
+                self._window = window
+                self._shuffled = np.random.default_rng([*self._own_seed, window]).permutation(self.places(window))
+            found[mine] = np.sort(self._shuffled[wanted[mine] - self._firsts[window]])
         return found
 
-    def _of(self, window: int) -> np.ndarray:
-        if window != self._window:
-            places = self._places[window * WINDOW : (window + 1) * WINDOW]
-            self._window, self._shuffled = window, np.random.default_rng([*self._seed, window]).permutation(places)
-        return self._shuffled
+    def places(self, window: int) -> np.ndarray:
+        """(m,) places of a window's records, block by block."""
+        blocks = self._blocks[window * WINDOW : (window + 1) * WINDOW]
+        return np.concatenate([np.arange(self._starts[block], self._starts[block + 1], dtype=np.int32) for block in blocks])
+
+    def window_of(self, places: np.ndarray) -> np.ndarray:
+        """(m,) the window that each place is in."""
+        return self._turn[self._rows[places] // BLOCK] // WINDOW
 
 
 class ViewMaker:
