@@ -2,10 +2,12 @@
 
     python benchmarks/kills.py                          # 50 kills of each command on engine=local, some minutes
     python benchmarks/kills.py --engine ray --kills 50  # on a Ray that this script starts; the command is killed, and its actors with it
+    python benchmarks/kills.py --engine slurm           # jobs of engine.cluster=local; the command is killed, and its jobs go on, as on a cluster
 
 A process that has imported everything is forked for each attempt, so that a kill falls into the work and not into imports. SIGKILL comes at a moment drawn from an exponential distribution
 whose mean is a third of what the undisturbed run takes. A folder that was finished is compared, file by file, with the undisturbed one, and a new one is begun, until enough kills were made.
-Prints kills, finished folders, how many of these were equal, and what the attempts took for each second of the undisturbed run.
+Jobs of killed commands work beside those of the next one; the last of them has ended before a folder is compared. Prints kills, finished folders, how many of these were equal, what the
+attempts took for each second of the undisturbed run, and seconds for each kill.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from guardkit.encoders.open_clip import OpenClipEncoder
 from guardkit.engines.base import Engine
 from guardkit.engines.local import LocalEngine
 from guardkit.engines.ray import RayEngine
+from guardkit.engines.slurm import SlurmEngine
 from guardkit.policy import Policy
 
 N_IMAGES, SHARD = 600, 20
@@ -51,16 +54,20 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-def attempt(work: Callable[[], object], seconds: float | None) -> bool:
-    """Whether a forked process finished its work before it was killed."""
+def attempt(work: Callable[[], object], seconds: float | None, groups: list[int] | None = None) -> bool:
+    """Whether a forked process finished its work before it was killed. With `groups` it has one of its own, which is added."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
+            if groups is not None:
+                os.setpgid(0, 0)
             work()
             code = 0
         finally:
             os._exit(code)
+    if groups is not None:
+        groups.append(child)
     until = None if seconds is None else time.monotonic() + seconds
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -75,10 +82,21 @@ def attempt(work: Callable[[], object], seconds: float | None) -> bool:
         time.sleep(0.002)
 
 
+def wait_for(groups: list[int]) -> None:
+    """Until no process of theirs is left, such as a job whose command was killed."""
+    while groups:
+        try:
+            os.killpg(groups[-1], 0)
+        except ProcessLookupError:
+            groups.pop()
+        else:
+            time.sleep(0.1)
+
+
 def main() -> None:
     """See above."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--engine", choices=["local", "ray"], default="local")
+    parser.add_argument("--engine", choices=["local", "ray", "slurm"], default="local")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
@@ -90,32 +108,43 @@ def main() -> None:
     guard = guardkit.GuardClassifier(guardkit.LinearHead.build(encoder, rules), encoder, rules)
     address = _ray() if asked.engine == "ray" else None
 
-    def engine() -> Engine:
-        return LocalEngine() if address is None else RayEngine(workers=2, address=address)
-
+    groups: list[int] | None = [] if asked.engine == "slurm" else None
     with tempfile.TemporaryDirectory(prefix="guardkit-kills-") as place:
         root = Path(place)
+
+        def engine() -> Engine:
+            if asked.engine == "slurm":
+                return SlurmEngine(workers=2, cluster="local", jobs_dir=root / "jobs")
+            return LocalEngine() if address is None else RayEngine(workers=2, address=address)
+
         given = images(root / "images")
         commands: dict[str, Callable[[Path], Callable[[], object]]] = {
             "embed": lambda out: lambda: guardkit.embed(input=given, encoder=encoder, output_dir=out, shard_size=SHARD, engine=engine()),
             "moderate": lambda out: lambda: guardkit.moderate(guard, given, output_dir=out, shard_size=SHARD, engine=engine()),
         }
-        print(f"{'command':<10}{'kills':>6}{'folders':>9}{'equal':>7}{'time over undisturbed':>24}   engine={asked.engine}")
+        print(
+            f"{'command':<10}{'kills':>6}{'folders':>9}{'equal':>7}{'time over undisturbed':>24}{'seconds a kill':>16}   engine={asked.engine}"
+        )
         for name, make in commands.items():
             started = time.monotonic()
-            attempt(make(root / f"{name}_whole"), None)
+            attempt(make(root / f"{name}_whole"), None, groups)
             whole = time.monotonic() - started
             expected = files_of(root / f"{name}_whole")
             kills = folders = equal = 0
             started = time.monotonic()
             while kills < asked.kills:
                 out = root / f"{name}_{folders}"
-                while not attempt(make(out), draw.expovariate(3 / whole)):
+                while not attempt(make(out), draw.expovariate(3 / whole), groups):
                     kills += 1
+                wait_for(groups or [])
                 folders += 1
-                equal += files_of(out) == expected
-            ratio = (time.monotonic() - started) / whole / folders
-            print(f"{name:<10}{kills:>6}{folders:>9}{equal:>7}{ratio:>24.2f}")
+                found = files_of(out)
+                equal += found == expected
+                if found != expected:
+                    odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+                    print(f"{out.name} differs in {len(odd)} files: {', '.join(odd[:8])}")
+            took = time.monotonic() - started
+            print(f"{name:<10}{kills:>6}{folders:>9}{equal:>7}{took / whole / folders:>24.2f}{took / max(kills, 1):>16.1f}")
             if equal != folders:
                 raise SystemExit("a folder differs from the undisturbed one")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import tarfile
 
 import numpy as np
@@ -17,6 +18,7 @@ from guardkit import GuardClassifier, InputError, LinearHead, storage
 from guardkit.data.duplicates import earliest_near
 from guardkit.embedding_folder import read_embedding_folder
 from guardkit.local_copies import local_folder
+from guardkit.shards.output import Output
 from guardkit.storage import opened
 from guardkit.storage_errors import StorageError
 
@@ -279,6 +281,47 @@ def test_a_storage_that_fails_ends_the_run_in_one_line_and_the_next_one_goes_on(
     noted["entry"] |= {"written": 5}
     (tmp_path / "out/.shards/000000.json").write_text(json.dumps(noted))
     assert guardkit.embed(input=f"{bucket}/in", encoder=scenes_encoder, output_dir=tmp_path / "out")["written"] == 13
+
+
+class Elsewhere:
+    """An engine whose workers outlive it, as jobs of a cluster do when the command is killed."""
+
+    name, is_here = "slurm", False
+
+    def run(self, task, items):
+        self.orphan, self.items = pickle.loads(pickle.dumps(task)), items
+        for place, item in enumerate(items):
+            yield place, task(item)
+
+
+def test_workers_of_a_run_that_is_over_write_no_more(scenes_encoder, shards, tmp_path):
+    out, engine = tmp_path / "out", Elsewhere()
+    guardkit.embed(input=shards, encoder=scenes_encoder, output_dir=out, engine=engine)
+    before = files_of(out)
+    with pytest.raises(InputError, match="this run is over, or another one works there now"):
+        engine.orphan(engine.items[0])
+    assert files_of(out) == before
+    assert not (out / ".shards").exists()
+
+    def late(old, output, elsewhere):
+        with old.written("b") as path:
+            path.write_text("b")
+            output.begin(".shards", "other work", elsewhere=elsewhere)
+
+    # one that was begun since, while it wrote
+    for elsewhere in (True, False):
+        output = Output(tmp_path / f"next_{elsewhere}")
+        output.begin(".shards", "work", elsewhere=True)
+        old = pickle.loads(pickle.dumps(output))
+        with old.written("a") as path:
+            path.write_text("a")
+            output.begin(".shards", "work", elsewhere=elsewhere)  # the same again
+
+        with pytest.raises(InputError, match="nothing more is written by this one"):
+            late(old, output, elsewhere)
+        assert set(files_of(output.folder)) - {".shards/run.json"} == {"a"}
+        with output.written("b") as path:
+            path.write_text("of the later one")
 
 
 @pytest.mark.parametrize("change", [{"files": {}}, {"written": 5}, {"rejected": -1, "written": 7}, {"given": None}, {"written": "6"}])

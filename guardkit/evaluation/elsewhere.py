@@ -46,7 +46,9 @@ class Looking:
 
     def with_parts(self, put: Put) -> Looking:
         """See `guardkit.engines.base.Put`."""
-        return Looking([(put("encoder", one), keeps) for one, keeps in self.encoders], self.guards, self.folder)
+        made = Looking([(put("encoder", one), keeps) for one, keeps in self.encoders], self.guards, self.folder)
+        made.output = self.output
+        return made
 
     def do(self, shard: Shard, tick: Callable[[int], None]) -> Entry:
         """See `Work`. An image that cannot be read leaves nothing: whoever scores will see it."""
@@ -62,7 +64,8 @@ class Looking:
             rows += _rows(guard.fingerprint, judge.held())
         tick(len(contents))
         path = _path(shard.number)
-        write_table(self.folder / path, pa.Table.from_pylist(rows, schema=_SCHEMA))
+        with self.output.written(path.as_posix()) as temporary:
+            write_table(temporary, pa.Table.from_pylist(rows, schema=_SCHEMA))
         return {"given": len(contents), "files": {path.as_posix(): (self.folder / path).stat().st_size}}
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,14 +29,21 @@ _JSON_BYTES = 256 << 20
 _CHUNK = 8 << 20
 
 
+_RUN = "run.json"  # below the ledger: whose workers may write
+
+
 class Output:
     """A folder or a place in object storage.
+
+    Workers of a run that was killed may live on, where an engine has them elsewhere. They are let go on as long as the next run does the same work: what
+    they make of inputs as they were before, or for a folder that is finished, must not be written.
 
     Args:
         place: a path, or a URL.
     """
 
     def __init__(self, place: str | Path) -> None:
+        self._run: tuple[str, str] | None = None
         path = local_path(check_url("output_dir", str(place))) if is_url(place) else Path(place).expanduser()
         self.folder: Path | None = path
         self.url = "" if path is not None else check_url("output_dir", str(place))
@@ -44,9 +53,44 @@ class Output:
 
     @contextmanager
     def written(self, name: str) -> Iterator[Path]:
-        """Gives a path on this machine to write to; the file is there when the block ends without an error."""
+        """Gives a path on this machine to write to; the file is there when the block ends without an error.
+
+        Raises:
+            InputError: the run that this belongs to is over, see `begin`.
+        """
+        self.check_run()
         with written(self.folder / name) if self.folder is not None else object_written(joined(self.url, name)) as temporary:
             yield temporary
+            self.check_run()
+
+    def begin(self, below: str, work: str, *, elsewhere: bool) -> None:
+        """Begins a run, or goes on with one. Workers of earlier ones, which have copies of this, write no more where they did other work.
+
+        Args:
+            below: of what is kept until the run is over, which it is when that is cleared.
+            work: says what is done, of which inputs.
+            elsewhere: whether there are workers that may outlive this process.
+        """
+        self._run, name = None, f"{below}/{_RUN}"
+        before = next(self.jsons([name], "the mark of a run"))
+        is_same = before is not None and before.get("work") == work
+        if not elsewhere:
+            if not is_same:
+                self.delete(name)
+            return
+        run = str(before.get("run")) if before is not None and is_same else uuid.uuid4().hex
+        with self.written(name) as temporary:
+            temporary.write_text(dumps({"run": run, "work": work}), encoding="utf-8")
+        self._run = name, run
+
+    def check_run(self) -> None:
+        """Raises InputError where the run that this belongs to is over, or another one was begun since."""
+        if self._run is None:
+            return
+        name, run = self._run
+        found = next(self.jsons([name], "the mark of a run"))
+        if found is None or found.get("run") != run:
+            raise InputError(f"{self}: this run is over, or another one works there now; nothing more is written by this one")
 
     def size(self, name: str) -> int | None:
         """In bytes; None: it is not there."""
@@ -130,10 +174,12 @@ class Output:
 
     def clear(self, below: str) -> None:
         """Takes away all below a folder in it, and the folder."""
+        self._run = None
+        self.delete(f"{below}/{_RUN}")  # first: nothing comes after it
         for name in self.sizes(below):
             self.delete(name)
-        if self.folder is not None and (self.folder / below).is_dir():
-            (self.folder / below).rmdir()
+        if self.folder is not None:
+            shutil.rmtree(self.folder / below, ignore_errors=True)
 
     def check_owner(self, command: str) -> None:
         """Before the long part of a command, what `claimed` refuses whatever the settings are. Raises InputError."""

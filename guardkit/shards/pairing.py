@@ -37,15 +37,21 @@ class Pairing:
 
     def with_parts(self, put: Put) -> Pairing:
         """See `guardkit.engines.base.Put`."""
-        return Pairing(self.pipeline.with_parts(put), self.folder, self.variants_per_image)
+        made = Pairing(self.pipeline.with_parts(put), self.folder, self.variants_per_image)
+        made.output = self.output
+        return made
 
     def do(self, shard: Shard, tick: Callable[[int], None]) -> Entry:
         """See `Work`. Images that no run may find again under the same name are among the files."""
         named: list[Named] = [(one.id, one.columns["record"]) for one in shard]
         done = edit_records(named, self.pipeline, self.folder, self.variants_per_image, tick)
         table, unreadable = _parts(shard.number)
-        write_table(self.folder / table, tries_table(done.rows))
-        write_table(self.folder / unreadable, pa.Table.from_pylist([vars(one) for one in done.unreadable], schema=_UNREADABLE))
+        for path, rows in (
+            (table, tries_table(done.rows)),
+            (unreadable, pa.Table.from_pylist([vars(one) for one in done.unreadable], schema=_UNREADABLE)),
+        ):
+            with self.output.written(path.as_posix()) as temporary:
+                write_table(temporary, rows)
         images = {name for row in done.rows for name in (row["file_name"], row["edited_file_name"]) if name is not None}
         files = [*sorted(images), table.as_posix(), unreadable.as_posix()]
         return {

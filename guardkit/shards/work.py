@@ -124,6 +124,7 @@ class ShardTask:
 
         if torch.get_num_threads() != self.n_threads:
             torch.set_num_threads(self.n_threads)
+        self.work.output.check_run()
         ledger = Ledger(self.work.output)
         # by a worker that ended before it could say so
         return ledger.find([shard]).get(shard.number) or ledger.note(shard, self.work.do(shard, self.tick))
@@ -153,6 +154,9 @@ def work_on(work: Work, shards: Sequence[Shard], engine: Engine, *, what: str, k
         log.warning(said, work.output, len(ledger.changed), len(shards), ledger.changed[0])
     if done:
         log.info("%s: goes on; %d of %d shards were done before", work.output, len(done), len(shards))
+    if rest:
+        given = fingerprint([[shard.name, shard.version, shard.most] for shard in shards])
+        work.output.begin(LEDGER, given, elsewhere=not engine.is_here)
     task = ShardTask(work, torch.get_num_threads())
     total = None if any(shard.n is None for shard in rest) else sum(shard.n or 0 for shard in rest)
     with ticking(total=total, what=what) as tick:
