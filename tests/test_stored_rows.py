@@ -293,13 +293,14 @@ def test_labels_are_joined_by_key(tmp_path, monkeypatch, suffix, most):
     paths = ["f", "c", "a", "x", None, "b", "b", "d", "d", "e", "y"]
     label = ["unsafe", "safe", "nsfw", "safe", "safe", "safe", "safe", "safe", "unsafe", None, "unsafe"]
     kinds = ["weapons", None, "substances", None, None, None, None, None, None, None, None]
-    settings = labels_file(tmp_path, suffix, paths, label=label, category=kinds)
+    captions, groups = [f"of {path}" for path in paths], [f"group {path}" for path in paths]
+    settings = labels_file(tmp_path, suffix, paths, label=label, category=kinds, caption=captions, group=groups)
     loaded = EmbeddingsSource(POLICY, str(folder), **settings).load()
-    assert [(one.id, one.label, one.category) for one in loaded.train] == [
-        ("a", 1, "substances"),
-        ("b", 0, None),
-        ("c", 0, None),
-        ("f", 1, "weapons"),
+    assert [(one.id, one.label, one.category, one.caption, one.listed_group) for one in loaded.train] == [
+        ("a", 1, "substances", "of a", "group a"),
+        ("b", 0, None, "of b", "group b"),
+        ("c", 0, None, "of c", "group c"),
+        ("f", 1, "weapons", "of f", "group f"),
     ]
     assert {one.id: one.reason for one in loaded.rejected} == {
         "d": "listed as safe and as unsafe",

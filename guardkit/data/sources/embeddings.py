@@ -221,6 +221,10 @@ class EmbeddingsSource:
 
         def texts_of(role: str) -> Texts:
             def read(part: int) -> pa.Array:
+                if self._labels is not None and role in self._labels.roles:
+                    paths = as_texts(self._table(numbers[part], [columns["path"]]).column(0))
+                    keys = hashed(_numbered(paths, int(firsts[part])))
+                    return self._labels.join(paths, keys)[2].get(role, pa.repeat(pa.scalar("", pa.large_string()), len(paths)))
                 if role not in columns:
                     return pa.repeat(pa.scalar("", pa.large_string()), parts.sizes[numbers[part]])
                 return as_texts(self._table(numbers[part], [columns[role]]).column(0))
