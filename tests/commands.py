@@ -6,6 +6,7 @@ not find these libraries imported, starts Python anew with `subprocess`.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from conftest import ROOT
@@ -23,8 +25,17 @@ HEAVY = [
     "guardkit.runs.sweep",
     "guardkit.runs.synthesize",
     "guardkit.classifier",
+    "guardkit.data.sources.scenes",
     "guardkit.editors.inpaint",
+    "guardkit.editors.scenes",
+    "guardkit.encoders.open_clip",
     "open_clip",
+    # what Lightning's loggers import of what is installed, and a table on its way to a report
+    "gcsfs",
+    "s3fs",
+    "pandas",
+    "pyarrow.pandas_compat",
+    "matplotlib.backends.backend_agg",
 ]
 
 # the start method; its Process, Pipe and the like are there for tests that run a function instead of a command
@@ -47,25 +58,43 @@ def execute(code: str, *arguments: object, cwd: str | Path = ROOT, path: Sequenc
     return _finished("-c", code, arguments, cwd, path, environment)
 
 
-def _finished(module, code, arguments, cwd, path, environment):
+@contextmanager
+def running(module: str, *arguments: object, cwd: str | Path = ROOT, **environment: str):
+    """What `call` does, while it goes on: gives the number of the process, and a function that waits for its end and gives what `call` would."""
+    with _begun(module, None, arguments, cwd, (), environment) as begun:
+        yield begun
+
+
+def _finished(*given):
+    with _begun(*given) as (_, end):
+        return end()
+
+
+@contextmanager
+def _begun(module, code, arguments, cwd, path, environment):
     asked = [module, *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder) / name for name in ("stdout", "stderr")]
         process = FORKS.Process(target=_in_a_process, args=(asked, code, said, cwd, path, os.environ | environment))
         process.start()
-        try:
+
+        def end():
             process.join(timeout=300)
             if process.exitcode is None:
                 raise subprocess.TimeoutExpired(asked, 300)
+            return subprocess.CompletedProcess(asked, process.exitcode, *(one.read_text("utf-8", "surrogateescape") for one in said))
+
+        try:
+            yield process.pid, end
         finally:
             process.kill()
             process.join()
-        return subprocess.CompletedProcess(asked, process.exitcode, *(one.read_text("utf-8", "surrogateescape") for one in said))
 
 
 def _in_a_process(asked, code, said, cwd, path, environment):
     for stream, file in zip((sys.stdout, sys.stderr), said, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    gc.freeze()  # nobody collects what was imported before the fork: to walk it is to copy it
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

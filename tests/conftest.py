@@ -52,6 +52,7 @@ def memory_given_back():
     """What the models of one file occupied is given back to the system, which the C library would not do by itself (glibc)."""
     yield
     gc.collect()
+    gc.freeze()  # what is left are imported modules and what all files share: half a second to walk, after each file
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -40,10 +41,12 @@ def plain(value):
 @pytest.fixture
 def world(scenes_policy, scenes_encoder):
     """The smallest real run's arguments."""
-    return {"source": guardkit.ScenesSource(scenes_policy, n_train=40, n_test=9), "policy": scenes_policy, "encoder": scenes_encoder}
+    source = guardkit.ScenesSource(scenes_policy, n_train=40, n_test=9)
+    # the session's, as for the commands: what one encoder makes of an image is made once
+    return {"source": source, "policy": scenes_policy, "encoder": scenes_encoder, "cache_dir": os.environ["GUARDKIT_CACHE"]}
 
 
-SMALL = ["source.n_train=40", "source.n_test=9", "cache_dir=null"]
+SMALL = ["source.n_train=40", "source.n_test=9"]
 
 
 @pytest.mark.parametrize(
@@ -73,9 +76,11 @@ def test_train_guard_gives_the_command_s_figures(compose, world, tmp_path, arm, 
         **settings,
     )
     for name in ("test", "pairs", "edits", "controls", "operating_points", "best_epoch", "n_safe", "n_counterfactuals", "fingerprints"):
-        same = {key: value for key, value in fitted.metrics[name].items() if key != "seconds"} if name == "edits" else fitted.metrics[name]
-        other = by_command.metrics[name]
-        assert same == ({key: value for key, value in other.items() if key != "seconds"} if name == "edits" else other), name
+        same, other = (
+            {key: value for key, value in one[name].items() if key not in ("seconds", "cache_hits")} if name == "edits" else one[name]
+            for one in (fitted.metrics, by_command.metrics)
+        )
+        assert same == other, name
     tables = [pq.read_table(tmp_path / who / "predictions.parquet") for who in ("command", "function")]
     assert tables[0].equals(tables[1])
     assert {path.name for path in fitted.folder.iterdir()} >= {"guard", "metrics.json", "predictions.parquet", "pairs.png", "learning.png"}
@@ -95,28 +100,28 @@ def test_embed_synthesize_and_sweep_give_what_the_commands_give(compose, world, 
     from guardkit.counterfactual.score_verifier import ScoreVerifier
     from guardkit.runs import embed, sweep, synthesize
 
-    source, policy, encoder = world["source"], world["policy"], world["encoder"]
+    source, policy, encoder, cache = world["source"], world["policy"], world["encoder"], world["cache_dir"]
     editor = guardkit.ScenesEditor()
 
-    counts = guardkit.embed(source, encoder=encoder, output_dir=tmp_path / "embeddings", limit=10)
+    counts = guardkit.embed(source, encoder=encoder, output_dir=tmp_path / "embeddings", limit=10, cache_dir=cache)
     assert counts == embed.run(compose("embed", "limit=10", *SMALL), tmp_path / "by_command")
     assert counts["given"] == counts["written"] == 10
     vectors = [np.load(tmp_path / place / "img_emb/img_emb_0.npy") for place in ("embeddings", "by_command")]
     assert np.array_equal(*vectors)
 
     made = guardkit.synthesize(source, policy, editor=editor, encoder=encoder, output_dir=tmp_path / "pairs", limit=3)
-    assert made == synthesize.run(compose("synthesize", "limit=3", *SMALL), tmp_path / "pairs_by_command")
+    assert made == synthesize.run(compose("synthesize", "limit=3", "cache_dir=null", *SMALL), tmp_path / "pairs_by_command")
     assert made["accepted"] == 3
 
     # a verifier needs the run's embeddings, so that it may be given as what makes it
     verified = guardkit.Edits(editor, verifier=partial(ScoreVerifier.from_texts, min_arrival=0.99), max_tries=2)
     made = guardkit.synthesize(source, policy, editor=verified, encoder=encoder, output_dir=tmp_path / "verified", limit=6)
-    asked = ["limit=6", "verifier=encoder", "verifier.min_arrival=0.99", "edit_max_tries=2", *SMALL]
+    asked = ["limit=6", "verifier=encoder", "verifier.min_arrival=0.99", "edit_max_tries=2", "cache_dir=null", *SMALL]
     assert made == synthesize.run(compose("synthesize", *asked), tmp_path / "verified_by_command")
     assert made["max_tries"] == 2
 
     few = {"arms": ["unpaired", "pairs_aug"], "sizes": [4, 8], "seeds": 2, "strengths": [0.1, 1.0], "n_resamples": 100}
-    report = guardkit.sweep(source, policy, encoder=encoder, editor=editor, output_dir=tmp_path / "sweep", **few)
+    report = guardkit.sweep(source, policy, encoder=encoder, editor=editor, output_dir=tmp_path / "sweep", cache_dir=cache, **few)
     asked = [f"sweep.{name}={json.dumps(value).replace(' ', '').replace(chr(34), '')}" for name, value in few.items()]
     other = sweep.run(compose("sweep", *asked, *SMALL), {}, tmp_path / "sweep_by_command")
     for name in ("arms", "heads", "sizes", "metric", "curves", "samples_to_target", "tests", "chosen_strengths"):
@@ -132,14 +137,15 @@ def test_evaluate_gives_what_the_command_gives(compose, world, tmp_path):
     }
     for name, guard in guards.items():
         guard.save_pretrained(tmp_path / name)
-    report = guardkit.evaluate(guards, world["source"], output_dir=tmp_path / "out", n_resamples=100)
+    kept = {"n_resamples": 100, "cache_dir": world["cache_dir"]}
+    report = guardkit.evaluate(guards, world["source"], output_dir=tmp_path / "out", **kept)
     named = f"guard={{unpaired: {tmp_path / 'unpaired'}, pairs_aug: {tmp_path / 'pairs_aug'}}}"
     other = run(compose("evaluate", named, "n_resamples=100", *SMALL), tmp_path / "by_command")
     assert report.table.replace(str(tmp_path / "out"), "") == other.table.replace(str(tmp_path / "by_command"), "")
     tables = [pq.read_table(tmp_path / who / "effectiveness.parquet") for who in ("out", "by_command")]
     assert tables[0].equals(tables[1])
     # a folder does as well as the guard itself
-    again = guardkit.evaluate(tmp_path / "unpaired", world["source"], output_dir=tmp_path / "again", n_resamples=100)
+    again = guardkit.evaluate(tmp_path / "unpaired", world["source"], output_dir=tmp_path / "again", **kept)
     assert list(again.summary["classifiers"]) == ["unpaired"]
 
 

@@ -412,7 +412,7 @@ def report(train, compose, tmp_path_factory):
     attacks = [
         "robustness=both",
         "robustness.n_pixels=4",
-        "robustness.n_unsafebench=4",
+        "robustness.n_unsafebench=2",
         "robustness.pgd_steps=2",
         "robustness.epsilons=[1,8]",
     ]
