@@ -40,13 +40,13 @@ def plain(value):
 
 @pytest.fixture
 def world(scenes_policy, scenes_encoder):
-    """The smallest real run's arguments."""
-    source = guardkit.ScenesSource(scenes_policy, n_train=40, n_test=9)
+    """The smallest real run's arguments, of a source that is not cross-validated."""
+    source = guardkit.ScenesSource(scenes_policy, n_train=90, n_test=9)
     # the session's, as for the commands: what one encoder makes of an image is made once
     return {"source": source, "policy": scenes_policy, "encoder": scenes_encoder, "cache_dir": os.environ["GUARDKIT_CACHE"]}
 
 
-SMALL = ["source.n_train=40", "source.n_test=9"]
+SMALL = ["source.n_train=90", "source.n_test=9"]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ import guardkit
 from guardkit import FolderSource, OpenClipEncoder, Policy, ScenesEditor, ScenesSource
 policy = Policy.load({str(ROOT / "conf/policy/scenes.yaml")!r})
 encoder = OpenClipEncoder(None, "guardkit:scenes_clip")
-source = ScenesSource(policy, n_train=20, n_test=9)
+source = ScenesSource(policy, n_train=90, n_test=9)
 guardkit.embed(source, encoder=encoder, output_dir={str(tmp_path / "embeddings")!r}, limit=3)
 print("lightning" in sys.modules)
 guardkit.train_guard(source, policy, encoder=encoder, editor=ScenesEditor(), n_unsafe=6, trainer={{"max_epochs": 1}})

@@ -86,7 +86,7 @@ def test_unwritable_output_folder(tmp_path):
 def test_ctrl_c_and_sigterm_stop_cleanly(tmp_path, number):
     """Interrupted in the middle of its work it ends soon, without a traceback, and the next run uses what is there."""
     cache = tmp_path / "cache"
-    settings = ["experiment=pairs_aug", "source.n_train=40", "data.n_unsafe=16", "trainer.max_epochs=10", f"output_dir={tmp_path / 'run'}"]
+    settings = ["experiment=pairs_aug", "source.n_train=90", "data.n_unsafe=16", "trainer.max_epochs=10", f"output_dir={tmp_path / 'run'}"]
     with running("guardkit.train", "source.n_test=400", *settings, GUARDKIT_CACHE=str(cache)) as (pid, end):
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline and not list(cache.glob("embeddings/*.sqlite")):
@@ -130,7 +130,7 @@ def test_a_wheel_runs_from_any_folder(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     done = start(
-        "train", "experiment=pairs_aug", "source.n_train=40", "source.n_test=9", "data.n_unsafe=16", "trainer.max_epochs=10", cwd=empty, PYTHONPATH=str(target),
+        "train", "experiment=pairs_aug", "source.n_train=90", "source.n_test=9", "data.n_unsafe=16", "trainer.max_epochs=10", cwd=empty, PYTHONPATH=str(target),
         GUARDKIT_CACHE=str(tmp_path / "cache"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

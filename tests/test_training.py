@@ -196,7 +196,7 @@ def test_same_seed_same_guard_cold_warm_partly_warm(train, tmp_path):
             "data.variants_per_image=2",
             "data.batch_size=7",
             "data.n_unsafe=12",
-            "source.n_train=60",
+            "source.n_train=90",
             "source.n_test=9",
             "trainer.max_epochs=8",
             f"cache_dir={cache}",
