@@ -33,7 +33,7 @@ SCENES = ["source.n_train=120", "source.n_test=27"]
 # heads that leave something to embed and to draw for the commands after them, which share a cache
 COMMANDS = {
     "train": ["experiment=pairs_aug", "head=linear", "data.n_unsafe=24", "trainer.max_epochs=20"],
-    "embed": [],
+    "embed": ["limit=24"],
     "synthesize": [],
     "sweep": ["head=linear_whitened", "sweep.sizes=[4,8]", "sweep.seeds=2", "sweep.arms=[unpaired,pairs_aug]", "sweep.n_resamples=100"],
     "evaluate": ["guard={folder}/train/guard", "n_resamples=100"],

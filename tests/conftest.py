@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # the longest come first, so that one worker does not begin with one of them when the other has nothing left to do
 LONGEST = [
-    "test_cli.py", "test_sweep.py", "test_api.py", "test_training.py", "test_preflight.py", "test_lightning.py", "test_evaluate.py",
+    "test_cli.py", "test_engines.py", "test_sweep.py", "test_api.py", "test_training.py", "test_preflight.py", "test_lightning.py", "test_evaluate.py",
     "test_robustness.py", "test_readme.py", "test_held_out.py", "test_app.py", "test_calibrate.py", "test_encoder_loop.py", "test_export.py",
+    "test_compare.py", "test_extension.py", "test_cloud.py", "test_folders.py", "test_extend.py", "test_serve.py", "test_shards.py",
 ]  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -21,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from commands import FORKS
 from conftest import ROOT, embed_records, open_files, picture
 from tampering import resign, swap
 
@@ -133,8 +133,7 @@ def _embed_all(folder):
 
 
 def test_several_processes_may_write_at_once(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_embed_all, args=(str(tmp_path),)) for _ in range(3)]
+    workers = [FORKS.Process(target=_embed_all, args=(str(tmp_path),)) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:

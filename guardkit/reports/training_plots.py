@@ -39,25 +39,34 @@ def pairs(shown: list[PicturedPair], threshold: float, path: Path) -> None:
         return
     columns = 2 if len(shown) > 1 else 1
     rows = -(-len(shown) // columns)
-    height = 2.45 * rows + 0.25
-    figure = Figure(figsize=(6.4 * columns, height))
-    # set by hand, as the places of the titles below: matplotlib's own layout takes as long as everything else here
-    margins = {"left": 0.004, "right": 0.996, "bottom": 0.02 / rows, "top": 1 - 0.55 / height, "wspace": 0.04, "hspace": 0.16}
-    axes = figure.subplots(rows, 3 * columns, squeeze=False, gridspec_kw=margins)
-    for axis in axes.flat:
-        axis.axis("off")
+    width, height = 6.4 * columns, 2.45 * rows + 0.25
+    figure = Figure(figsize=(width, height))
+    # one axis in inches for all images: an axis for each would take as long as everything else here
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.axis("off")
+    step, room = (
+        0.995 * width / (3 * columns),
+        (0.98 * height - 0.55) / (1.16 * rows - 0.16),
+    )  # of an image, from left to right and in height
     for i, pair in enumerate(shown):
         row, column = divmod(i, columns)
         original, twin = shrink(pair.original, _PICTURE_PX), shrink(pair.counterfactual, _PICTURE_PX)
         difference = np.abs(original.astype(int) - twin.astype(int)).max(axis=2)
-        trio = axes[row, 3 * column : 3 * column + 3]
-        trio[0].imshow(original)
-        trio[1].imshow(twin)
-        trio[2].imshow(difference, cmap="magma", vmin=0, vmax=255)
         unsafe, safe = pair.scores
-        trio[0].set_title(f"unsafe: {unsafe:.2f} {'flagged' if unsafe >= threshold else 'MISSED'}", fontsize=9, color=_UNSAFE, y=1.01)
-        trio[1].set_title(f"twin: {safe:.2f} {'WRONGLY FLAGGED' if safe >= threshold else 'passed'}", fontsize=9, color=_SAFE, y=1.01)
-        trio[2].set_title(pair.title, fontsize=8, color=_GREY, y=1.01)
+        y = height - 0.55 - (1.16 * row + 0.5) * room
+        trio: list[tuple[np.ndarray, str, int, str]] = [
+            (original, f"unsafe: {unsafe:.2f} {'flagged' if unsafe >= threshold else 'MISSED'}", 9, _UNSAFE),
+            (twin, f"twin: {safe:.2f} {'WRONGLY FLAGGED' if safe >= threshold else 'passed'}", 9, _SAFE),
+            (difference, pair.title, 8, _GREY),
+        ]
+        for place, (image, title, size, color) in enumerate(trio):
+            inch = min(0.96 * step / image.shape[1], room / image.shape[0])  # of a pixel
+            half_width, half_height = inch * image.shape[1] / 2, inch * image.shape[0] / 2
+            x = 0.0025 * width + (3 * column + place + 0.5) * step
+            extent = (x - half_width, x + half_width, y - half_height, y + half_height)
+            axis.imshow(image, cmap="magma", vmin=0, vmax=255, extent=extent, aspect="auto")
+            axis.text(x, y + half_height + 0.07, title, fontsize=size, color=color, ha="center", va="baseline")
+    axis.set(xlim=(0, width), ylim=(0, height))
     figure.suptitle(
         f"Test pairs: unsafe image, counterfactual, difference. Flagged when score >= {threshold:.2f}",
         fontsize=10,
