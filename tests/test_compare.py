@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,11 @@ from conftest import strict_json
 
 import guardkit
 from guardkit import Band, GuardClassifier, InputError, LinearHead, ScenesSource, Thresholds
+
+
+def compare(*guards_and_source, **asked):
+    """With the session's cache, so that an image is embedded once."""
+    return guardkit.compare(*guards_and_source, cache_dir=os.environ["GUARDKIT_CACHE"], **asked)
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +33,13 @@ def folders(train, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(scenes_policy):
-    return ScenesSource(scenes_policy, n_train=120, n_test=60, seed=5)
+    return ScenesSource(scenes_policy, n_train=60, n_test=60, seed=5)
 
 
 @pytest.fixture(scope="module")
 def report(folders, source, tmp_path_factory):
     good, bad = folders
-    return guardkit.compare(bad, good, source, output_dir=tmp_path_factory.mktemp("compared"))
+    return compare(bad, good, source, output_dir=tmp_path_factory.mktemp("compared"))
 
 
 def rows_of(report, **wanted):
@@ -55,7 +61,7 @@ def test_a_better_guard_is_called_better_with_an_interval(report):
 
 
 def test_the_same_guard_is_neither_better_nor_worse(folders, source):
-    same = guardkit.compare(folders[0], folders[0], source)
+    same = compare(folders[0], folders[0], source)
     assert {row["difference"] for row in same.figures["figures"]} == {0.0}
     assert {row["verdict"] for row in same.figures["figures"]} == {"open"}
     assert same.figures["changes"] == []
@@ -78,7 +84,7 @@ def test_figures_are_those_of_each_guards_own_thresholds(folders, source):
     good = GuardClassifier.from_pretrained(folders[0])
     strict = copy.copy(good)
     strict.thresholds = Thresholds(Band(0.5, 0.9), good.thresholds.categories)
-    found = guardkit.compare(good, strict, source)
+    found = compare(good, strict, source)
     (flagged,) = rows_of(found, part="all", metric="recall", at="flagged")
     (blocked,) = rows_of(found, part="all", metric="recall", at="blocked")
     assert flagged["difference"] == 0
@@ -87,7 +93,7 @@ def test_figures_are_those_of_each_guards_own_thresholds(folders, source):
 
 def test_what_one_of_them_has_seen_is_left_out_for_both(folders, scenes_policy):
     own = ScenesSource(scenes_policy, n_train=120, n_test=27)
-    found = guardkit.compare(folders[1], folders[0], own)
+    found = compare(folders[1], folders[0], own)
     assert found.figures["images"]["trained_on"] >= 24
     images = found.figures["images"]
     assert images["given"] == images["n"] + images["trained_on"] + len(images["rejected"])
@@ -101,10 +107,10 @@ def test_a_guard_with_a_category_more_is_compared_and_one_with_less_is_not(folde
     more = good.extended_by(
         GuardClassifier(LinearHead.build(good.encoder, policy), good.encoder, policy, training_images=good.training_images)
     )
-    found = guardkit.compare(good, more, source)
+    found = compare(good, more, source)
     assert np.isfinite(rows_of(found, part="all", metric="auroc")[0]["new"])
     with pytest.raises(InputError, match="lacks the category 'kites' of the old one's"):
-        guardkit.compare(more, good, source)
+        compare(more, good, source)
 
 
 def test_the_command_does_the_same(folders, source, report, tmp_path):
@@ -113,7 +119,7 @@ def test_the_command_does_the_same(folders, source, report, tmp_path):
         "guardkit.compare",
         f"old={bad}",
         f"new={good}",
-        "source.n_train=120",
+        "source.n_train=60",
         "source.n_test=60",
         "source.seed=5",
         f"output_dir={tmp_path / 'out'}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from functools import partial
 
@@ -21,18 +22,33 @@ ADAM = partial(torch.optim.AdamW, lr=0.01)
 DIM, K = 256, 9
 
 
-@pytest.fixture
-def new_data(compose, tmp_path):
-    """new_data(batch_size=..., ...) -> a data module of a few drawn scenes, all with one store on disk."""
+def scenes(compose, cache, **settings):
+    """A data module of a few drawn scenes."""
     from guardkit.runs.objects import build
 
-    def make(**settings):
-        overrides = [f"data.{name}={value}" for name, value in ({"n_unsafe": 12, "batch_size": 4} | settings).items()]
-        return build(
-            compose("train", "experiment=pairs_aug", "source.n_train=40", "source.n_test=9", f"cache_dir={tmp_path / 'cache'}", *overrides)
-        ).data
+    overrides = [f"data.{name}={value}" for name, value in ({"n_unsafe": 12, "batch_size": 4} | settings).items()]
+    return build(compose("train", "experiment=pairs_aug", "source.n_train=40", "source.n_test=9", f"cache_dir={cache}", *overrides)).data
 
-    return make
+
+@pytest.fixture(scope="module")
+def embedded(compose, tmp_path_factory):
+    """A cache with what an encoder makes of the scenes and of their edits; what the tests look at are edits and batches."""
+    cache = tmp_path_factory.mktemp("embedded")
+    data = scenes(compose, cache, n_unsafe=24)
+    data.setup("fit")
+    try:
+        list(data.batches(1))
+        data.test_set()
+    finally:
+        data.close()
+    return cache / "embeddings"
+
+
+@pytest.fixture
+def new_data(compose, embedded, tmp_path):
+    """new_data(batch_size=..., ...) -> a data module of a few drawn scenes, all with one store on disk that knows no edit yet."""
+    shutil.copytree(embedded, tmp_path / "cache/embeddings")
+    return partial(scenes, compose, tmp_path / "cache")
 
 
 def new_module(head=None, **loss):
