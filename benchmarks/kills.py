@@ -106,7 +106,7 @@ def main() -> None:
     rules = Policy.load(Path(guardkit.__file__).parent.parent / "conf/policy/scenes.yaml")
     torch.manual_seed(0)
     guard = guardkit.GuardClassifier(guardkit.LinearHead.build(encoder, rules), encoder, rules)
-    address = _ray() if asked.engine == "ray" else None
+    address = started_ray() if asked.engine == "ray" else None
 
     groups: list[int] | None = [] if asked.engine == "slurm" else None
     with tempfile.TemporaryDirectory(prefix="guardkit-kills-") as place:
@@ -149,7 +149,8 @@ def main() -> None:
                 raise SystemExit("a folder differs from the undisturbed one")
 
 
-def _ray() -> str:
+def started_ray() -> str:
+    """The address of a Ray that ends with this process."""
     import atexit
     import subprocess
 

@@ -42,17 +42,17 @@ SHARD = 10_000
 SAID = ("action", "score", "violated", "sha256", "error")
 
 
-def tars(parquet: list[Path], folder: Path, limit: int | None) -> int:
-    """Tar shards of all rows; how many there are."""
+def tars(parquet: list[Path], folder: Path, limit: int | None, size: int = SHARD) -> int:
+    """Tar shards of all rows, or of the first `limit`, `size` in each; how many there are."""
     folder.mkdir(parents=True)
     n, tar = 0, None
     for given in Inputs(parquet):
         if n == limit:
             break
-        if n % SHARD == 0:
+        if n % size == 0:
             if tar is not None:
                 tar.close()
-            tar = tarfile.open(folder / f"{n // SHARD:05d}.tar", "w")  # noqa: SIM115
+            tar = tarfile.open(folder / f"{n // size:05d}.tar", "w")  # noqa: SIM115
         assert tar is not None
         # one without an image stays an input: an empty file
         data = given.data if isinstance(given.data, bytes) else b""

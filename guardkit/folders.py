@@ -148,6 +148,7 @@ def claim(
         if held.on_claim is not None:
             held.on_claim()
         yield
+        remove_leftovers(folder)  # of workers that were killed meanwhile, while the run went on without them
         files = sorted({*_visible(folder)} - others) if replaces is not None else []
         write_json(folder / MARK, mark | {"state": FINISHED, "files": files})
 

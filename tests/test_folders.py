@@ -109,6 +109,12 @@ def test_one_process_and_one_thread_at_a_time(tmp_path):
     assert read_mark(tmp_path)["overrides"] == ["seed=1"]
 
 
+def test_what_a_killed_worker_left_is_gone_when_the_run_is_done(tmp_path):
+    with claim(tmp_path / "out", "train", 1, replaces=[]):
+        (tmp_path / "out/.metadata_3.4711.140.tmp.parquet").write_bytes(b"half")
+    assert not list((tmp_path / "out").glob("*.tmp*"))
+
+
 def test_what_was_made_for_a_run_that_writes_nothing_is_taken_away(tmp_path):
     before = tmp_path / "here"
     before.mkdir()
