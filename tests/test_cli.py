@@ -105,7 +105,7 @@ def test_ctrl_c_and_sigterm_stop_cleanly(tmp_path, number):
 
 
 def test_multirun_gives_every_job_a_folder(tmp_path):
-    arguments = ["-m", "experiment=pairs_aug,unpaired", "data.n_unsafe=8", "source.n_test=9", "trainer.max_epochs=5"]
+    arguments = ["-m", "experiment=pairs_aug,unpaired", "data.n_unsafe=8", "source.n_train=90", "source.n_test=9", "trainer.max_epochs=5"]
     done = call("guardkit.train", *arguments, f"output_dir={tmp_path / 'runs'}")
     assert done.returncode == 0, done.stderr
     found = {json.loads(path.read_text())["experiment"] for path in (tmp_path / "runs").glob("*/metrics.json")}
@@ -148,11 +148,11 @@ def test_a_wheel_runs_from_any_folder(tmp_path):
 
 # of what a notebook says, what only makes its figures sharper
 SHARPER = {
-    "01_first_guard": {"n_test=90": "n_test=27"},
+    "01_first_guard": {"n_test=90": "n_train=90, n_test=27"},
     "02_sample_efficiency": {
         "n_train=512": "n_train=256", "n_test=90": "n_test=27", "seeds=5": "seeds=2", "variants_per_image=4,": "variants_per_image=1,",
     },
-    "03_use_a_guard": {"n_test=45": "n_test=27"},
+    "03_use_a_guard": {"n_test=45": "n_train=300, n_test=27"},
 }  # fmt: skip
 
 

@@ -722,7 +722,7 @@ def test_multirun_with_a_launcher_goes_on_past_a_failure_and_leaves_out_what_is_
     name, setting = launcher
     arguments = [
         "-m", f"hydra/launcher={name}", f"hydra.launcher.{setting}", "encoder=open_clip,onnx,scenes_clip", "experiment=unpaired", "editor=none",
-        "data.n_unsafe=8", "source.n_test=9", "trainer.max_epochs=5", f"output_dir={tmp_path / 'runs'}",
+        "data.n_unsafe=8", "source.n_train=90", "source.n_test=9", "trainer.max_epochs=5", f"output_dir={tmp_path / 'runs'}",
     ]  # fmt: skip
     first = start("train", *arguments)
     assert first.returncode == 2, first.stderr
