@@ -177,6 +177,10 @@ def test_what_does_not_fit_is_refused_in_a_line(guard, images, stored, scenes_en
     whole = np.ones((2, scenes_encoder.dim), np.float32)
     refused("metadata_00.parquet has 1 rows, expected are 2", foreign(tmp_path / "rows", {0: whole}, {0: rows}))
     refused("only one of img_emb/ and metadata/", foreign(tmp_path / "bare", {0: whole}, {}))
+    (tmp_path / "bare/img_emb").rename(tmp_path / "bare/metadata")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "bare/metadata/metadata_0.parquet")
+    refused("has metadata/ of an embedding folder, and no vectors in img_emb/; copy", tmp_path / "bare")
+    refused("engine must be an engine, such as .*, got 'ray'; names are for the command line", engine="ray")
     for_images = "is an embedding folder, which holds vectors and no images"
     with pytest.raises(InputError, match=for_images):
         guardkit.embed(input=stored, encoder=scenes_encoder, output_dir=tmp_path / "embedded")

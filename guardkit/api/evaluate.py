@@ -22,6 +22,7 @@ from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.encoders.known import unknown_images
 from guardkit.engines.base import Engine
+from guardkit.engines.local import engine_of
 from guardkit.evaluation.benchmark import SPLITS, Benchmark, read_benchmark
 from guardkit.evaluation.effectiveness import covered_rows, measure
 from guardkit.evaluation.elsewhere import look_elsewhere
@@ -115,6 +116,7 @@ def evaluate(
     started = time.perf_counter()
     check_settings(split=split, seed=seed, split_seed=split_seed, n_resamples=n_resamples, prevalence=prevalence, trained_on=trained_on)
     folder, cache = check_path("output_dir", output_dir), None if cache_dir is None else Path(cache_dir).expanduser()
+    engine = engine_of(engine)
     refuse_others(folder, "evaluate", replaces=True)
     attacks = robustness or RobustnessSettings(protocols=())
     if policies is not None:
@@ -133,7 +135,7 @@ def evaluate(
     everything = read_benchmark(source, split=split, test_share=test_share, split_seed=split_seed)
     asked = dict(settings) if settings is not None else {"source": source.asked, "split": split, "prevalence": prevalence, "seed": seed}
     stores, judges = embedding_stores(found, cache), judgment_stores(found, cache)
-    if engine is not None and not engine.is_here:
+    if not engine.is_here:
         look_elsewhere(engine, [*everything.records, *everything.counterfactuals], stores, judges, folder)
     benchmark, seen = leave_out_seen(everything, found, stores)
     notes += sentences(benchmark, seen)
@@ -359,7 +361,7 @@ def _under_several(
     split: str,
     test_share: float,
     split_seed: int,
-    engine: Engine | None,
+    engine: Engine,
     folder: Path,
 ) -> _Several:
     """Builds, retrains and scores; every image is read and embedded once."""
@@ -395,7 +397,7 @@ def _under_several(
     if not flat:
         raise InputError(f"nothing to evaluate: no head could be trained ({notes[-1]})")
     judges = judgment_stores(flat, cache)
-    if engine is not None and not engine.is_here:
+    if not engine.is_here:
         look_elsewhere(engine, [*everything.records, *everything.counterfactuals], stores, judges, folder)
     benchmark, seen = leave_out_seen(everything, flat, stores)
     notes += [note for one in flat for note in _own_notes(one)] + sentences(benchmark, seen)

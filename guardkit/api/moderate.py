@@ -11,7 +11,7 @@ from typing import Any
 from guardkit.checks import check_choice, check_flag, check_whole, is_list
 from guardkit.classifier import GuardClassifier
 from guardkit.engines.base import Engine
-from guardkit.engines.local import LocalEngine
+from guardkit.engines.local import engine_of
 from guardkit.moderation.banks import banks_of
 from guardkit.moderation.deciding import HIDDEN, OURS, Deciding
 from guardkit.moderation.joining import Repeated, rows, write_decisions
@@ -94,7 +94,7 @@ def moderate(
         InputError: a wrong value, nothing to decide over, a bank with lines that are no hashes, a folder with results of something else, embeddings
             of another encoder, or a setting that needs images where there are embeddings.
     """
-    output = Output(output_dir)
+    output, engine = Output(output_dir), engine_of(engine)
     check_flag("trim_bars", trim_bars)
     check_flag("json_lines", json_lines)
     check_whole("limit", limit, 1, optional=True)
@@ -146,7 +146,7 @@ def moderate(
     if not shards:
         raise nothing
     with output.claimed("moderate", settings, differs="made with another guard or other settings"):
-        entries = work_on(Deciding(guard, options, banks, output), shards, engine or LocalEngine(), what="deciding over images")
+        entries = work_on(Deciding(guard, options, banks, output), shards, engine, what="deciding over images")
         with output.here([name for entry in entries for name in entry["files"]]) as parts:
             if not parts:
                 raise nothing

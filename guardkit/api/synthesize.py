@@ -17,7 +17,7 @@ from guardkit.editors.base import Editor
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.engines.base import Engine
-from guardkit.engines.local import LocalEngine
+from guardkit.engines.local import engine_of
 from guardkit.fitting.parts import check_parts
 from guardkit.folders import refuse_others
 from guardkit.policy import Policy
@@ -67,6 +67,7 @@ def synthesize(
     check_whole("variants_per_image", variants_per_image, 1)
     check_whole("shard_size", shard_size, 1)
     check_choice("direction", direction, _LABELS)
+    engine = engine_of(engine)
     folder = check_path("output_dir", output_dir)
     refuse_others(folder, "synthesize", replaces=False)
     cache = folder / ".cache" if cache_dir is None else Path(cache_dir).expanduser()
@@ -94,7 +95,7 @@ def synthesize(
         made_from=source.asked,
         variants_per_image=variants_per_image,
         rejected=loaded.rejected,
-        edit=edits_on(engine or LocalEngine(), pipeline, folder, variants_per_image=variants_per_image, shard_size=shard_size),
+        edit=edits_on(engine, pipeline, folder, variants_per_image=variants_per_image, shard_size=shard_size),
     )
     shutil.rmtree(folder / LEDGER, ignore_errors=True)
     return manifest

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from guardkit.engines.base import Engine
+from guardkit.schema import InputError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -19,3 +22,13 @@ class LocalEngine:
         """See `Engine`."""
         for place, item in enumerate(items):
             yield place, task(item)
+
+
+def engine_of(value: Any) -> Engine:
+    """An engine that was given; this process where it is None. Raises InputError of anything else."""
+    if value is not None and not (callable(getattr(value, "run", None)) and isinstance(getattr(value, "is_here", None), bool)):
+        raise InputError(
+            f"engine must be an engine, such as guardkit.engines.ray.RayEngine(workers=2), or None, got {str(value)[:100]!r}; "
+            "names are for the command line: engine=ray"
+        )
+    return LocalEngine() if value is None else value

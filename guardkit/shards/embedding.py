@@ -20,7 +20,7 @@ from guardkit.embedding_folder import MANIFEST, REJECTED
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
 from guardkit.engines.base import Engine, Put
-from guardkit.engines.local import LocalEngine
+from guardkit.engines.local import engine_of
 from guardkit.images import BytesContent, FileContent
 from guardkit.limits import MAX_PIXELS
 from guardkit.reading import read_table
@@ -158,7 +158,7 @@ def write_embedding_folder(
     Raises:
         InputError: the folder holds embeddings of another encoder, or some that guardkit did not write; or it cannot be written.
     """
-    output = Output(place)
+    output, engine = Output(place), engine_of(engine)
 
     def recognise() -> dict[str, Any] | None:
         # a copy without hidden files has no mark
@@ -169,7 +169,7 @@ def write_embedding_folder(
         listed = list(shards)
         known = _unpacked(output)
         work = Embedding(encoder, output, cache_dir=cache_dir, max_pixels=max_pixels)
-        entries = work_on(work, listed, engine or LocalEngine(), what="embedding images", known=known)
+        entries = work_on(work, listed, engine, what="embedding images", known=known)
         return _finished(work, listed, entries, rejected)
 
 

@@ -182,10 +182,11 @@ def embedding_folder(folder: File, prefix: str = "", id_column: str | None = Non
     Raises:
         InputError: it is not complete, its files do not fit each other or the manifest.
     """
-    vectors = _numbered(folder, "img_emb", ".npy")
-    if not vectors:
+    vectors, tables = _numbered(folder, "img_emb", ".npy"), _numbered(folder, "metadata", ".parquet")
+    if not vectors and not tables:
         return None
-    tables = _numbered(folder, "metadata", ".parquet")
+    if not vectors:
+        raise InputError(f"{folder} has metadata/ of an embedding folder, and no vectors in img_emb/; {_MEND}")
     if isinstance(folder.at, Path):
         found = find_embedding_parts(folder.at, with_tables=True, only_matched=True)
         manifest, width = found.manifest, found.width
