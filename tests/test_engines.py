@@ -213,6 +213,9 @@ class Idle:
 
     name, is_here = "idle", False
 
+    def run(self, task, items):
+        raise AssertionError("it was asked")
+
 
 def test_the_same_figures_whoever_embeds_and_a_stopped_evaluation_goes_on(
     started, scenes_policy, scenes_encoder, tmp_path, monkeypatch, caplog
