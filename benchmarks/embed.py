@@ -1,11 +1,13 @@
 """`embed` beside a plain open_clip loop and beside the bare encoder: the same files and the same model, in one run. Nothing is fetched.
 
     python benchmarks/embed.py [photos=FOLDER] [small=256] [large=64] [repeats=3] [workers=0,1,2] [model=ViT-B-32] [device=auto] [backend=torchvision]
+        [dtype=float32]
 
 ViT-B-32 of open_clip with random weights. JPEG files of 500 x 400 and of 3,000 x 2,000 are made of the photographs of a folder, enlarged and with
 grain, else of drawn shades, edges and grain. The plain loop is open_clip's own transform and encode_image in a DataLoader, with the best of the numbers
 of workers, which are started beforehand. The bare encoder is given tensors that are ready. Jobs take turns, and the smallest time of the repeats counts:
-on a shared machine ratios say more than rates. Then the bare encoder alone in ways that guardkit leaves off: channels-last, bfloat16, compiled.
+on a shared machine ratios say more than rates. The plain loop computes in float32 whatever dtype is. Then the bare encoder alone in other ways:
+channels-last and compiled, which guardkit leaves off, and both of its dtypes.
 Prints the tables of docs/scale.md.
 """
 
@@ -31,6 +33,7 @@ from safetensors.torch import save_file
 
 import guardkit
 from guardkit import OpenClipEncoder
+from guardkit.encoders.base import DTYPES
 from guardkit.encoders.ways import drawn_images
 from guardkit.images import FileContent, read_image
 from guardkit.reading_ahead import n_readers
@@ -93,6 +96,7 @@ def seconds(job: Callable[[], object]) -> tuple[float, float]:
 def main(
     photos: str = "", small: int = 256, large: int = 64, repeats: int = 3, workers: str = "0,1,2",
     model: str = "ViT-B-32", device: str = "auto", backend: str = "torchvision",
+    dtype: str = "float32",
 ) -> None:  # fmt: skip
     found = (
         sorted(path for path in Path(photos).expanduser().rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png")) if photos else []
@@ -108,11 +112,12 @@ def main(
             name: list(said[name]) if isinstance(said[name], tuple) else said[name]
             for name in ("size", "mean", "std", "interpolation", "resize_mode")
         }
-        encoder = OpenClipEncoder(model, str(folder / "random.safetensors"), preprocess=stated, backend=backend, device=device)
+        encoder = OpenClipEncoder(model, str(folder / "random.safetensors"), preprocess=stated, backend=backend, dtype=dtype, device=device)
         where = next(encoder.model.parameters()).device
         threads = f"OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'unset')}"
         print(
-            f"{model} on {where}, {n_readers()} processors, torch on {torch.get_num_threads()} threads ({threads}), batches of {encoder.batch_size}\n"
+            f"{model} on {where}, {n_readers()} processors, torch on {torch.get_num_threads()} threads ({threads}), "
+            f"batches of {encoder.batch_size}, {dtype}\n"
         )
         print("| | 500 x 400 | 3,000 x 2,000 |\n|---|---|---|")
         columns = []
@@ -122,18 +127,20 @@ def main(
         for row in columns[0]:
             print(f"| {row} | {' | '.join(column[row] for column in columns)} |")
         ready = [encoder.preprocess(FileContent(path).load()) for path in sorted((folder / "small").iterdir())[: encoder.batch_size]]
-        other_ways(encoder.model, torch.stack(ready).to(where), repeats)
+        other_ways(encoder, torch.stack(ready).to(where), repeats)
 
 
-def other_ways(model: torch.nn.Module, images: torch.Tensor, repeats: int) -> None:
+def other_ways(encoder: OpenClipEncoder, images: torch.Tensor, repeats: int) -> None:
     """Prints how quick the same model is otherwise, and how far its vectors are from the usual ones."""
+    model = encoder.model
+    plain, cast = (encoder.going({"dtype": dtype}) for dtype in DTYPES)
     ways: dict[str, Callable[[], tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]]] = {
-        "as it is": lambda: (model.encode_image, images),
+        "`dtype=float32`": lambda: (lambda given: plain._encode(given, False), images),
+        "`dtype=bfloat16`": lambda: (lambda given: cast._encode(given, False), images),
         "channels-last": lambda: (
             copy.deepcopy(model).to(memory_format=torch.channels_last).encode_image,
             images.contiguous(memory_format=torch.channels_last),
         ),
-        "bfloat16": lambda: (copy.deepcopy(model).bfloat16().encode_image, images.bfloat16()),
         "`torch.compile`": lambda: (torch.compile(copy.deepcopy(model).visual), images),
     }
     usual, first = None, 0.0

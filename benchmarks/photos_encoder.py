@@ -1,6 +1,6 @@
 """How well does an encoder know photographs? The figures of checkpoints/photos_clip/README.md.
 
-    python benchmarks/photos_encoder.py data=DIR [encoder=guardkit:photos_clip]
+    python benchmarks/photos_encoder.py data=DIR [encoder=guardkit:photos_clip] [dtype=float32]
 
 DIR holds `train.parquet`, `val.parquet` (columns `image` and `wnid`) and `classes.csv`. Everything is measured on
 `val.parquet`: naming the class among all by its first synonym (zero-shot), by a linear probe (multinomial logistic
@@ -68,8 +68,8 @@ def share(right: np.ndarray) -> str:
     return f"{rate:.3f} ± {1.96 * sqrt(rate * (1 - rate) / len(right)):.3f}"
 
 
-def main(data: str, encoder: str = "guardkit:photos_clip") -> None:
-    model = OpenClipEncoder(None, encoder, batch_size=250)
+def main(data: str, encoder: str = "guardkit:photos_clip", dtype: str = "float32") -> None:
+    model = OpenClipEncoder(None, encoder, dtype=dtype, batch_size=250)
     classes = read_classes(Path(data) / "classes.csv")
     rows = {wnid: row for row, wnid in enumerate(classes)}
     x, y = read(model, Path(data) / "train.parquet", rows)

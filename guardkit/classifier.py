@@ -20,7 +20,7 @@ from guardkit.embedding_blocks import decide_blocks
 from guardkit.embedding_folder import find_embedding_parts
 from guardkit.encoders.base import Encoder, ReadsPolicy, enough
 from guardkit.encoders.lookup import ENCODER_KINDS, find_encoder
-from guardkit.encoders.ways import drawn_images, of_the_same_weights, said_way
+from guardkit.encoders.ways import N_DRAWN, moved_by, of_the_same_weights, said_way
 from guardkit.explaining.explanation import Explanation
 from guardkit.explaining.methods import heat_map
 from guardkit.guard_folder import FILES, read_guard, upload_guard, write_guard
@@ -596,16 +596,12 @@ class GuardClassifier:
         return guard
 
     def _moved(self, own: Encoder, folder: Path) -> str:
-        """What it changes that images are read another way than for its training: one sentence."""
-        images = drawn_images()
-        here, there = (
-            self.probabilities(encoder.encode_images([read_image(image, at_least=enough(encoder)) for image in images]))
-            for encoder in (self.encoder, own)
-        )
+        """What it changes that its encoder goes another way than for its training: one sentence."""
         return (
-            f"guard {folder} was trained with {said_way(own.preprocessing)} and is given {self.encoder.name} with "
-            f"{said_way(self.encoder.preprocessing)}: on {len(images)} drawn images its scores moved by up to {np.abs(here - there).max():.4f}; "
-            f"for its own scores give that encoder with {said_way(own.preprocessing)}, or none"
+            f"guard {folder} was trained with {said_way(own)} and is given {self.encoder.name} with "
+            f"{said_way(self.encoder)}: on {N_DRAWN} drawn images its scores moved by up to "
+            f"{moved_by(self.probabilities, own, self.encoder):.4f}; "
+            f"for its own scores give that encoder with {said_way(own)}, or none"
         )
 
 

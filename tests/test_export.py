@@ -161,16 +161,18 @@ def test_the_same_image_has_the_same_score_everywhere(guard, by_the_docs, tmp_pa
             assert categories == pytest.approx(theirs, abs=1e-4), name
 
 
-def test_an_encoder_of_transformers_is_exported_and_its_weights_lie_beside_it_where_they_are_large(
-    by_the_docs, scenes_policy, tmp_path, monkeypatch
+def test_an_encoder_of_transformers_is_exported_in_float32_and_its_weights_lie_beside_it_where_they_are_large(
+    by_the_docs, scenes_policy, tmp_path, monkeypatch, caplog
 ):
     torch.manual_seed(0)
     (tmp_path / "clip").mkdir()
     write_clip(tmp_path / "clip")
     encoder = Transformers(str(tmp_path / "clip"), device="cpu")
     made = GuardClassifier(MLPHead.build(encoder, scenes_policy), encoder, scenes_policy)
+    cast = GuardClassifier(made.head, encoder.going({"dtype": "bfloat16"}), scenes_policy)
     monkeypatch.setattr("guardkit.exporting.onnx_files.LARGEST_FILE", 10_000)
-    files = guardkit.export_guard(made, tmp_path / "out", parts=["guard"]).files
+    files = guardkit.export_guard(cast, tmp_path / "out", parts=["guard"]).files
+    assert "guard.onnx computes in float32" in caplog.text
     assert list(files) == ["guard"]
     assert (tmp_path / "out/guard.onnx.data").stat().st_size > 10_000
     assert str(tmp_path).encode() not in files["guard"].read_bytes()

@@ -319,11 +319,11 @@ def test_a_configuration_signed_anew_is_refused_in_one_line(folder, scenes_encod
     [
         (
             put("encoder", "config", "hook", "x"),
-            "encoder.config must be among architecture, weights, preprocess, backend, decode, got architecture, backend, decode, hook",
+            "encoder.config must be among architecture, weights, preprocess, backend, decode, dtype, got architecture, backend, decode, dtype, hook",
         ),
         (
             put("encoder", "config", "device", "cuda"),
-            "encoder.config must be among architecture, weights, preprocess, backend, decode, got",
+            "encoder.config must be among architecture, weights, preprocess, backend, decode, dtype, got",
         ),
         (put("encoder", "config", "weights", 3), "encoder.config.weights must be a text, got 3"),
         (put("encoder", "config", "preprocess", [1]), r"encoder.config.preprocess must be an object or null, got \[1\]"),
@@ -368,7 +368,7 @@ class MyEncoder(OpenClipEncoder):
     pass
 
 class Gone(OpenClipEncoder):
-    def __init__(self, architecture, weights, *, preprocess=None, backend=None, decode="full"):
+    def __init__(self, architecture, weights, *, preprocess=None, backend=None, decode="full", dtype="float32"):
         open("/nowhere/at all")
 """
 

@@ -124,9 +124,24 @@ def test_dino_has_no_texts(folder_of, family, scenes_policy):
     assert LinearHead.build(encoder, scenes_policy).config["dim"] == encoder.dim
 
 
-@pytest.mark.parametrize("family", ["clip", "dinov3_vit"])
-def test_a_vector_does_not_depend_on_its_neighbours(folder_of, family):
-    encoder = encoder_of(folder_of(family), batch_size=7)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_alone_are_cast_to_bfloat16(folder_of, family):
+    folder = folder_of(family)
+    plain, cast = encoder_of(folder), encoder_of(folder, dtype="bfloat16")
+    assert cast.fingerprint not in (plain.fingerprint, encoder_of(folder, decode="reduced").fingerprint)
+    here, there = plain.encode_images(IMAGES), cast.encode_images(IMAGES)
+    assert 1e-6 < np.abs(here - there).max() < 0.05
+    assert (here * there).sum(axis=1).min() > 0.99
+    assert {value.dtype for value in cast.model.state_dict().values() if value.is_floating_point()} == {torch.float32}
+    if family in WITH_TEXTS:
+        np.testing.assert_array_equal(cast.encode_texts(["a hand"]), plain.encode_texts(["a hand"]))
+    pixels = torch.rand(1, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(cast.encode_pixels(pixels), plain.encode_pixels(pixels))
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("clip", "float32"), ("dinov3_vit", "float32"), ("clip", "bfloat16")])
+def test_a_vector_does_not_depend_on_its_neighbours(folder_of, family, dtype):
+    encoder = encoder_of(folder_of(family), batch_size=7, dtype=dtype)
     images = [np.asarray(picture(seed)) for seed in range(11)]
     alone = [encoder.encode_images([image], fixed_batch=True)[0] for image in images]
     np.testing.assert_array_equal(encoder.encode_images(images, fixed_batch=True), alone)
@@ -143,7 +158,7 @@ def test_the_same_files_are_the_same_encoder_wherever_they_lie(folder_of, tmp_pa
     hub = TransformersEncoder("hf-hub:someone/clip", device="cpu")
     assert hub.fingerprint == here.fingerprint == TransformersEncoder(str(snapshot)).fingerprint
     np.testing.assert_array_equal(hub.encode_texts(TEXTS), here.encode_texts(TEXTS))
-    assert hub.config == {"weights": "hf-hub:someone/clip", "backend": None, "decode": "full"}
+    assert hub.config == {"weights": "hf-hub:someone/clip", "backend": None, "decode": "full", "dtype": "float32"}
     with pytest.raises(InputError, match="hf-hub:nobody/nothing could not be fetched from the Hub .*local-dir"):
         TransformersEncoder("hf-hub:nobody/nothing").fingerprint  # noqa: B018
 

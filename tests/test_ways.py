@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import pickle
 import re
 
 import cv2
@@ -66,7 +67,7 @@ def test_the_way_is_part_of_the_encoder_and_pillows_is_that_of_earlier_versions(
     assert OpenClipEncoder(None, "guardkit:scenes_clip", backend="pil").fingerprint == scenes_encoder.fingerprint
     assert quick.preprocessing == {**scenes_encoder.preprocessing, "backend": "torchvision"}
     assert quick.fingerprint != scenes_encoder.fingerprint
-    there_and_back = quick.reading_as(scenes_encoder.preprocessing)
+    there_and_back = quick.going({"backend": "pil"})
     assert there_and_back.fingerprint == scenes_encoder.fingerprint
     assert there_and_back.model is quick.model
     np.testing.assert_array_equal(there_and_back.encode_images(IMAGES), scenes_encoder.encode_images(IMAGES))
@@ -97,7 +98,7 @@ def test_a_guard_on_the_other_way_says_how_far_its_scores_moved(guard, quick, tm
     assert loaded.encoder is quick
     (said,) = [record.getMessage() for record in caplog.records]
     assert re.search(
-        r"trained with backend=pil decode=full and is given guardkit:scenes_clip with backend=torchvision decode=full: on 8 drawn images",
+        r"trained with backend=pil decode=full dtype=float32 and is given guardkit:scenes_clip with backend=torchvision decode=full dtype=float32: on 8",
         said,
     )
     moved = np.abs(guard.probabilities(guard.encoder.encode_images(IMAGES)) - guard.probabilities(quick.encode_images(IMAGES))).max()
@@ -130,7 +131,7 @@ def test_stored_embeddings_keep_their_way(scenes_policy, scenes_encoder, quick, 
         )
     assert fitted.guard.encoder.fingerprint == scenes_encoder.fingerprint
     assert (
-        "the source's embeddings are of encoder guardkit:scenes_clip with backend=pil decode=full, and so images are read here too"
+        "the source's embeddings are of encoder guardkit:scenes_clip with backend=pil decode=full dtype=float32, and so images are read here too"
         in caplog.text
     )
 
@@ -190,5 +191,44 @@ def test_reduced_decoding_is_part_of_the_encoder_and_the_same_everywhere(scenes_
     assert not caplog.records
     GuardClassifier.from_pretrained(folder, encoder=scenes_encoder)
     moved = np.abs(guard.probabilities(guard.encoder.encode_images(IMAGES)) - here.probabilities(vectors[1:])).max()
-    assert "trained with backend=pil decode=reduced and is given guardkit:scenes_clip with backend=pil decode=full: on 8" in caplog.text
+    assert (
+        "trained with backend=pil decode=reduced dtype=float32 and is given guardkit:scenes_clip with backend=pil decode=full"
+        in caplog.text
+    )
     assert f"moved by up to {moved:.4f};" in caplog.text
+
+
+def test_bfloat16_is_another_encoder_of_the_same_model(scenes_encoder, guard, tmp_path, caplog):
+    with pytest.raises(InputError, match="encoder.dtype must be one of float32, bfloat16, got 'float16'"):
+        OpenClipEncoder(None, "guardkit:scenes_clip", dtype="float16")
+    cast = OpenClipEncoder(None, "guardkit:scenes_clip", dtype="bfloat16", device="cpu", batch_size=5)
+    plain = cast.going({"dtype": "float32"})
+    assert (plain.fingerprint, plain.model) == (scenes_encoder.fingerprint, cast.model)
+    assert cast.fingerprint != plain.fingerprint
+    assert pickle.loads(pickle.dumps(cast)).fingerprint == cast.fingerprint
+    here, there = cast.encode_images(IMAGES), plain.encode_images(IMAGES)
+    assert 1e-4 < np.abs(here - there).max() < 0.1
+    alone = np.concatenate([cast.encode_images([image], fixed_batch=True) for image in IMAGES])
+    np.testing.assert_array_equal(cast.encode_images(IMAGES, fixed_batch=True), alone)
+    np.testing.assert_array_equal(cast.encode_texts(["a red hand"]), plain.encode_texts(["a red hand"]))
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(cast.encode_pixels(pixels), plain.encode_pixels(pixels))
+
+    folder = GuardClassifier(guard.head, cast, guard.policy).save_pretrained(tmp_path / "guard")
+    for encoder in (None, "guardkit:scenes_clip"):
+        loaded = GuardClassifier.from_pretrained(folder, encoder=encoder, batch_size=5)
+        assert loaded.encoder.dtype == "bfloat16"
+        np.testing.assert_array_equal(loaded.encoder.encode_images(IMAGES), here)
+    assert not caplog.records
+    GuardClassifier.from_pretrained(folder, encoder=plain)
+    moved = np.abs(guard.probabilities(here) - guard.probabilities(there)).max()
+    assert "decode=full dtype=bfloat16 and is given guardkit:scenes_clip with backend=pil decode=full dtype=float32" in caplog.text
+    assert f"moved by up to {moved:.4f};" in caplog.text
+
+
+def test_a_model_that_does_not_compute_in_bfloat16_says_so(tmp_path, monkeypatch):
+    cast = OpenClipEncoder(None, "guardkit:scenes_clip", dtype="bfloat16", device="cpu")
+    for weight in cast.model.visual.parameters():
+        weight.mul_(1e38)
+    with pytest.raises(InputError, match="does not compute in bfloat16 .*not finite.*; take encoder.dtype=float32"):
+        cast.encode_images(IMAGES[:1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,13 @@ from guardkit.classifier import GuardClassifier
 from guardkit.encoders.base import Traceable
 from guardkit.encoders.lookup import ENCODER_KINDS
 from guardkit.encoders.places import LOCAL
+from guardkit.encoders.ways import N_DRAWN, in_float32, moved_by
 from guardkit.exporting.modules import HeadScores, ImageScores
 from guardkit.exporting.onnx_files import TOLERANCE, check_installed, standardised_pixels, unit_vectors, write_onnx
 from guardkit.folders import claim, refuse_others
 from guardkit.schema import InputError
+
+log = logging.getLogger(__name__)
 
 PARTS = ("head", "guard")
 WRITTEN = ("head.onnx", "head.onnx.data", "guard.onnx", "guard.onnx.data")
@@ -63,7 +67,7 @@ def export_guard(
     takes `pixels`, (n, 3, height, width) float32, prepared as its metadata says. Both give `score`, (n,) probability of unsafe, and
     `categories`, (n, k), calibration included; NaN is no score, and means an error. n is whatever the caller likes. The metadata, JSON each,
     says the rest: preprocessing, categories, thresholds, policy, fingerprints, licences. Thresholds are not applied: docs/sharing.md shows
-    how.
+    how. Files compute in float32; of an encoder that does not, a warning says how far scores moved.
 
     Args:
         guard: a `GuardClassifier`, or the folder or Hub id of a saved one, which is loaded on the processor.
@@ -113,8 +117,16 @@ def _write_head(guard: GuardClassifier, folder: Path) -> float:
 
 
 def _write_guard(guard: GuardClassifier, folder: Path) -> float:
-    encoder = guard.encoder
+    encoder = in_float32(guard.encoder)
     assert isinstance(encoder, Traceable)
+    if encoder is not guard.encoder:
+        log.warning(
+            "guard.onnx computes in float32, and encoder %s of guard %s in bfloat16: on %d drawn images scores moved by up to %.4f",
+            encoder.name,
+            guard.name,
+            N_DRAWN,
+            moved_by(guard.probabilities, guard.encoder, encoder),
+        )
     size = encoder.preprocessing["size"]
 
     def by_torch(pixels: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ from guardkit.efficiency.results import opened, run_cells
 from guardkit.efficiency.stacked import Schedule
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
-from guardkit.encoders.ways import reading_alike
+from guardkit.encoders.ways import going_alike
 from guardkit.fitting.module import DEFAULT_THRESHOLD, quiet_lightning
 from guardkit.fitting.objective import Objective
 from guardkit.fitting.parts import HeadFactory, check_parts, head_factory, make_parts, new_head
@@ -159,7 +159,7 @@ def sweep(
     folder = check_path("output_dir", output_dir)
     cache = None if cache_dir is None else Path(cache_dir).expanduser()
     refuse_others(folder, "sweep", replaces=False)
-    encoder = reading_alike(encoder, getattr(source, "encoder_fingerprint", None), "the source's embeddings are")
+    encoder = going_alike(encoder, getattr(source, "encoder_fingerprint", None), "the source's embeddings are")
     store = EmbeddingStore(encoder, cache)
     pipeline = Edits.of(editor).pipeline(policy, store, cache)
     data: dict[str, Any] = {

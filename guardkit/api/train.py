@@ -22,7 +22,7 @@ from guardkit.data.sources.base import Source
 from guardkit.editors.base import Editor
 from guardkit.embeddings import EmbeddingStore
 from guardkit.encoders.base import Encoder
-from guardkit.encoders.ways import reading_alike
+from guardkit.encoders.ways import going_alike
 from guardkit.fitting.cross_validation import cross_validate
 from guardkit.fitting.module import DEFAULT_THRESHOLD, EpochProgress, check_checkpoint
 from guardkit.fitting.objective import Objective
@@ -110,9 +110,9 @@ def train_guard(
     recipe.check()
     check_threshold(threshold)
     chosen, make_head = arm_named(arm), head_factory(head)
-    encoder = reading_alike(encoder, getattr(source, "encoder_fingerprint", None), "the source's embeddings are")
+    encoder = going_alike(encoder, getattr(source, "encoder_fingerprint", None), "the source's embeddings are")
     if extend is not None:
-        encoder = reading_alike(encoder, extend.encoder.fingerprint, "the guard that is extended is")
+        encoder = going_alike(encoder, extend.encoder.fingerprint, "the guard that is extended is")
         _check_extension(extend, encoder, policy)
     folder, cache = _path("output_dir", output_dir), _path("cache_dir", cache_dir)
     if folder is not None:

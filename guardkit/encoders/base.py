@@ -28,6 +28,7 @@ PREPROCESS_FIELDS = ("size", "mean", "std", "interpolation", "resize_mode")
 _N_SHOWN = 3  # texts in a warning
 FULL, REDUCED = DECODES = ("full", "reduced")  # how JPEG files are decoded
 PIL, TORCHVISION = BACKENDS = ("pil", "torchvision")  # what resizes images
+FLOAT32, BFLOAT16 = DTYPES = ("float32", "bfloat16")  # what an image tower computes in
 _INTERPOLATIONS, _RESIZE_MODES = ("bicubic", "bilinear"), ("shortest", "longest", "squash")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from guardkit.artifacts import fingerprint
 from guardkit.checks import check_choice, check_whole
-from guardkit.encoders.base import BACKENDS, DECODES, FULL, PIL, encode_in_batches, prepare_pixels
+from guardkit.encoders.base import BACKENDS, BFLOAT16, DECODES, DTYPES, FLOAT32, FULL, PIL, encode_in_batches, prepare_pixels
 from guardkit.kinds import MAX_WIDTH
 from guardkit.schema import InputError
 
@@ -36,6 +36,7 @@ class Built:
         preprocessing: what `preprocess` does whichever way images are read, in plain JSON types.
         architecture: what decides an embedding and cannot be told from names and shapes of weights.
         hash_weights: a hash over the weights; asked once.
+        cast: gives what encodes in bfloat16, by a copy of what sees images; asked once. None: there is no such thing.
     """
 
     model: Any
@@ -45,11 +46,33 @@ class Built:
     preprocessing: dict[str, Any]
     architecture: Mapping[str, Any]
     hash_weights: Callable[[], str]
+    cast: Callable[[], Callable[[torch.Tensor], torch.Tensor]] | None = None
 
     @cached_property
     def weights_hash(self) -> str:
         """Over the weights, 64 hex digits."""
         return self.hash_weights()
+
+    @cached_property
+    def encode_cast(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """As `encode`, in bfloat16.
+
+        Raises:
+            InputError: the model does not compute in it.
+        """
+        import torch
+
+        assert self.cast is not None
+        try:
+            with torch.inference_mode(False):
+                encode = self.cast()
+            trial(encode, self.preprocessing["size"])
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"the model does not compute in bfloat16 ({type(error).__name__}: {reason}); take encoder.dtype=float32"
+            ) from error
+        return encode
 
 
 class FrozenEncoder(ABC):
@@ -61,15 +84,22 @@ class FrozenEncoder(ABC):
         batch_size: images encoded at once.
         backend: what resizes images, "pil" or "torchvision"; None: as the kind of encoder decides.
         decode: "full", or "reduced": a JPEG whose sides are at least four times what the model sees is decoded at a fraction.
+        dtype: what the image tower computes in; texts, gradients and the hash of weights are of the model as it was loaded.
     """
 
+    casts = False  # whether images may be encoded in bfloat16, see `Built.cast`
     _names_pil = False  # whether its preprocessing says so, which that of most kinds did not when there was no other
 
-    def __init__(self, name: str, *, device: str, batch_size: int, backend: str | None = None, decode: str = FULL) -> None:
+    def __init__(
+        self, name: str, *, device: str, batch_size: int, backend: str | None = None, decode: str = FULL, dtype: str = FLOAT32
+    ) -> None:
         check_whole("encoder.batch_size", batch_size, 1)
         check_choice("encoder.backend", backend, (None, *BACKENDS))
         check_choice("encoder.decode", decode, DECODES)
-        self.name, self.device, self.batch_size, self._backend, self.decode = name, device, batch_size, backend, decode
+        if self.casts:
+            check_choice("encoder.dtype", dtype, DTYPES)
+        self.name, self.device, self.batch_size = name, device, batch_size
+        self._backend, self.decode, self.dtype = backend, decode, dtype
         self._lock = threading.Lock()
         self._pickled: str | None = None
 
@@ -81,6 +111,12 @@ class FrozenEncoder(ABC):
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """Arguments that build this encoder again."""
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """Arguments beside those that say which model it is."""
+        way = {"backend": self._backend, "decode": self.decode} | ({"dtype": self.dtype} if self.casts else {})
+        return way | {"device": self.device, "batch_size": self.batch_size}
 
     # --- copies -------------------------------------------------------------------------------------------------------
 
@@ -128,7 +164,7 @@ class FrozenEncoder(ABC):
     @property
     def preprocessing(self) -> dict[str, Any]:
         """What is done to an image first, in plain JSON types; see `Encoder`."""
-        return self._loaded.preprocessing | self._way
+        return self._loaded.preprocessing | self._reading
 
     @property
     def backend(self) -> str:
@@ -136,7 +172,12 @@ class FrozenEncoder(ABC):
         return self._backend or PIL
 
     @property
-    def _way(self) -> dict[str, Any]:
+    def way(self) -> dict[str, str]:
+        """The settings that may differ between two encoders of one model; see `guardkit.encoders.ways`."""
+        return {"backend": self.backend, "decode": self.decode} | ({"dtype": self.dtype} if self.casts else {})
+
+    @property
+    def _reading(self) -> dict[str, Any]:
         """What the preprocessing says of how images are read."""
         backend = {"backend": self.backend} if self.backend != PIL or self._names_pil else {}
         return backend | ({"decode": self.decode} if self.decode != FULL else {})
@@ -147,12 +188,14 @@ class FrozenEncoder(ABC):
         said = self._loaded.preprocessing
         return None if self.decode == FULL else 2 * max(said.get("resize", said["size"]))
 
-    def reading_as(self, preprocessing: Mapping[str, Any]) -> Self:
-        """This encoder, its model shared, reading images as another preprocessing says: by its backend and decode."""
+    def going(self, way: Mapping[str, str]) -> Self:
+        """This encoder, its model shared, going another `way`; what that does not say stays."""
         self._loaded  # noqa: B018 - the copy has it too
         new = copy.deepcopy(self)
         new.__dict__.pop("fingerprint", None)
-        new._backend, new.decode, new._pickled = preprocessing.get("backend", PIL), preprocessing.get("decode", FULL), None
+        asked = self.way | dict(way)
+        new._backend, new.decode, new._pickled = asked["backend"], asked["decode"], None
+        new.dtype = asked.get("dtype", self.dtype)
         return new
 
     @property
@@ -166,8 +209,13 @@ class FrozenEncoder(ABC):
         return self._fingerprint_of(self._loaded)
 
     def _fingerprint_of(self, built: Built) -> str:
-        preprocessing = built.preprocessing | self._way
-        return fingerprint({"weights": built.weights_hash, "architecture": dict(built.architecture), "preprocessing": preprocessing})
+        preprocessing = built.preprocessing | self._reading
+        architecture = dict(built.architecture) | ({"dtype": self.dtype} if self._is_cast else {})
+        return fingerprint({"weights": built.weights_hash, "architecture": architecture, "preprocessing": preprocessing})
+
+    @property
+    def _is_cast(self) -> bool:
+        return self.casts and self.dtype == BFLOAT16
 
     @property
     def _device(self) -> torch.device:
@@ -204,19 +252,22 @@ class FrozenEncoder(ABC):
         )
 
     def _encode(self, images: torch.Tensor, normalize: bool) -> torch.Tensor:
+        return self._scaled(self._loaded.encode_cast(images) if self._is_cast else self._loaded.encode(images), normalize)
+
+    @staticmethod
+    def _scaled(vectors: torch.Tensor, normalize: bool) -> torch.Tensor:
         from torch.nn import functional
 
-        vectors = self._loaded.encode(images)
-        return functional.normalize(vectors, dim=-1) if normalize else vectors
+        return functional.normalize(vectors.float(), dim=-1) if normalize else vectors
 
     def _encode_pixels(self, pixels: torch.Tensor, *, normalize: bool, prepared: bool, crop_rounds_down: bool = False) -> torch.Tensor:
-        """What `Differentiable` asks for, of a model of torch."""
+        """What `Differentiable` asks for, of a model of torch; never cast, as gradients would be coarse."""
         import torch
 
         standardised = prepare_pixels(
             pixels.to(self._device, torch.float32), self.preprocessing, prepared=prepared, crop_rounds_down=crop_rounds_down
         )
-        return self._encode(standardised, normalize)
+        return self._scaled(self._loaded.encode(standardised), normalize)
 
 
 def checked_device(name: str) -> torch.device:
@@ -236,6 +287,25 @@ def checked_device(name: str) -> torch.device:
         reason = str(error).strip().splitlines()[0][:200]
         raise InputError(f"encoder.device {name!r} cannot be used ({reason}); give auto, cpu or the name of a GPU") from error
     return device
+
+
+def image_tower_cast(model: torch.nn.Module, *, seeing: Callable[[str], bool]) -> torch.nn.Module:
+    """A copy of a model whose parts that see images are in bfloat16; all others are shared.
+
+    Weights that are cast once are twice as quick as `torch.autocast`, which casts them at each call (docs/scale.md).
+
+    Args:
+        model: of float32.
+        seeing: whether the part of a name sees images.
+    """
+    import torch
+
+    shared = {id(part): part for name, part in model.named_children() if not seeing(name)}
+    copied: torch.nn.Module = copy.deepcopy(model, shared)
+    for name, part in copied.named_children():
+        if seeing(name):
+            part.to(torch.bfloat16)
+    return copied
 
 
 def hash_state(model: torch.nn.Module) -> str:

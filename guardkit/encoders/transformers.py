@@ -20,7 +20,7 @@ import numpy as np
 
 from guardkit.artifacts import read_json, weights_variant, written
 from guardkit.encoders.base import BACKENDS, TORCHVISION, CutTexts
-from guardkit.encoders.frozen import Built, FrozenEncoder, checked_device, hash_state, trial
+from guardkit.encoders.frozen import Built, FrozenEncoder, checked_device, hash_state, image_tower_cast, trial
 from guardkit.encoders.places import LOCAL, encoder_folder, named_folder, named_weights, offline
 from guardkit.progress import bars_on_terminals_only
 from guardkit.schema import InputError, shortened
@@ -85,19 +85,29 @@ class TransformersEncoder(FrozenEncoder):
             torchvision for DINOv3, which has no other.
         decode: of JPEG files: "full", or "reduced": one whose sides are at least four times what the model sees is decoded at a half, a quarter or an
             eighth, never below twice what it sees. Several times as quick on photographs of a camera, and further from "full" than the backends.
+        dtype: of the image tower: "float32", or "bfloat16": quicker where the machine computes in it, with half as much memory beside the
+            float32 model, which texts and gradients keep. Vectors move a little, so that it is another encoder.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         batch_size: images encoded at once.
     Raises:
         InputError: a folder that is not there or incomplete, a model of another family, or an unknown backend.
     """
 
+    casts = True
     _names_pil = True
 
     def __init__(
-        self, weights: str, *, backend: str | None = None, decode: str = "full", device: str = "auto", batch_size: int = 32
+        self,
+        weights: str,
+        *,
+        backend: str | None = None,
+        decode: str = "full",
+        dtype: str = "float32",
+        device: str = "auto",
+        batch_size: int = 32,
     ) -> None:
         self.weights = weights
-        super().__init__(weights, device=device, batch_size=batch_size, backend=backend, decode=decode)
+        super().__init__(weights, device=device, batch_size=batch_size, backend=backend, decode=decode, dtype=dtype)
         self._cut = CutTexts(weights)
         named_folder(weights, holds=_CONFIG)  # what is wrong with it is told at once
 
@@ -120,7 +130,7 @@ class TransformersEncoder(FrozenEncoder):
     @property
     def config(self) -> dict[str, Any]:
         """Arguments that build this encoder again."""
-        return {"weights": self.weights, "backend": self._backend, "decode": self.decode}
+        return {"weights": self.weights, "backend": self._backend, "decode": self.decode, "dtype": self.dtype}
 
     @property
     def backend(self) -> str:
@@ -135,9 +145,7 @@ class TransformersEncoder(FrozenEncoder):
             if any(fnmatch(name, pattern) for pattern in _PATTERNS):
                 with written(folder / name) as temporary:
                     shutil.copyfile(self._folder / name, temporary)
-        return TransformersEncoder(
-            f"{LOCAL}{folder}", backend=self._backend, decode=self.decode, device=self.device, batch_size=self.batch_size
-        )
+        return TransformersEncoder(f"{LOCAL}{folder}", **self._settings)
 
     def reads(self, folder: Path) -> bool:
         """See `Portable`."""
@@ -189,7 +197,7 @@ class TransformersEncoder(FrozenEncoder):
             model.eval().requires_grad_(False).to(device)
             said = _preprocessing(processors[self.backend])
 
-            forward = model if family.texts is None else model.get_image_features
+            forward = self._images_of(model)
             dim = trial(lambda batch: forward(pixel_values=batch.to(device)).pooler_output, said["size"])
         except InputError:
             raise
@@ -200,10 +208,16 @@ class TransformersEncoder(FrozenEncoder):
                 f"different models: get {folder} anew"
             ) from error
         vision = getattr(model.config, "vision_config", model.config)
+
+        def cast() -> Callable[[torch.Tensor], torch.Tensor]:
+            tower = self._images_of(image_tower_cast(model, seeing=lambda name: not name.startswith("text")))
+            return lambda batch: tower(pixel_values=batch.to(self._device, torch.bfloat16)).pooler_output
+
         return Built(
             model,
             preprocess=lambda image, how: processors[how["backend"]](images=Image.fromarray(image), return_tensors="pt")["pixel_values"][0],
             encode=lambda batch: forward(pixel_values=batch.to(self._device)).pooler_output,
+            cast=cast,
             dim=dim,
             preprocessing=said,
             architecture={name: getattr(vision, name, None) for name in _DECIDES},
@@ -220,13 +234,12 @@ class TransformersEncoder(FrozenEncoder):
         """See `Traceable`."""
         from guardkit.encoders.tracing import ImageTower
 
-        has_texts = self._family.texts is not None
+        return ImageTower(self.model, lambda model, pixels: self._images_of(model)(pixel_values=pixels).pooler_output)
 
-        def encode(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-            vectors: torch.Tensor = (model.get_image_features if has_texts else model)(pixel_values=pixels).pooler_output
-            return vectors
-
-        return ImageTower(self.model, encode)
+    def _images_of(self, model: Any) -> Callable[..., Any]:
+        """What a model of this family is asked for the vectors of images."""
+        forward: Callable[..., Any] = model if self._family.texts is None else model.get_image_features
+        return forward
 
     @property
     def encode_texts(self) -> Callable[[list[str]], np.ndarray]:

@@ -101,9 +101,14 @@ class VLMEncoder(FrozenEncoder):
             if text is not None and not isinstance(text, str):
                 raise InputError(f"encoder.{name} must be a text or null, got {shortened(repr(text))}")
         self.weights, self.prompt, self.rules, self.layer = weights, prompt, rules, layer
-        self.image_size, self.dtype, self.adapter = image_size, dtype, adapter
+        self.image_size, self.adapter = image_size, adapter
         super().__init__(
-            f"{weights} with an adapter" if adapter else weights, device=device, batch_size=batch_size, backend=backend, decode=decode
+            f"{weights} with an adapter" if adapter else weights,
+            device=device,
+            batch_size=batch_size,
+            backend=backend,
+            decode=decode,
+            dtype=dtype,
         )
         named_folder(weights, holds=_CONFIG)  # what is wrong with it is told at once
 
