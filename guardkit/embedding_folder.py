@@ -113,13 +113,6 @@ class StoredVectors:
         """See `take`."""
         return self.take(np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Another process opens the files itself."""
-        return self.__dict__ | {"_opened": OrderedDict(), "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"_lock": threading.Lock()}
-
     def take(self, rows: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
         """(m, d) float32 unit vectors of (m,) rows, best in rising order; NaN where a stored one is zero or not finite.
 
@@ -140,9 +133,9 @@ class StoredVectors:
                     stop = min(start + _AT_ONCE, end)
                     stored = self._open(part).take(wanted[start:stop] - self.firsts[part], room)
                     if order is None:
-                        _unit(stored, vectors[start:stop])
+                        unit_rows(stored, vectors[start:stop])
                     else:
-                        vectors[order[start:stop]] = _unit(stored, np.empty(stored.shape, np.float32))
+                        vectors[order[start:stop]] = unit_rows(stored)
         return vectors
 
     def _open(self, part: int) -> _File:
@@ -229,8 +222,14 @@ def _runs(rows: np.ndarray, row_bytes: int, n_bytes: int) -> Iterator[tuple[int,
             start = stop
 
 
-def _unit(block: np.ndarray, into: np.ndarray) -> np.ndarray:
-    """(n, d) of any number type -> `into`, (n, d) float32 of unit length; NaN where that is not possible."""
+def unit_rows(block: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
+    """(n, d) of any number type -> (n, d) float32 of unit length; NaN where that is not possible.
+
+    Args:
+        block: as stored.
+        into: (n, d) float32, where they are put; None: new memory.
+    """
+    into = np.empty(block.shape, np.float32) if into is None else into
     vectors = torch.from_numpy(into)
     with np.errstate(over="ignore", invalid="ignore"):  # of numbers that float32 does not hold
         # PyTorch converts float16 many times faster than NumPy

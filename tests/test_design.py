@@ -36,6 +36,7 @@ ALLOWED = {
     ("inputs", "images"),  # whatever it is, the reader reads it
     ("classifier", "embedding_folder"), ("classifier", "guard_folder"), ("guard_folder", "guard_config"), ("guard_folder", "guard_card"), ("guard_folder", "guard_parts"), ("guard_parts", "guard_config"),  # a guard on disk
     ("heads", "encoders"),  # a head may start from texts, which not every encoder reads
+    ("encoders", "images"),  # how far two ways of reading are apart is measured on files
     ("encoders", "vlm"),  # a model that sees and speaks is loaded in one way, whether it is asked or looked into
     ("explaining", "encoders"),  # a map is one of what an encoder sees
     ("editors", "scenes"),  # the exact editor belongs to the world it edits

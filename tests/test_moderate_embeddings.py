@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -179,6 +180,7 @@ def test_what_does_not_fit_is_refused_in_a_line(guard, images, stored, scenes_en
     refused("only one of img_emb/ and metadata/", foreign(tmp_path / "bare", {0: whole}, {}))
     (tmp_path / "bare/img_emb").rename(tmp_path / "bare/metadata")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "bare/metadata/metadata_0.parquet")
+    shutil.copy(stored / "manifest.json", tmp_path / "bare")
     refused("has metadata/ of an embedding folder, and no vectors in img_emb/; copy", tmp_path / "bare")
     refused("engine must be an engine, such as .*, got 'ray'; names are for the command line", engine="ray")
     for_images = "is an embedding folder, which holds vectors and no images"

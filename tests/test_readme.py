@@ -16,9 +16,6 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 # a command that needs the network, or that serves until somebody stops it, says so in its comment: its settings are checked, and it is not run
 NOT_RUN = re.compile(r"^(python -m guardkit\..*?)\s+# \((network|serves)\).*$", re.MULTILINE)
 
-# what is said to a command beside what is written: a tenth of the test images proves the same
-FEWER = {("experiment=pairs_aug",): ["source.n_test=45"]}
-
 
 def lay_out(photos):
     """Photographs as the README describes them: some with a box, and one that cannot be read."""
@@ -66,7 +63,7 @@ def run(tmp_path_factory):
                 case ["pytest"]:
                     pass  # these are the tests
                 case ["python", "-m", module, *arguments]:
-                    keep(call(module, *arguments, *FEWER.get(tuple(arguments), ()), cwd=work))
+                    keep(call(module, *arguments, cwd=work))
                 case _:
                     pytest.fail(f"the README has a command of a new kind: {shlex.join(command)}")
     return work, printed, installed
@@ -98,8 +95,7 @@ def test_the_table_shown_has_the_lines_that_are_printed(run):
 
     _, printed, _ = run
     tables = [block for language, block in BLOCKS if language == "text" and "seed 0" in block]
-    # the first of them on a tenth of the test images
-    trained = [re.sub(r"\(n=(\d+)\)", lambda n: f"(n={10 * int(n[1])})", one) for one in printed if ", seed 0\n" in one]
+    trained = [one for one in printed if ", seed 0\n" in one]
     assert [labels(table) for table in tables] == [labels(one) for one in trained[: len(tables)]]
 
 

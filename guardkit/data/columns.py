@@ -178,7 +178,7 @@ def is_large(records: Sequence[Record]) -> bool:
     return isinstance(records, RecordTable) and are_many(len(records))
 
 
-def is_of_large(records: Sequence[Record]) -> TypeGuard[RecordTable]:
+def is_of_large_folder(records: Sequence[Record]) -> TypeGuard[RecordTable]:
     """Whether they come from a folder that is."""
     return isinstance(records, RecordTable) and records.columns.is_large
 

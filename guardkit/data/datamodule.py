@@ -27,7 +27,7 @@ from guardkit.checks import MAX_SEED, check_choice, check_flag, check_number, ch
 from guardkit.counterfactual.pipeline import CounterfactualPipeline, EditCounts
 from guardkit.data.arms import NEGATIVES, OF_THE_UNSAFE, POSITIVES, TRANSFORMS, Batch, Choice, Orders, make_batch
 from guardkit.data.budget import check_edits, check_transplants, chosen_in_budget, edited
-from guardkit.data.columns import LARGE, RecordTable, are_many, check_listable, is_of_large, labels_of, picked, usable, with_images
+from guardkit.data.columns import LARGE, RecordTable, are_many, check_listable, is_of_large_folder, labels_of, picked, usable, with_images
 from guardkit.data.controls import Control, make_controls
 from guardkit.data.duplicates import perceptual_hash
 from guardkit.data.grouping import load_source, why_rejected
@@ -142,7 +142,7 @@ class GuardDataModule(L.LightningDataModule):
         choice, self.notes = chosen_in_budget(orders, self.n_unsafe, kinds, self.safe_per_unsafe, where, why_rejected(self.loaded))
         n_batches = -(-len(choice.train["unsafe"]) // self.batch_size)
         for kind, records in choice.train.items():
-            if is_of_large(records) and are_many(len(records) // max(1, n_batches)):
+            if is_of_large_folder(records) and are_many(len(records) // max(1, n_batches)):
                 raise InputError(
                     f"{where} would put {len(records)} {kind} images into {n_batches} batches, allowed are {LARGE} in one; give a number as "
                     "data.safe_per_unsafe, more unsafe images, or a smaller data.batch_size"
@@ -202,7 +202,7 @@ class GuardDataModule(L.LightningDataModule):
         def pools(images: dict[str, Sequence[Record]], chunk: int | None) -> dict[str, Pool | StoredPool]:
             found: dict[str, Pool | StoredPool] = {}
             for kind, records in images.items():
-                if is_of_large(records) and kind in ORIGINALS and self.transform == "none":
+                if is_of_large_folder(records) and kind in ORIGINALS and self.transform == "none":
                     found[kind] = StoredPool(records, self.policy.category_names)
                     continue
                 found[kind] = pool = self.views.pool(kind, self.policy.category_names)
@@ -312,7 +312,7 @@ class GuardDataModule(L.LightningDataModule):
             for split, images in parts.items()
             for kind, records in images.items()
             if (kind == "unsafe" or kind not in OF_THE_UNSAFE)  # each image once
-            if not is_of_large(records)
+            if not is_of_large_folder(records)
             for record in records
         ]
         if set(EDITED) & set(self.negatives):
@@ -327,7 +327,7 @@ class GuardDataModule(L.LightningDataModule):
             (split, RecordTable(records.columns, np.sort(records.rows)))
             for split, images in parts.items()
             for kind, records in images.items()
-            if is_of_large(records) and (kind == "unsafe" or kind not in OF_THE_UNSAFE)
+            if is_of_large_folder(records) and (kind == "unsafe" or kind not in OF_THE_UNSAFE)
         ]
 
     def lent_images(self) -> list[Record]:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from guardkit.artifacts import parse_json
 from guardkit.data.columns import WITHOUT_DIRECTION
 from guardkit.data.sources.files import printable
-from guardkit.embedding_folder import MANIFEST, REJECTED, find_embedding_parts
+from guardkit.embedding_folder import MANIFEST, REJECTED, find_embedding_parts, unit_rows
 from guardkit.folders import FINISHED, MARK
 from guardkit.reading import array_head
 from guardkit.schema import InputError
@@ -73,7 +73,7 @@ class Vectors:
             for rows in _tables(self.table, self.id_column, n):
                 some = slice(number, number + len(rows))
                 block = _numbers(file, dtype, len(rows) * width).reshape(-1, width) if whole is None else whole[some]
-                for own, vector in zip(rows, _unit(block), strict=True):
+                for own, vector in zip(rows, unit_rows(block), strict=True):
                     said = own.pop(self.id_column or _PATH, None)
                     name = printable(f"{self.name}#{number}" if said is None or said == "" else str(said))
                     number += 1
@@ -82,18 +82,14 @@ class Vectors:
 
 
 @dataclass(frozen=True)
-class NotEmbedded:
-    """Images that `embed` could not embed, with its reasons and what else was known of them.
+class _OneFile:
+    """Rows of which one file knows.
 
     Attributes:
-        file: rejected.parquet.
-        id_column: see `Vectors`; used where these rows have it.
-        n: how many the manifest counts.
+        file: of them.
     """
 
     file: File
-    id_column: str | None
-    n: int
 
     @property
     def name(self) -> str:
@@ -104,6 +100,19 @@ class NotEmbedded:
     def version(self) -> list[str]:
         """Of the file."""
         return [self.file.version]
+
+
+@dataclass(frozen=True)
+class NotEmbedded(_OneFile):
+    """Images that `embed` could not embed, with its reasons and what else was known of them.
+
+    Attributes:
+        id_column: see `Vectors`; used where these rows have it.
+        n: how many the manifest counts.
+    """
+
+    id_column: str | None
+    n: int
 
     def count(self) -> int:
         """How many there are."""
@@ -119,24 +128,8 @@ class NotEmbedded:
 
 
 @dataclass(frozen=True)
-class Unmatched:
-    """A file of vectors without metadata, or the reverse, in a folder of another tool: rows of which the half is missing.
-
-    Attributes:
-        file: that is there.
-    """
-
-    file: File
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return self.file.name
-
-    @property
-    def version(self) -> list[str]:
-        """Of the file."""
-        return [self.file.version]
+class Unmatched(_OneFile):
+    """A file of vectors without metadata, or the reverse, in a folder of another tool: rows of which the half is missing."""
 
     def count(self) -> int:
         """How many rows it has. Raises InputError where it cannot be read."""
@@ -183,7 +176,7 @@ def embedding_folder(folder: File, prefix: str = "", id_column: str | None = Non
         InputError: it is not complete, its files do not fit each other or the manifest.
     """
     vectors, tables = _numbered(folder, "img_emb", ".npy"), _numbered(folder, "metadata", ".parquet")
-    if not vectors and not tables:
+    if not vectors and not (tables and _has(folder, MANIFEST)):
         return None
     if not vectors:
         raise InputError(f"{folder} has metadata/ of an embedding folder, and no vectors in img_emb/; {_MEND}")
@@ -224,6 +217,10 @@ def _numbered(folder: File, kind: str, end: str) -> dict[int, File]:
     return dict(sorted(found.items()))
 
 
+def _has(folder: File, name: str) -> bool:
+    return (folder.at / name).is_file() if isinstance(folder.at, Path) else item(joined(folder.at, name)) is not None
+
+
 def _beside(folder: File, name: str) -> File:
     """A file of the folder, whether or not it is there."""
     if isinstance(folder.at, Path):
@@ -241,9 +238,9 @@ def _manifest(folder: File) -> dict[str, Any] | None:
     """That of a folder in object storage, with what is asked of it here; None: another tool wrote the folder."""
 
     def said(name: str) -> dict[str, Any] | None:
-        file = _beside(folder, name)
-        if item(str(file.at)) is None:
+        if not _has(folder, name):
             return None
+        file = _beside(folder, name)
         try:
             value = parse_json(read(str(file.at), limit=_MANIFEST_BYTES))
         except StorageError:
@@ -311,12 +308,3 @@ def _tables(file: File, id_column: str | None, n: int) -> Iterator[list[dict[str
         batch: pa.RecordBatch
         for batch in table.iter_batches(_ROWS):
             yield batch.to_pylist()
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    """(m, d) of any floating-point type -> float32 of unit length; NaN where that is not possible."""
-    with np.errstate(over="ignore", invalid="ignore"):  # of numbers that float32 does not hold
-        floats = rows.astype(np.float32)
-        norms = np.linalg.norm(floats, axis=1, keepdims=True)
-        norms[~np.isfinite(norms) | (norms == 0)] = np.nan
-        return floats / norms
