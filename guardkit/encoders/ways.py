@@ -85,7 +85,8 @@ def drawn_images() -> list[bytes]:
         for _ in range(12):
             corner, colour = rng.integers(0, (_COLUMNS, _ROWS)), rng.integers(0, 256, 3).tolist()
             cv2.ellipse(shades, corner.tolist(), rng.integers(15, 360, 2).tolist(), float(rng.uniform(0, 180)), 0, 360, colour, -1)
-        done, data = cv2.imencode(".jpg", np.clip(shades + rng.normal(0, 8, shades.shape), 0, 255), [cv2.IMWRITE_JPEG_QUALITY, 90])
+        levels = np.rint(np.clip(shades + rng.normal(0, 8, shades.shape), 0, 255)).astype(np.uint8)
+        done, data = cv2.imencode(".jpg", levels, [cv2.IMWRITE_JPEG_QUALITY, 90])
         assert done
         images.append(data.tobytes())
     return images
