@@ -67,6 +67,8 @@ def report_page(facts: Mapping[str, Any], guard: GuardClassifier, scope: tuple[s
             "violated": ", ".join(row["violated"] or ()),
             "frame": row["frame"],
             "near": row["near_duplicate_of"],
+            "takes_verdict": row["action"] in ("review", "block")
+            and row["sha256"] is not None,  # one is of bytes: of stored vectors nobody knows them
             "data": None if row["_thumbnail"] is None else "data:image/jpeg;base64," + base64.b64encode(row["_thumbnail"]).decode(),
         }
         for row in facts["queue"]
