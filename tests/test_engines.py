@@ -133,6 +133,24 @@ def test_the_same_bytes_whoever_embeds_and_decides(started, scenes_encoder, scen
     assert tables[0]["duplicate_of"].null_count == 11 - 1 + 1  # all of the second folder, and one of the first
 
 
+class Lazy(LocalEngine):
+    """An engine of somebody else's that forgets the last item."""
+
+    name = "lazy"
+
+    def run(self, task, items):
+        return super().run(task, items[:-1])
+
+
+def test_an_engine_that_leaves_work_undone_is_one_line(scenes_encoder, pictures, tmp_path):
+    asked = {"input": pictures, "encoder": scenes_encoder, "output_dir": tmp_path / "out", "shard_size": 4}
+    with pytest.raises(
+        InputError, match="engine=lazy left 1 of 3 shards undone, the first is .*; it must yield every item; what was done stays"
+    ):
+        guardkit.embed(**asked, engine=Lazy())
+    assert guardkit.embed(**asked)["given"] == 11
+
+
 class Marking:
     """The editor of drawn scenes, which refuses every third seed, marks what it is asked, and ends its process once, before its fourth batch."""
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from guardkit.artifacts import fingerprint
 from guardkit.engines.base import Engine, Put
 from guardkit.progress import ticking
+from guardkit.schema import InputError
 from guardkit.shards.base import Shard
 from guardkit.shards.output import Output
 
@@ -166,6 +167,11 @@ def work_on(work: Work, shards: Sequence[Shard], engine: Engine, *, what: str, k
             done[shard.number] = entry
             if not engine.is_here:
                 tick(entry["given"])
+    left = [shard.name for shard in rest if shard.number not in done]
+    if left:  # an engine of somebody else's
+        raise InputError(
+            f"engine={engine.name} left {len(left)} of {len(rest)} shards undone, the first is {left[0]}; it must yield every item; what was done stays"
+        )
     return [done[shard.number] for shard in shards]
 
 
