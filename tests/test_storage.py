@@ -256,6 +256,15 @@ def test_no_such_bucket(bucket):
         storage.write("s3://nobody-has-it/x", b"")
 
 
+def test_a_short_key_of_a_server_to_try_hides_no_letters(bucket, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    with pytest.raises(MissingError, match="there is no bucket 'nobody-has-it'"):
+        storage.items("s3://nobody-has-it/x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nobody-has-it")
+    with pytest.raises(MissingError, match=r"there is no bucket '\*\*\*'"):
+        storage.items("s3://nobody-has-it/x")
+
+
 def test_no_credentials_no_profile_no_server(bucket, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
