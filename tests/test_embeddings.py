@@ -239,7 +239,9 @@ def test_a_folder_that_another_tool_wrote(tmp_path, scenes_policy):
         ("d", 1, None),
     ]
     assert loaded.encoder_fingerprint is None
-    with pytest.raises(InputError, match="has no column 'label'; it has image_path, verdict, kind; set source.label_column"):
+    with pytest.raises(
+        InputError, match="has no column 'label'; it has image_path, verdict, kind; set source.label_column, or .* source.labels_file"
+    ):
         EmbeddingsSource(scenes_policy, str(folder)).load()
 
 

@@ -70,7 +70,7 @@ class Inputs:
             if not place.is_folder and not place.ends_with(*TAR, *_LISTS, ".parquet"):
                 raise InputError(
                     f"input={place} is none of what can be read: a folder, {', '.join(TAR)}, .parquet, or a list of paths ({', '.join(_LISTS)}); "
-                    "for one image give its folder, or call GuardClassifier.predict"
+                    "for one image give its folder, or call GuardClassifier.predict; of an embedding folder give what holds img_emb/ and metadata/"
                 )
         several = len(self._places) > 1
         self._vectors = {

@@ -183,7 +183,12 @@ class EmbeddingsSource:
         schema, numbers = self._schema, self._numbers
         columns = _there(self._rule, schema.names)
         if self._labels_file is None:
-            self._rule.find(schema.names, f"{self.root}/metadata")
+            try:
+                self._rule.find(schema.names, f"{self.root}/metadata")
+            except InputError as error:
+                if "label" in columns:
+                    raise
+                raise InputError(f"{error}, or give a table of labels as source.labels_file") from error
         else:
             self._labels = LabelTable(self._labels_file, self._key_column, self._rule, reader, schema.names)
             if "path" not in columns:
