@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 MARK, LOCK = ".guardkit.json", ".lock"
 FINISHED, UNFINISHED = "finished", "unfinished"
+GOES_ON, BEGINS_ANEW = "goes on with the earlier run", "replaces the earlier run, which was finished"
 
 
 @dataclass
@@ -104,6 +105,7 @@ def claim(
     check: Callable[[], object] | None = None,
     beside: Sequence[str] = (),
     differs: str = "made with other settings",
+    keeps: bool = True,
 ) -> Iterator[None]:
     """Makes a folder this run's own until the block ends: locked, marked as unfinished, and as finished at the end.
 
@@ -117,6 +119,7 @@ def claim(
         beside: names of files that people may bring along into a folder without a mark.
         check: looks further into what an earlier run left, and raises InputError where this run cannot go on with it.
         differs: what results are that were made with other settings.
+        keeps: whether a command that goes on finds stored work of a finished run, too.
     Raises:
         InputError: another process holds the folder, it belongs to another command or other settings, or it holds files
             that guardkit did not write.
@@ -141,9 +144,8 @@ def claim(
             _remove(folder, replaces, [name for name in earlier if isinstance(name, str)])
         if before is not None:
             same = "the same" if before.get("settings") == wanted else "other"
-            log.info(
-                "%s: %s", folder, "goes on with the earlier run" if replaces is None else f"replaces an earlier run with {same} settings"
-            )
+            said = GOES_ON if replaces is None else f"replaces an earlier run with {same} settings"
+            log.info("%s: %s", folder, BEGINS_ANEW if replaces is None and not keeps and before.get("state") == FINISHED else said)
         others = set(_visible(folder))
         if held.on_claim is not None:
             held.on_claim()

@@ -228,7 +228,8 @@ def stopped_after(n, monkeypatch):
     return n_decided
 
 
-def test_a_stopped_run_goes_on_and_gives_the_same_rows(guard, uploads, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_and_gives_the_same_rows(guard, uploads, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     whole = pq.read_table(guardkit.moderate(guard, uploads, output_dir=tmp_path / "whole", shard_size=4).folder / "decisions.parquet")
     n_decided = stopped_after(10, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -237,10 +238,22 @@ def test_a_stopped_run_goes_on_and_gives_the_same_rows(guard, uploads, tmp_path,
     n_decided.clear()
     report = guardkit.moderate(guard, uploads, output_dir=tmp_path / "again", shard_size=4)
     assert len(n_decided) == 15 - 8  # two shards were written
+    assert "goes on with the earlier run" in caplog.text
     assert pq.read_table(report.folder / "decisions.parquet").to_pylist() == whole.to_pylist()
     # with other settings it is not gone on with
     with pytest.raises(InputError, match="made with another guard or other settings"):
         guardkit.moderate(guard, uploads, output_dir=tmp_path / "again", trim_bars=True)
+
+
+@pytest.mark.parametrize("place", ["{}/out", "memory://moderate-finished/out"])
+def test_a_finished_run_is_replaced_and_that_is_said(guard, uploads, tmp_path, caplog, place):
+    caplog.set_level("INFO")
+    place = place.format(tmp_path)
+    for _ in range(2):
+        assert "earlier run" not in caplog.text
+        guardkit.moderate(guard, uploads, output_dir=place)
+    assert "replaces the earlier run, which was finished" in caplog.text
+    assert "goes on" not in caplog.text
 
 
 def test_a_shard_that_changed_while_a_run_was_stopped_is_decided_anew(guard, uploads, tmp_path, monkeypatch, caplog):
@@ -271,6 +284,7 @@ def test_the_page_shows_the_queue_blurred_and_loads_nothing(guard, uploads, tmp_
     [
         ("nowhere", "is not there; give a folder, a tar file, a Parquet file, or a list of paths"),
         ("one.jpg", "is none of what can be read"),
+        ("one.npy", "of an embedding folder give what holds img_emb/ and metadata/"),
         ("empty", "holds nothing to decide over"),
         ([], "input is an empty list"),
         ("columns.parquet", "no column of encoded images; it has a, b; set image_column"),
@@ -278,7 +292,8 @@ def test_the_page_shows_the_queue_blurred_and_loads_nothing(guard, uploads, tmp_
 )
 def test_a_wrong_input_is_one_line(guard, tmp_path, given, message):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "one.jpg").touch()
+    for name in ("one.jpg", "one.npy"):
+        (tmp_path / name).touch()
     pq.write_table(pa.table({"a": [1], "b": ["x"]}), tmp_path / "columns.parquet")
     place = [tmp_path / one for one in given] if isinstance(given, list) else tmp_path / given
     with pytest.raises(InputError, match=message):

@@ -145,7 +145,7 @@ def moderate(
     nothing = InputError(f"input={input} holds nothing to decide over; give a folder of images, tar or Parquet files, or a list of paths")
     if not shards:
         raise nothing
-    with output.claimed("moderate", settings, differs="made with another guard or other settings"):
+    with output.claimed("moderate", settings, differs="made with another guard or other settings", keeps=False):
         entries = work_on(Deciding(guard, options, banks, output), shards, engine, what="deciding over images")
         with output.here([name for entry in entries for name in entry["files"]]) as parts:
             if not parts:

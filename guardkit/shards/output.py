@@ -15,7 +15,7 @@ from typing import Any
 
 from guardkit import __version__
 from guardkit.artifacts import fingerprint, parse_json, read_json, written
-from guardkit.folders import FINISHED, MARK, UNFINISHED, claim, refuse_others
+from guardkit.folders import BEGINS_ANEW, FINISHED, GOES_ON, MARK, UNFINISHED, claim, refuse_others
 from guardkit.publishing import check_owner
 from guardkit.schema import InputError
 from guardkit.storage import check_url, delete, is_url, item, items, joined, local_path, opened, read, write
@@ -190,7 +190,13 @@ class Output:
 
     @contextmanager
     def claimed(
-        self, command: str, settings: Mapping[str, Any], *, differs: str, recognise: Callable[[], Any] | None = None
+        self,
+        command: str,
+        settings: Mapping[str, Any],
+        *,
+        differs: str,
+        recognise: Callable[[], Any] | None = None,
+        keeps: bool = True,
     ) -> Iterator[None]:
         """Makes it this run's own until the block ends, see `folders.claim`; a run goes on with what one with the same settings left.
 
@@ -201,7 +207,7 @@ class Output:
             InputError: it belongs to another command or other settings, or holds files that guardkit did not write.
         """
         if self.folder is not None:
-            with claim(self.folder, command, settings, recognise=recognise, differs=differs):
+            with claim(self.folder, command, settings, recognise=recognise, differs=differs, keeps=keeps):
                 yield
             return
         there = items(self.url)
@@ -213,7 +219,7 @@ class Output:
                 raise InputError(f"{self} holds the results of guardkit {mark.get('command')}, not of {command}; choose another output_dir")
             if mark.get("settings") != wanted:
                 raise InputError(f"{self} holds results of guardkit {command} that were {differs}; choose another output_dir")
-            log.info("%s: goes on with the earlier run", self)
+            log.info("%s: %s", self, GOES_ON if keeps or mark.get("state") != FINISHED else BEGINS_ANEW)
         self._mark({"command": command, "settings": wanted, "guardkit": __version__, "state": UNFINISHED, "files": []})
         yield
         self._mark({"command": command, "settings": wanted, "guardkit": __version__, "state": FINISHED, "files": []})
