@@ -269,6 +269,8 @@ def find_embedding_parts(folder: Path, *, with_tables: bool = False, only_matche
             {number: path for number, path in files.items() if number not in odd} for files in (vector_files, table_files)
         )
         odd = []
+    if with_tables and manifest is None and not table_files:
+        raise lacking_metadata(folder)
     if odd and (table_files or with_tables):
         raise InputError(f"{folder} has shards {odd} in only one of img_emb/ and metadata/; copy the folder anew")
     if manifest and manifest["n_shards"] != len(vector_files):
@@ -292,6 +294,14 @@ def find_embedding_parts(folder: Path, *, with_tables: bool = False, only_matche
     if manifest and n_rows != manifest["written"]:
         raise InputError(f"{folder} holds {n_rows} embeddings, its {MANIFEST} says {manifest['written']}; copy the folder anew")
     return EmbeddingParts(folder, manifest, vector_files, table_files, n_rows, sizes, width, unmatched)
+
+
+def lacking_metadata(folder: object) -> InputError:
+    """Of a folder of another tool that has vectors alone."""
+    return InputError(
+        f"{folder} has vectors and no metadata; write metadata/metadata_<i>.parquet beside each img_emb/img_emb_<i>.npy: a table of as many rows, "
+        "with what is known of each image"
+    )
 
 
 def read_stored_embeddings(folder: Path) -> StoredEmbeddings:

@@ -118,8 +118,9 @@ def test_python_makes_the_same_of_the_same_parts(trained, monkeypatch):
     assert made.guard.threshold == loaded.threshold
 
 
-def test_it_is_evaluated_beside_a_foreign_baseline(run, trained, tmp_path):
+def test_it_is_evaluated_beside_a_foreign_baseline_on_a_foreign_engine(run, trained, tmp_path):
     settings = [f"guard={trained}", "trust=[guardkit_extension]", "source=dots", "baselines=[redness,always_unsafe]"]
+    settings += ["engine=processes", "engine.workers=1"]
     run("guardkit.evaluate", *PARTS[:2], *settings, f"output_dir={tmp_path / 'out'}")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     f1 = {name: one["effectiveness"]["f1"]["value"] for name, one in summary["classifiers"].items()}

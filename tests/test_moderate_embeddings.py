@@ -181,7 +181,7 @@ def test_what_does_not_fit_is_refused_in_a_line(guard, images, stored, scenes_en
     )
     whole = np.ones((2, scenes_encoder.dim), np.float32)
     refused("metadata_00.parquet has 1 rows, expected are 2", foreign(tmp_path / "rows", {0: whole}, {0: rows}))
-    refused("only one of img_emb/ and metadata/", foreign(tmp_path / "bare", {0: whole}, {}))
+    refused("has vectors and no metadata; write metadata/metadata_<i>.parquet", foreign(tmp_path / "bare", {0: whole}, {}))
     (tmp_path / "bare/img_emb").rename(tmp_path / "bare/metadata")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "bare/metadata/metadata_0.parquet")
     shutil.copy(stored / "manifest.json", tmp_path / "bare")

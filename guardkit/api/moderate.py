@@ -68,8 +68,8 @@ def moderate(
 ) -> ModerationReport:
     """Decides over every image that is given, one after the other, in bounded memory, and writes a row for each input.
 
-    The same as `python -m guardkit.moderate`. A run that was stopped goes on where it was, as long as guard, thresholds and settings are the
-    same; a shard of the input that changed meanwhile is decided anew. An image that cannot be read is a row with the action "error", never one that is allowed. Of an animation the worst frame
+    The same as `python -m guardkit.moderate`. A run that was stopped goes on where it was, as long as guard, thresholds, input and settings
+    are the same; a shard of the input that changed meanwhile is decided anew. An image that cannot be read is a row with the action "error", never one that is allowed. Of an animation the worst frame
     decides. Of inputs with the same bytes the first is decided.
 
     Stored embeddings are decided over as the images that they were made of, without these: there is no picture, hash of bytes or repeated input then.
@@ -137,6 +137,7 @@ def moderate(
     shards = list(inputs.shards(shard_size, limit))
     options = Options(check_scope(scope, names), max_pixels, max_frames, trim_bars)
     settings = {
+        "input": inputs.places,
         "guard": guard.fingerprint,
         "thresholds": guard.thresholds.to_dict(),
         "banks": {bank.name: bank.digest for bank in banks},
@@ -145,7 +146,7 @@ def moderate(
     nothing = InputError(f"input={input} holds nothing to decide over; give a folder of images, tar or Parquet files, or a list of paths")
     if not shards:
         raise nothing
-    with output.claimed("moderate", settings, differs="made with another guard or other settings", keeps=False):
+    with output.claimed("moderate", settings, differs="made with another guard, input or other settings", keeps=False):
         entries = work_on(Deciding(guard, options, banks, output), shards, engine, what="deciding over images")
         with output.here([name for entry in entries for name in entry["files"]]) as parts:
             if not parts:

@@ -94,6 +94,11 @@ class Inputs:
                 f"id_column={id_column} names a column of Parquet files and of tables of paths, and input={self._places[0]} has neither; leave it out"
             )
 
+    @property
+    def places(self) -> list[str]:
+        """Where they are, however that was written."""
+        return [str(place.at.resolve()) if isinstance(place.at, Path) else place.at for place in self._places]
+
     def __iter__(self) -> Iterator[Given]:
         return chain.from_iterable(self.shards())
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from guardkit.artifacts import parse_json
 from guardkit.data.columns import WITHOUT_DIRECTION
 from guardkit.data.sources.files import printable
-from guardkit.embedding_folder import MANIFEST, REJECTED, find_embedding_parts, unit_rows
+from guardkit.embedding_folder import MANIFEST, REJECTED, find_embedding_parts, lacking_metadata, unit_rows
 from guardkit.folders import FINISHED, MARK
 from guardkit.reading import array_head
 from guardkit.schema import InputError
@@ -186,6 +186,8 @@ def embedding_folder(folder: File, prefix: str = "", id_column: str | None = Non
     else:
         manifest = _manifest(folder)
         width = None if manifest is None else manifest["dim"]
+    if manifest is None and not tables:
+        raise lacking_metadata(folder)
     odd = sorted(set(vectors) ^ set(tables))
     if odd and (manifest is not None or not set(vectors) & set(tables)):
         raise InputError(f"{folder} has shards {odd} in only one of img_emb/ and metadata/; {_MEND}")
