@@ -15,12 +15,15 @@ from conftest import picture
 
 import guardkit
 from guardkit import GuardClassifier, InputError, LinearHead, storage
+from guardkit.artifacts import fingerprint
 from guardkit.data.duplicates import earliest_near
 from guardkit.embedding_folder import read_embedding_folder
 from guardkit.local_copies import local_folder
+from guardkit.moderation.joining import part_table
 from guardkit.shards.output import Output
 from guardkit.storage import opened
 from guardkit.storage_errors import StorageError
+from guardkit.terminal import one_line
 
 SEEDS = range(6)
 
@@ -255,6 +258,31 @@ def test_a_bucket_in_and_a_bucket_out_give_the_same_rows(scenes_encoder, scenes_
         guardkit.embed(input=f"{bucket}/in", encoder=scenes_encoder, output_dir=f"{bucket}/in/out")
     with pytest.raises(InputError, match="is not there; give a folder"):
         guardkit.embed(input=f"{bucket}/nowhere", encoder=scenes_encoder, output_dir=tmp_path / "x")
+
+
+@pytest.mark.parametrize("out", ["s3a://{}/in/out", "S3A://{}/in/out"])
+def test_another_name_of_the_protocol_is_no_other_place(scenes_encoder, shards, bucket, out):
+    storage.upload(shards / "00000.tar", f"{bucket}/in/00000.tar")
+    with pytest.raises(InputError, match="lies within input="):
+        guardkit.embed(input=f"{bucket}/in", encoder=scenes_encoder, output_dir=out.format(bucket.removeprefix("s3://")))
+    assert [one.name for one in storage.items(f"{bucket}/in")] == ["00000.tar"]
+
+
+def test_a_name_that_is_none_of_ours_among_the_notes_of_a_run_stops_nobody(scenes_encoder, shards, bucket):
+    system, place = storage._system(f"{bucket}/out")
+    for name in ("../x.json", "a//b.json"):
+        system.pipe_file(f"{place}/.shards/{name}", b"{}")
+    mark = {"command": "embed", "settings": fingerprint({"encoder": scenes_encoder.fingerprint}), "state": "unfinished", "files": []}
+    storage.write(f"{bucket}/out/.guardkit.json", json.dumps(mark).encode())
+    assert guardkit.embed(input=shards, encoder=scenes_encoder, output_dir=f"{bucket}/out")["written"] == 13
+    assert json.loads(storage.read(f"{bucket}/out/.guardkit.json"))["state"] == "finished"
+
+
+def test_a_damaged_part_in_a_bucket_is_named_as_it_is_there(bucket):
+    storage.write(f"{bucket}/out/.shards/000000_0000.parquet", b"x" * 40)
+    with Output(f"{bucket}/out").here([".shards/000000_0000.parquet"]) as paths, pytest.raises(InputError) as caught:
+        part_table(paths[0])
+    assert one_line(caught.value).startswith(f"{bucket}/out/.shards/000000_0000.parquet cannot be read")
 
 
 def test_a_storage_that_fails_ends_the_run_in_one_line_and_the_next_one_goes_on(scenes_encoder, shards, bucket, tmp_path, monkeypatch):

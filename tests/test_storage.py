@@ -256,6 +256,12 @@ def test_no_such_bucket(bucket):
         storage.write("s3://nobody-has-it/x", b"")
 
 
+def test_a_word_for_a_key_is_no_secret_that_is_struck_out(bucket, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "bucket")
+    with pytest.raises(StorageError, match="there is no bucket 'guardkit-nowhere'"):
+        storage.read("s3://guardkit-nowhere/x")
+
+
 def test_no_credentials_no_profile_no_server(bucket, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
