@@ -227,7 +227,7 @@ def opened(url: str, *, version: str | None = None, ahead: bool = False) -> Iter
     path = local_path(url)
     if path is not None:
         with asking(url):
-            file = open(path, "rb")  # noqa: SIM115 -- closed below, outside of what turns errors of storage into lines
+            file = artifacts.open_regular(path)
         with file:
             _compare(url, version, _local_item(path, path.name).version)
             yield file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 
@@ -258,6 +259,57 @@ def test_a_bucket_in_and_a_bucket_out_give_the_same_rows(scenes_encoder, scenes_
         guardkit.embed(input=f"{bucket}/in", encoder=scenes_encoder, output_dir=f"{bucket}/in/out")
     with pytest.raises(InputError, match="is not there; give a folder"):
         guardkit.embed(input=f"{bucket}/nowhere", encoder=scenes_encoder, output_dir=tmp_path / "x")
+
+
+def not_utf8(n):
+    data = pa.array([b"\xff"] * n)
+    return pa.Array.from_buffers(pa.string(), n, [None, *data.buffers()[1:]])
+
+
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        (not_utf8(2), ["\\xff"] * 2),
+        (pa.array([2**52, None], pa.timestamp("ms")), [str(2**52), None]),
+        (pa.array([2**30] * 2, pa.int32()).cast(pa.date32()), [str(2**30)] * 2),
+        (pa.array([2**60] * 2, pa.duration("s")), [str(2**60)] * 2),
+        (pa.array([1, 1], pa.timestamp("ms", tz="Mars/Olympus")), ["1", "1"]),
+    ],
+    ids=["text", "time", "date", "duration", "zone"],
+)
+def test_values_that_python_has_not_are_kept_as_text(scenes_encoder, tmp_path, values, kept):
+    images = pa.StructArray.from_arrays([pa.array([IMAGES[0], IMAGES[1]]), not_utf8(2)], names=["bytes", "path"])
+    pq.write_table(
+        pa.Table.from_arrays([images, values, pa.array([1, 2]), pa.array([3, 4])], ["image", "odd", "n", "n"]), tmp_path / "x.parquet"
+    )
+    counts = guardkit.embed(input=tmp_path / "x.parquet", encoder=scenes_encoder, output_dir=tmp_path / "out")
+    assert counts == {"given": 2, "written": 2, "rejected": 0}
+    table = pq.read_table(tmp_path / "out/metadata/metadata_0.parquet")
+    assert table["odd"].to_pylist() == kept
+    assert table["n"].to_pylist() == [1, 2]
+    assert table["input_n"].to_pylist() == [3, 4]
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.parquet", "x.png", "x.txt", "x.jsonl"])
+def test_a_pipe_is_not_waited_for(scenes_encoder, tmp_path, name):
+    (tmp_path / "in").mkdir()
+    os.mkfifo(tmp_path / "in" / name)
+    counts = guardkit.embed(input=tmp_path / "in", encoder=scenes_encoder, output_dir=tmp_path / "out")
+    assert counts == {"given": 1, "written": 0, "rejected": 1}
+    assert "is a pipe or device, not a file" in pq.read_table(tmp_path / "out/rejected.parquet")["reason"][0].as_py()
+    if name.endswith((".txt", ".jsonl")):
+        with pytest.raises(InputError, match="is a pipe or device, not a file"):
+            guardkit.embed(input=tmp_path / "in" / name, encoder=scenes_encoder, output_dir=tmp_path / "listed")
+
+
+@pytest.mark.parametrize("name", ["img_emb/img_emb_0.npy", "metadata/metadata_0.parquet", ".guardkit.json"])
+def test_a_pipe_in_an_embedding_folder_is_one_line(scenes_encoder, scenes_policy, shards, tmp_path, name):
+    guardkit.embed(input=shards / "00000.tar", encoder=scenes_encoder, output_dir=tmp_path / "vectors")
+    (tmp_path / "vectors" / name).unlink()
+    os.mkfifo(tmp_path / "vectors" / name)
+    guard = GuardClassifier(LinearHead.build(scenes_encoder, scenes_policy), scenes_encoder, scenes_policy)
+    with pytest.raises((InputError, OSError), match="is a pipe or device, not a file"):
+        guardkit.moderate(guard, tmp_path / "vectors", output_dir=tmp_path / "out")
 
 
 @pytest.mark.parametrize("out", ["s3a://{}/in/out", "S3A://{}/in/out"])
