@@ -21,7 +21,9 @@ from guardkit.data.duplicates import earliest_near
 from guardkit.embedding_folder import read_embedding_folder
 from guardkit.local_copies import local_folder
 from guardkit.moderation.joining import part_table
+from guardkit.shards.base import Shard
 from guardkit.shards.output import Output
+from guardkit.shards.work import Ledger
 from guardkit.storage import opened
 from guardkit.storage_errors import StorageError
 from guardkit.terminal import one_line
@@ -259,6 +261,16 @@ def test_a_bucket_in_and_a_bucket_out_give_the_same_rows(scenes_encoder, scenes_
         guardkit.embed(input=f"{bucket}/in", encoder=scenes_encoder, output_dir=f"{bucket}/in/out")
     with pytest.raises(InputError, match="is not there; give a folder"):
         guardkit.embed(input=f"{bucket}/nowhere", encoder=scenes_encoder, output_dir=tmp_path / "x")
+
+
+@pytest.mark.parametrize("change", [{"given": None}, {"given": "x"}, {"given": -1}, {"files": {"../victim": 1}}, {"files": {"/victim": 1}}])
+def test_what_an_entry_of_the_ledger_says_is_not_believed(tmp_path, change):
+    (tmp_path / "victim").write_text("x")
+    ledger, shard = Ledger(Output(tmp_path / "out")), Shard(0, "a", "1", [])
+    ledger.note(shard, {"given": 1, "files": {}})
+    assert list(ledger.find([shard])) == [0]
+    ledger.note(shard, {"given": 1, "files": {}} | change)
+    assert ledger.find([shard]) == {}
 
 
 def not_utf8(n):
