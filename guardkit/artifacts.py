@@ -44,6 +44,19 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def open_regular(path: Path) -> io.BufferedReader:
+    """A regular file, opened to read bytes.
+
+    Raises:
+        OSError: it cannot be opened, or is something else: a pipe would block, and a device might never end.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115 -- given to the caller
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "is a pipe or device, not a file", str(path))
+    return file
+
+
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path` to write to, and renames it when the block ends without an error.
@@ -123,9 +136,11 @@ def read_json(path: Path, what: str, mend: str = "copy it anew") -> dict[str, An
         InputError: it cannot be read, or does not hold what `parse_json` gives, or no object.
     """
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"it has {path.stat().st_size} bytes, allowed are {_MAX_JSON_BYTES}")
-        value = parse_json(path.read_bytes())
+        with open_regular(path) as file:
+            n_bytes = os.fstat(file.fileno()).st_size
+            if n_bytes > _MAX_JSON_BYTES:
+                raise ValueError(f"it has {n_bytes} bytes, allowed are {_MAX_JSON_BYTES}")
+            value = parse_json(file.read())
         if not isinstance(value, dict):
             raise ValueError(f"it holds a {type(value).__name__} instead of an object")
     except OSError as error:

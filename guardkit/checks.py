@@ -41,6 +41,12 @@ def check_whole(name: str, value: object, least: int, most: int | None = None, *
         raise InputError(f"{name} must be a whole number {limits}{', or null' * optional}, got {value!r}")
 
 
+def check_mapping(name: str, value: object, example: str) -> None:
+    """Names with values, or null."""
+    if value is not None and not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
+        raise InputError(f"{name} must be {example}, or null, got {value!r}")
+
+
 def check_number(name: str, value: object, within: str, *, optional: bool = False) -> None:
     """A finite number.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from guardkit import __version__
-from guardkit.artifacts import fingerprint, remove_leftovers, write_json
+from guardkit.artifacts import fingerprint, open_regular, remove_leftovers, write_json
 from guardkit.schema import InputError
 
 log = logging.getLogger(__name__)
@@ -183,7 +183,8 @@ def read_mark(folder: Path) -> dict[str, Any] | None:
     """
     path = Path(folder) / MARK
     try:
-        mark = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            mark = json.loads(file.read().decode("utf-8"))
         if not isinstance(mark, dict) or not isinstance(mark.get("files", []), list):
             raise ValueError("no mark of guardkit")
     except (FileNotFoundError, NotADirectoryError):

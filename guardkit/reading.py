@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from guardkit.artifacts import parse_json
+from guardkit.artifacts import open_regular, parse_json
 from guardkit.schema import InputError
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ def array_head(file: BinaryIO, n_bytes: int) -> tuple[tuple[int, ...], np.dtype,
 
 def _array(path: Path, mend: str, read: Callable[[BinaryIO, np.dtype, tuple[int, ...], Literal["C", "F"]], np.ndarray]) -> np.ndarray:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             shape, dtype, order = array_head(file, os.fstat(file.fileno()).st_size)
             return read(file, dtype, shape, order)
     except OSError as error:
@@ -141,7 +141,7 @@ def _opened(path: Path, read: Callable[[pq.ParquetFile, int], T], n_rows: int | 
     """What is read of an open Parquet file of that many bytes."""
     try:
         # an open file, because pyarrow takes no path whose bytes are not UTF-8
-        with open(path, "rb") as opened, pq.ParquetFile(opened) as file:
+        with open_regular(path) as opened, pq.ParquetFile(opened) as file:
             if n_rows is not None and file.metadata.num_rows != n_rows:
                 raise InputError(f"{path} has {file.metadata.num_rows} rows, expected are {n_rows}; {mend}")
             names = file.schema_arrow.names
@@ -190,7 +190,7 @@ def read_json_lines(path: Path, mend: str = "copy it anew") -> pa.Table:
     """
     rows: list[dict[str, Any]] = []
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             for number, line in enumerate(file, 1):
                 row = parse_json(line) if line.strip() else {}
                 if not isinstance(row, dict):

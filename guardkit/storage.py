@@ -35,7 +35,8 @@ _REFUSED = frozenset({"http", "https", "ftp", "sftp", "ssh"})
 _CONNECT_S, _READ_S, _TRIES = 10, 20, 5
 _BLOCK = 8 << 20  # bytes asked for at once; a stream holds at most three blocks
 _BUFFER = 1 << 18
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
+_SAME = {"s3a": "s3", "gcs": "gs"}  # further names of a protocol
 _SETTINGS = (  # of the environment: where one of them changes, the storage is another
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
     "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "GOOGLE_APPLICATION_CREDENTIALS", "HF_TOKEN", "HF_ENDPOINT",
@@ -70,7 +71,7 @@ def is_url(place: object) -> bool:
 
 
 def check_url(setting: str, url: str) -> str:
-    """A URL in its plain form: protocol in small letters, no "/" at the end.
+    """A URL in its plain form: protocol in small letters, under one name (`s3a://` is `s3://`), no "/" at the end.
 
     Args:
         setting: that holds it, for messages.
@@ -81,7 +82,7 @@ def check_url(setting: str, url: str) -> str:
     match = _URL.fullmatch(url)
     if match is None:
         raise InputError(f"{setting} must be a URL such as s3://bucket/folder, got {shortened(url, 100)!r}")
-    protocol, rest = match[1].lower(), match[2]
+    protocol, rest = _SAME.get(match[1].lower(), match[1].lower()), match[2]
     first = rest.partition("/")[0]
     if "@" in first and (":" in first.rpartition("@")[0] or protocol in _PACKAGES):
         # without the URL: it holds a secret
@@ -226,7 +227,7 @@ def opened(url: str, *, version: str | None = None, ahead: bool = False) -> Iter
     path = local_path(url)
     if path is not None:
         with asking(url):
-            file = open(path, "rb")  # noqa: SIM115 -- closed below, outside of what turns errors of storage into lines
+            file = artifacts.open_regular(path)
         with file:
             _compare(url, version, _local_item(path, path.name).version)
             yield file
@@ -422,11 +423,11 @@ def _class(protocol: str) -> Any:
 def _settings(protocol: str, given: dict[str, Any]) -> dict[str, Any]:
     """Limits of time and tries, under those that the user's configuration of fsspec has. Listings are asked for each time, so that what
     another process wrote meanwhile is there."""
-    if protocol in ("s3", "s3a"):
+    if protocol == "s3":
         # botocore repeats what failed with 500, 503, SlowDown or on the way, with growing pauses
         usual = {"connect_timeout": _CONNECT_S, "read_timeout": _READ_S, "retries": {"mode": "standard", "total_max_attempts": _TRIES}}
         return {"use_listings_cache": False, "config_kwargs": usual | dict(given.get("config_kwargs") or {})}
-    if protocol in ("gs", "gcs"):
+    if protocol == "gs":
         return {
             "use_listings_cache": False,
             "requests_timeout": given.get("requests_timeout", _READ_S),

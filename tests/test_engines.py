@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import call
 from conftest import ROOT, picture
 from engine_tasks import Asking, Full, Marked, Part
 
@@ -281,6 +282,10 @@ def test_the_same_figures_whoever_embeds_and_a_stopped_evaluation_goes_on(
             lambda: list(RayEngine(pools={"encoder": {}}).run(str, [1])),
             "names encoder, which nothing here uses; no part here can be in one",
         ),
+        (lambda: RayEngine(pools=3), "engine.pools must be {ROLE: .*, or null, got 3"),
+        (lambda: RayEngine(pools=["encoder"]), "engine.pools must be {ROLE: .*, or null, got"),
+        (lambda: RayEngine(address=3), "engine.address must be HOST:PORT, auto or null, got 3"),
+        (lambda: SlurmEngine(more=3), "engine.more must be {PARAMETER: VALUE}, or null, got 3"),
         (lambda: SlurmEngine(memory_gb=0), "engine.memory_gb must be a number above 0"),
         (lambda: SlurmEngine(cluster="k8s"), "engine.cluster must be one of slurm, local"),
         (lambda: list(SlurmEngine().run(str, [1])), "needs Slurm's sbatch, which is not on the PATH"),
@@ -289,3 +294,32 @@ def test_the_same_figures_whoever_embeds_and_a_stopped_evaluation_goes_on(
 def test_a_wrong_setting_is_one_line(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_processors_that_no_machine_has_are_one_line(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: pytest.fail(f"Ray was begun with {settings}"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(InputError, match="asks for 1e\\+09 processors, on one machine at most 4096"):
+        list(RayEngine(workers=1, cpus=1e9).run(str, [1]))
+
+
+def test_ray_is_asked_for_no_more_workers_than_there_are_shards(monkeypatch):
+    import ray
+
+    asked = {}
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: asked.update(settings) or (_ for _ in ()).throw(ConnectionError("none")))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(InputError, match="cannot reach a cluster"):
+        list(RayEngine(workers=10**9).run(str, [1]))
+    assert asked["num_cpus"] == max(1, os.cpu_count())
+
+
+def test_parameters_of_submitit_can_be_given_as_documented(pictures, tmp_path):
+    found = call(
+        "guardkit.embed", f"input={pictures}", f"output_dir={tmp_path / 'out'}", "engine=slurm", "engine.more={slurm_account: vision}"
+    )
+    assert "needs Slurm's sbatch" in found.stderr

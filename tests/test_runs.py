@@ -320,6 +320,23 @@ def test_a_signal_ends_a_command_whatever_its_threads_do(tmp_path, number, final
     assert "Traceback" not in said
 
 
+def test_sigterm_is_one_line_while_a_library_has_its_own_handler(tmp_path):
+    code = """
+import os, signal, sys, time
+import guardkit.runs.embed
+def run(cfg, folder):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(signal.SIGTERM))  # as Ray does while it starts
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+guardkit.runs.embed.run = run
+from guardkit.embed import embed
+embed()
+"""
+    done = subprocess.run([sys.executable, "-c", code, f"output_dir={tmp_path}"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert done.stderr.strip().splitlines() == ["stopped; what was finished is kept"]
+
+
 def test_an_ignored_signal_stays_ignored(tmp_path):
     code = "import signal\nfrom guardkit.runs.signals import stoppable\nwith stoppable(): print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a child inherits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 
@@ -15,12 +16,17 @@ from conftest import picture
 
 import guardkit
 from guardkit import GuardClassifier, InputError, LinearHead, storage
+from guardkit.artifacts import fingerprint
 from guardkit.data.duplicates import earliest_near
 from guardkit.embedding_folder import read_embedding_folder
 from guardkit.local_copies import local_folder
+from guardkit.moderation.joining import part_table
+from guardkit.shards.base import Shard
 from guardkit.shards.output import Output
+from guardkit.shards.work import Ledger
 from guardkit.storage import opened
 from guardkit.storage_errors import StorageError
+from guardkit.terminal import one_line
 
 SEEDS = range(6)
 
@@ -255,6 +261,92 @@ def test_a_bucket_in_and_a_bucket_out_give_the_same_rows(scenes_encoder, scenes_
         guardkit.embed(input=f"{bucket}/in", encoder=scenes_encoder, output_dir=f"{bucket}/in/out")
     with pytest.raises(InputError, match="is not there; give a folder"):
         guardkit.embed(input=f"{bucket}/nowhere", encoder=scenes_encoder, output_dir=tmp_path / "x")
+
+
+@pytest.mark.parametrize("change", [{"given": None}, {"given": "x"}, {"given": -1}, {"files": {"../victim": 1}}, {"files": {"/victim": 1}}])
+def test_what_an_entry_of_the_ledger_says_is_not_believed(tmp_path, change):
+    (tmp_path / "victim").write_text("x")
+    ledger, shard = Ledger(Output(tmp_path / "out")), Shard(0, "a", "1", [])
+    ledger.note(shard, {"given": 1, "files": {}})
+    assert list(ledger.find([shard])) == [0]
+    ledger.note(shard, {"given": 1, "files": {}} | change)
+    assert ledger.find([shard]) == {}
+
+
+def not_utf8(n):
+    data = pa.array([b"\xff"] * n)
+    return pa.Array.from_buffers(pa.string(), n, [None, *data.buffers()[1:]])
+
+
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        (not_utf8(2), ["\\xff"] * 2),
+        (pa.array([2**52, None], pa.timestamp("ms")), [str(2**52), None]),
+        (pa.array([2**30] * 2, pa.int32()).cast(pa.date32()), [str(2**30)] * 2),
+        (pa.array([2**60] * 2, pa.duration("s")), [str(2**60)] * 2),
+        (pa.array([1, 1], pa.timestamp("ms", tz="Mars/Olympus")), ["1", "1"]),
+    ],
+    ids=["text", "time", "date", "duration", "zone"],
+)
+def test_values_that_python_has_not_are_kept_as_text(scenes_encoder, tmp_path, values, kept):
+    images = pa.StructArray.from_arrays([pa.array([IMAGES[0], IMAGES[1]]), not_utf8(2)], names=["bytes", "path"])
+    pq.write_table(
+        pa.Table.from_arrays([images, values, pa.array([1, 2]), pa.array([3, 4])], ["image", "odd", "n", "n"]), tmp_path / "x.parquet"
+    )
+    counts = guardkit.embed(input=tmp_path / "x.parquet", encoder=scenes_encoder, output_dir=tmp_path / "out")
+    assert counts == {"given": 2, "written": 2, "rejected": 0}
+    table = pq.read_table(tmp_path / "out/metadata/metadata_0.parquet")
+    assert table["odd"].to_pylist() == kept
+    assert table["n"].to_pylist() == [1, 2]
+    assert table["input_n"].to_pylist() == [3, 4]
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.parquet", "x.png", "x.txt", "x.jsonl"])
+def test_a_pipe_is_not_waited_for(scenes_encoder, tmp_path, name):
+    (tmp_path / "in").mkdir()
+    os.mkfifo(tmp_path / "in" / name)
+    counts = guardkit.embed(input=tmp_path / "in", encoder=scenes_encoder, output_dir=tmp_path / "out")
+    assert counts == {"given": 1, "written": 0, "rejected": 1}
+    assert "is a pipe or device, not a file" in pq.read_table(tmp_path / "out/rejected.parquet")["reason"][0].as_py()
+    if name.endswith((".txt", ".jsonl")):
+        with pytest.raises(InputError, match="is a pipe or device, not a file"):
+            guardkit.embed(input=tmp_path / "in" / name, encoder=scenes_encoder, output_dir=tmp_path / "listed")
+
+
+@pytest.mark.parametrize("name", ["img_emb/img_emb_0.npy", "metadata/metadata_0.parquet", ".guardkit.json"])
+def test_a_pipe_in_an_embedding_folder_is_one_line(scenes_encoder, scenes_policy, shards, tmp_path, name):
+    guardkit.embed(input=shards / "00000.tar", encoder=scenes_encoder, output_dir=tmp_path / "vectors")
+    (tmp_path / "vectors" / name).unlink()
+    os.mkfifo(tmp_path / "vectors" / name)
+    guard = GuardClassifier(LinearHead.build(scenes_encoder, scenes_policy), scenes_encoder, scenes_policy)
+    with pytest.raises((InputError, OSError), match="is a pipe or device, not a file"):
+        guardkit.moderate(guard, tmp_path / "vectors", output_dir=tmp_path / "out")
+
+
+@pytest.mark.parametrize("out", ["s3a://{}/in/out", "S3A://{}/in/out"])
+def test_another_name_of_the_protocol_is_no_other_place(scenes_encoder, shards, bucket, out):
+    storage.upload(shards / "00000.tar", f"{bucket}/in/00000.tar")
+    with pytest.raises(InputError, match="lies within input="):
+        guardkit.embed(input=f"{bucket}/in", encoder=scenes_encoder, output_dir=out.format(bucket.removeprefix("s3://")))
+    assert [one.name for one in storage.items(f"{bucket}/in")] == ["00000.tar"]
+
+
+def test_a_name_that_is_none_of_ours_among_the_notes_of_a_run_stops_nobody(scenes_encoder, shards, bucket):
+    system, place = storage._system(f"{bucket}/out")
+    for name in ("../x.json", "a//b.json"):
+        system.pipe_file(f"{place}/.shards/{name}", b"{}")
+    mark = {"command": "embed", "settings": fingerprint({"encoder": scenes_encoder.fingerprint}), "state": "unfinished", "files": []}
+    storage.write(f"{bucket}/out/.guardkit.json", json.dumps(mark).encode())
+    assert guardkit.embed(input=shards, encoder=scenes_encoder, output_dir=f"{bucket}/out")["written"] == 13
+    assert json.loads(storage.read(f"{bucket}/out/.guardkit.json"))["state"] == "finished"
+
+
+def test_a_damaged_part_in_a_bucket_is_named_as_it_is_there(bucket):
+    storage.write(f"{bucket}/out/.shards/000000_0000.parquet", b"x" * 40)
+    with Output(f"{bucket}/out").here([".shards/000000_0000.parquet"]) as paths, pytest.raises(InputError) as caught:
+        part_table(paths[0])
+    assert one_line(caught.value).startswith(f"{bucket}/out/.shards/000000_0000.parquet cannot be read")
 
 
 def test_a_storage_that_fails_ends_the_run_in_one_line_and_the_next_one_goes_on(scenes_encoder, shards, bucket, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from guardkit.checks import check_number, check_whole
+from guardkit.checks import check_mapping, check_number, check_whole
 from guardkit.engines.base import sending
 from guardkit.schema import InputError
 
@@ -37,6 +37,7 @@ def checked_pools(pools: Mapping[str, Mapping[str, Any]] | None) -> dict[str, di
     Raises:
         InputError: an unknown role or setting, or a value out of range.
     """
+    check_mapping("engine.pools", pools, "{ROLE: {workers: 1, cpus: 1, gpus: 0}}")
     found = {}
     for role, given in dict(pools or {}).items():
         if role not in _PARTS or not isinstance(given, Mapping) or not set(given) <= set(_SIZES):

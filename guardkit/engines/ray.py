@@ -24,6 +24,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _AHEAD = 2  # items that an actor has been sent: it begins the next one without asking
+_MOST_CPUS = 4096  # logical ones of a Ray that is started here: it keeps an entry for each, and of a thousand million does not begin
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _OBJECT_STORE_BYTES = 256 << 20  # tasks and items are small; by itself Ray takes a third of the memory
 
@@ -66,6 +67,8 @@ class RayEngine:
         check_number("engine.cpus", cpus, "[0, inf)")
         check_number("engine.gpus", gpus, "[0, inf)")
         check_whole("engine.retries", retries, 0)
+        if address is not None and not isinstance(address, str):
+            raise InputError(f"engine.address must be HOST:PORT, auto or null, got {address!r}")
         self.workers, self.cpus, self.gpus, self.address, self.retries = workers, cpus, gpus, address, retries
         self.pools = checked_pools(pools)
         self.busy_s = self.wall_s = 0.0
@@ -76,8 +79,8 @@ class RayEngine:
             import ray
         except ImportError as error:
             raise InputError('engine=ray needs the package ray; pip install "guardkit[ray]"') from error
-        n_pools = self._counted(task)
-        with self._connected(ray, n_pools), self._with_pools(ray, task) as task:
+        n_pools, n_workers = self._counted(task), min(self.workers, len(items))
+        with self._connected(ray, n_pools, n_workers), self._with_pools(ray, task) as task:
             with sending(self.name):
                 kept = ray.put(task)
             worker = ray.remote(_Worker).options(num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=0)
@@ -85,7 +88,7 @@ class RayEngine:
             self.busy_s = 0.0
             waiting = deque(range(len(items)))
             ended = [0] * len(items)
-            actors: list[Any] = [worker.remote(kept) for _ in range(min(self.workers, len(items)))]
+            actors: list[Any] = [worker.remote(kept) for _ in range(n_workers)]
             under_way: dict[Any, tuple[Any, int]] = {}
             try:
                 while waiting or under_way:
@@ -153,13 +156,13 @@ class RayEngine:
 
             yield task.with_parts(put) if self.pools else task
 
-    def _asked(self, what: str, n_pools: Mapping[str, int]) -> float:
+    def _asked(self, what: str, n_pools: Mapping[str, int], n_workers: int) -> float:
         """All the "cpus" or "gpus" that workers and pools ask Ray for."""
-        own: float = self.workers * getattr(self, what)
+        own: float = n_workers * getattr(self, what)
         return own + sum(n * self.pools[role]["workers"] * self.pools[role][what] for role, n in n_pools.items())
 
     @contextmanager
-    def _connected(self, ray: Any, n_pools: Mapping[str, int]) -> Iterator[None]:
+    def _connected(self, ray: Any, n_pools: Mapping[str, int], n_workers: int) -> Iterator[None]:
         """Ray as it runs already in this process, or else as `address` says, for the time of the block."""
         if ray.is_initialized():
             yield
@@ -168,8 +171,14 @@ class RayEngine:
         settings: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.WARNING}
         if self.address is None and not os.environ.get("RAY_ADDRESS"):
             # logical processors, so that as many actors as were asked for are there
+            cpus = self._asked("cpus", n_pools, n_workers)
+            if cpus > _MOST_CPUS:
+                raise InputError(
+                    f"engine=ray asks for {cpus:g} processors, on one machine at most {_MOST_CPUS} can be asked for; give fewer engine.workers or "
+                    "engine.cpus, or name a cluster's engine.address"
+                )
             settings |= {
-                "num_cpus": max(os.cpu_count() or 1, math.ceil(self._asked("cpus", n_pools))),
+                "num_cpus": max(os.cpu_count() or 1, math.ceil(cpus)),
                 "object_store_memory": _OBJECT_STORE_BYTES,
             }
         else:
@@ -186,7 +195,7 @@ class RayEngine:
             for one, handler in before.items():  # Ray sets its own, which end the process without a word
                 if handler is not None and signal.getsignal(one) is not handler:
                     signal.signal(one, handler)
-            gpus, there = self._asked("gpus", n_pools), ray.cluster_resources().get("GPU", 0)
+            gpus, there = self._asked("gpus", n_pools, n_workers), ray.cluster_resources().get("GPU", 0)
             if gpus > there:
                 if "num_cpus" in settings:
                     raise InputError(

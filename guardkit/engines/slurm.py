@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from guardkit.checks import check_choice, check_number, check_path, check_whole
+from guardkit.checks import check_choice, check_mapping, check_number, check_path, check_whole
 from guardkit.engines.base import sending
 from guardkit.schema import InputError
 
@@ -36,7 +36,7 @@ class SlurmEngine:
         jobs_dir: where submitit keeps what jobs are sent, and their logs: a folder that all machines share.
         retries: how often the items of failed jobs are submitted again.
         cluster: "slurm", or "local": the same jobs as processes of this machine, to try it out.
-        more: further parameters of submitit's executor, such as {"slurm_account": "vision"}.
+        more: further parameters of submitit's executor, such as {"slurm_account": "vision"}; None: none.
     Raises:
         InputError: a wrong value.
     """
@@ -68,6 +68,7 @@ class SlurmEngine:
             check_whole(f"engine.{name}", value, least)
         check_number("engine.memory_gb", memory_gb, "(0, inf)")
         check_choice("engine.cluster", cluster, _CLUSTERS)
+        check_mapping("engine.more", more, "{PARAMETER: VALUE}")
         self.workers, self.retries, self.cluster = workers, retries, cluster
         self.jobs_dir = check_path("engine.jobs_dir", jobs_dir)
         self.parameters: dict[str, Any] = {

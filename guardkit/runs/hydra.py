@@ -30,7 +30,7 @@ from guardkit.local_copies import default_cache_dir, own_temporary_folder
 from guardkit.publishing import brought_here, working_folder
 from guardkit.runs.errors import user_error
 from guardkit.runs.overrides import job_name, mended
-from guardkit.runs.signals import end_stopped, stoppable, was_stopped
+from guardkit.runs.signals import end_stopped, is_of_signal, stoppable, was_stopped
 from guardkit.schema import InputError
 from guardkit.storage import is_url, local_path
 from guardkit.terminal import complain, forgiving_streams, one_line, print_nowhere, say
@@ -129,6 +129,10 @@ def _readable_errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         end_stopped()
+    except SystemExit as ended:
+        if is_of_signal(ended):
+            end_stopped()
+        raise
     except Exception as error:
         if was_stopped():
             end_stopped()  # what was under way failed because it was stopped

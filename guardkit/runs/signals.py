@@ -16,7 +16,9 @@ from guardkit.terminal import complain
 
 GRACE_S = 6.0  # to close stores and cancel what waits, before the process is ended
 _STOPPED = "stopped; what was finished is kept"
+_NOTED_S = 1.0
 _received: list[int] = []
+_noted = threading.Event()  # a signal arrived, whoever handles it
 
 
 def was_stopped() -> bool:
@@ -34,6 +36,7 @@ def stoppable() -> Iterator[None]:
         yield
         return
     _received.clear()
+    _noted.clear()
     before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
     if before[signal.SIGTERM] == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _interrupt)
@@ -53,6 +56,16 @@ def stoppable() -> Iterator[None]:
         for one, handler in before.items():
             signal.signal(one, handler)
         theirs.close()
+
+
+def is_of_signal(ended: SystemExit) -> bool:
+    """Whether SIGTERM came while a library had its own handler for it, as Ray does while it starts, which ends the process without a word."""
+    if ended.code != signal.SIGTERM:
+        return False
+    _noted.wait(_NOTED_S)  # the thread that is told of signals may not have had its turn
+    if _noted.is_set() and not _received:
+        _received.append(signal.SIGTERM)
+    return was_stopped()
 
 
 def end_stopped() -> None:
@@ -81,6 +94,7 @@ def _watch(signals: socket.socket, is_over: threading.Event) -> None:
     with signals:
         while received := signals.recv(1):
             if received[0] in (signal.SIGINT, signal.SIGTERM):
+                _noted.set()
                 if not is_over.wait(GRACE_S):
                     _received.append(received[0])
                     end_stopped()

@@ -30,6 +30,33 @@ def own_columns(said: Sequence[Mapping[str, Any]], taken: Collection[str], schem
     return columns
 
 
+def rows_of(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """What each row says: name -> value. One that Python has no value for, such as a year beyond 9999 or a text that is not UTF-8, is text; the
+    second column of a name has `input_` in front."""
+    names: list[str] = []
+    for name in batch.schema.names:
+        names.append(_free(name, names))
+    columns = [_values(column) for column in batch.columns]
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)] if columns else [{} for _ in range(batch.num_rows)]
+
+
+def _values(column: pa.Array) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except Exception:  # whatever the conversion of a type raises
+        return [value_of(one) for one in column]
+
+
+def value_of(scalar: pa.Scalar) -> Any:
+    """The value that Python has for it; text where it has none."""
+    try:
+        return scalar.as_py()
+    except Exception:
+        if hasattr(scalar, "as_buffer"):
+            return scalar.as_buffer().to_pybytes().decode(errors="backslashreplace")
+        return str(getattr(scalar, "value", f"no value in Python for {scalar.type}"))
+
+
 def _free(name: str, taken: Collection[str]) -> str:
     while name in taken:
         name = f"input_{name}"

@@ -19,12 +19,13 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from guardkit.artifacts import parse_json
+from guardkit.artifacts import open_regular, parse_json
 from guardkit.checks import check_path
 from guardkit.data.sources.files import printable
 from guardkit.limits import MAX_BYTES
 from guardkit.schema import InputError
 from guardkit.shards.base import Given, Stored
+from guardkit.shards.columns import rows_of, value_of
 from guardkit.storage import check_url, is_url, item, items, joined, local_path, opened, unusable_name
 from guardkit.storage_errors import StorageError, shown
 
@@ -67,7 +68,7 @@ class File:
     def opened(self, *, ahead: bool = False) -> Iterator[BinaryIO]:
         """To read; with `ahead` from front to end."""
         if isinstance(self.at, Path):
-            with open(self.at, "rb") as file:
+            with open_regular(self.at) as file:
                 yield file
         else:
             with opened(self.at, version=self.version or None, ahead=ahead) as file:
@@ -187,7 +188,7 @@ class Rows:
                 check_id_column(self.id_column, schema.names, self.file)
                 number = 0
                 for batch in file.iter_batches(_BATCH_ROWS):
-                    others = batch.drop_columns([column]).to_pylist()
+                    others = rows_of(batch.drop_columns([column]))
                     images = batch.column(column)
                     for row in range(batch.num_rows):
                         own = others[row]
@@ -288,7 +289,9 @@ def may_hold_images(kind: pa.DataType) -> bool:
 
 
 def _image(cell: pa.Scalar) -> tuple[bytes | None, str]:
-    value = cell.as_py()
+    if isinstance(cell, pa.StructScalar) and cell.is_valid and "bytes" in cell.type.names:
+        cell = cell["bytes"]  # what lies beside it may be damaged
+    value = value_of(cell)
     if isinstance(value, Mapping):
         value = value.get("bytes")
     if isinstance(value, bytes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import replace
 from itertools import chain, groupby, islice
@@ -11,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from guardkit.artifacts import fingerprint
+from guardkit.artifacts import fingerprint, open_regular
 from guardkit.checks import is_list
 from guardkit.data.sources.files import printable
 from guardkit.data.sources.tables import read_table
@@ -179,7 +180,8 @@ class Inputs:
         path = file.at if isinstance(file.at, Path) else local_copy(file.at)
         if file.ends_with(".txt"):
             try:
-                lines = path.read_text(encoding="utf-8-sig").split("\n")  # a name may hold U+2028, at which splitlines() ends
+                with open_regular(path) as opened, io.TextIOWrapper(opened, encoding="utf-8-sig") as texts:
+                    lines = texts.read().split("\n")  # a name may hold U+2028, at which splitlines() ends
             except (OSError, UnicodeDecodeError) as error:
                 raise InputError(f"input={file} cannot be read ({error}); give a list of paths in UTF-8") from error
             rows: list[dict[str, Any]] = [{self.file_column: line.strip()} for line in lines if line.strip()]

@@ -18,9 +18,10 @@ from guardkit.artifacts import fingerprint, parse_json, read_json, written
 from guardkit.folders import BEGINS_ANEW, FINISHED, GOES_ON, MARK, UNFINISHED, claim, refuse_others
 from guardkit.publishing import check_owner
 from guardkit.schema import InputError
-from guardkit.storage import check_url, delete, is_url, item, items, joined, local_path, opened, read, write
+from guardkit.storage import check_url, delete, is_url, item, items, joined, local_path, opened, read, unusable_name, write
 from guardkit.storage import written as object_written
 from guardkit.storage_errors import MissingError, shown
+from guardkit.terminal import call_it
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,8 @@ class Output:
         """Of all that is there, by name; `below` a folder in it."""
         if self.folder is None:
             place = joined(self.url, below) if below else self.url
-            return {f"{below}/{one.name}" if below else one.name: one.size for one in items(place)}
+            # a name that no file may have is none of ours, and cannot be asked for
+            return {f"{below}/{one.name}" if below else one.name: one.size for one in items(place) if not unusable_name(one.name)}
         found: dict[str, int] = {}
         for path in (self.folder / below).rglob("*"):
             with suppress(FileNotFoundError):  # a worker of an earlier run has just renamed it
@@ -163,6 +165,7 @@ class Output:
             return path
 
         with tempfile.TemporaryDirectory(prefix="guardkit-") as folder, ThreadPoolExecutor(_AT_ONCE) as pool:
+            call_it(Path(folder), shown(self.url))  # what is wrong with a file is to be mended there
             yield list(pool.map(fetch, names))
 
     def delete(self, name: str) -> None:

@@ -12,11 +12,13 @@ from json import dumps
 from typing import Any, Protocol
 
 from guardkit.artifacts import fingerprint
+from guardkit.checks import is_whole
 from guardkit.engines.base import Engine, Put
 from guardkit.progress import ticking
 from guardkit.schema import InputError
 from guardkit.shards.base import Shard
 from guardkit.shards.output import Output
+from guardkit.storage import unusable_name
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +87,9 @@ class Ledger:
             return False
         if entry.get("shard") != shard.name or entry.get("version") != shard.version or entry.get("most") != shard.most:
             self.changed.append(shard.name)
+            return False
+        # its checksum keeps damage out, and not somebody who wrote it
+        if not is_whole(entry.get("given")) or entry["given"] < 0 or any(unusable_name(name) for name in files):
             return False
         for name, n_bytes in files.items():
             if (self.output.size(name) if sizes is None else sizes.get(name)) != n_bytes:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from guardkit.artifacts import hash_file, parse_json
+from guardkit.artifacts import hash_file, open_regular, parse_json
 from guardkit.data.grouping import DISTANCE, check_image_settings
 from guardkit.data.sources.base import Loaded
 from guardkit.data.sources.encoded import load_parts
@@ -163,7 +163,7 @@ def _opened(path: Path, metadata: Any = None) -> Iterator[pq.ParquetFile]:
     """The file; what is wrong with it is an InputError."""
     try:
         # an open file, because pyarrow takes no path whose bytes are not UTF-8
-        with open(path, "rb") as opened, pq.ParquetFile(opened, metadata=metadata) as file:
+        with open_regular(path) as opened, pq.ParquetFile(opened, metadata=metadata) as file:
             yield file
     except InputError:
         raise
