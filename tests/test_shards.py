@@ -263,13 +263,18 @@ def test_a_bucket_in_and_a_bucket_out_give_the_same_rows(scenes_encoder, scenes_
         guardkit.embed(input=f"{bucket}/nowhere", encoder=scenes_encoder, output_dir=tmp_path / "x")
 
 
-@pytest.mark.parametrize("change", [{"given": None}, {"given": "x"}, {"given": -1}, {"files": {"../victim": 1}}, {"files": {"/victim": 1}}])
+@pytest.mark.parametrize(
+    "change",
+    [{"given": None}, {"given": "x"}, {"given": -1}, {"given": 2}, {"files": {}}, {"files": {"../victim": 1}}, {"files": {"/victim": 1}}],
+)
 def test_what_an_entry_of_the_ledger_says_is_not_believed(tmp_path, change):
     (tmp_path / "victim").write_text("x")
-    ledger, shard = Ledger(Output(tmp_path / "out")), Shard(0, "a", "1", [])
-    ledger.note(shard, {"given": 1, "files": {}})
+    ledger, shard = Ledger(Output(tmp_path / "out")), Shard(0, "a", "1", [], 1)
+    with ledger.output.written("part") as part:
+        part.write_text("x")
+    ledger.note(shard, {"given": 1, "files": {"part": 1}})
     assert list(ledger.find([shard])) == [0]
-    ledger.note(shard, {"given": 1, "files": {}} | change)
+    ledger.note(shard, {"given": 1, "files": {"part": 1}} | change)
     assert ledger.find([shard]) == {}
 
 

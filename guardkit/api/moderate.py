@@ -153,6 +153,10 @@ def moderate(
                 raise nothing
             repeated = Repeated(parts, NEAR)
             counts = write_decisions(parts, repeated, output, json_lines=json_lines)
+            if counts["given"] != (noted := sum(entry["given"] for entry in entries)):
+                raise InputError(
+                    f"{output}: parts hold {counts['given']} rows, their entries in {LEDGER} say {noted}; delete {LEDGER}, and run the same command again"
+                )
             facts = summarised(rows(parts, repeated), guard, options.scope, counts)
         with output.written("report.html") as temporary:
             temporary.write_text(report_page(facts, guard, options.scope), encoding="utf-8", errors="backslashreplace")

@@ -89,7 +89,10 @@ class Ledger:
             self.changed.append(shard.name)
             return False
         # its checksum keeps damage out, and not somebody who wrote it
-        if not is_whole(entry.get("given")) or entry["given"] < 0 or any(unusable_name(name) for name in files):
+        given = entry.get("given")
+        if not is_whole(given) or given < 0 or (given and not files) or any(unusable_name(name) for name in files):
+            return False
+        if shard.n not in (None, given):
             return False
         for name, n_bytes in files.items():
             if (self.output.size(name) if sizes is None else sizes.get(name)) != n_bytes:
