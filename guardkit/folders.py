@@ -1,7 +1,7 @@
 """One owner of an output folder: a lock, a mark that says whose it is and whether it is finished, and no leftovers.
 
 A folder that a command writes to is claimed first. One process at a time holds it. The mark `.guardkit.json` names the
-command, a hash of its settings, whether the run is finished, and the files it wrote; it is set to finished last. A
+command, hashes of its settings, whether the run is finished, and the files it wrote; it is set to finished last. A
 folder with files that guardkit did not write is refused.
 """
 
@@ -104,7 +104,6 @@ def claim(
     recognise: Callable[[], Any] | None = None,
     check: Callable[[], object] | None = None,
     beside: Sequence[str] = (),
-    differs: str = "made with other settings",
     keeps: bool = True,
 ) -> Iterator[None]:
     """Makes a folder this run's own until the block ends: locked, marked as unfinished, and as finished at the end.
@@ -118,7 +117,6 @@ def claim(
         recognise: gives the settings that the files of a folder without a mark were made with; None: they are not ours.
         beside: names of files that people may bring along into a folder without a mark.
         check: looks further into what an earlier run left, and raises InputError where this run cannot go on with it.
-        differs: what results are that were made with other settings.
         keeps: whether a command that goes on finds stored work of a finished run, too.
     Raises:
         InputError: another process holds the folder, it belongs to another command or other settings, or it holds files
@@ -131,19 +129,21 @@ def claim(
             stack.enter_context(locked(folder))
             held = _held[folder.resolve()]
         held.is_claimed = True
-        wanted = fingerprint(settings)
-        before = _checked(folder, command, wanted, goes_on=replaces is None, recognise=recognise, beside=beside, differs=differs)
+        wanted = hashed_settings(settings)
+        before = _earlier(folder, command, recognise, beside)
+        if before is not None and replaces is None and not _is_bare(folder):
+            check_settings(folder, command, before, wanted)
         if check is not None:
             check()
         held.is_marked = True
-        mark = {"command": command, "settings": wanted, "guardkit": __version__, **held.about}
+        mark = {"command": command, **wanted, "guardkit": __version__, **held.about}
         earlier = (before or {}).get("files", [])
         write_json(folder / MARK, mark | {"state": UNFINISHED, "files": earlier})
         remove_leftovers(folder)
         if replaces is not None:
             _remove(folder, replaces, [name for name in earlier if isinstance(name, str)])
         if before is not None:
-            same = "the same" if before.get("settings") == wanted else "other"
+            same = "the same" if before.get("settings") == wanted["settings"] else "other"
             said = GOES_ON if replaces is None else f"replaces an earlier run with {same} settings"
             log.info("%s: %s", folder, BEGINS_ANEW if replaces is None and not keeps and before.get("state") == FINISHED else said)
         others = set(_visible(folder))
@@ -194,26 +194,35 @@ def read_mark(folder: Path) -> dict[str, Any] | None:
     return mark
 
 
+def hashed_settings(settings: Any) -> dict[str, Any]:
+    """What a mark says of settings: a hash of all, and one of each by name, so that those that differ can be named."""
+    by_name = settings if isinstance(settings, Mapping) else {}
+    return {"settings": fingerprint(settings), "by_name": {str(name): fingerprint(value)[:12] for name, value in by_name.items()}}
+
+
+def check_settings(place: object, command: str, mark: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Whether the results that a mark is of were made with the same settings.
+
+    Args:
+        place: of the results, for the message.
+        command: that made them.
+        mark: of theirs.
+        wanted: from `hashed_settings`.
+    Raises:
+        InputError: they were not; it names which differ.
+    """
+    if mark.get("settings") == wanted["settings"]:
+        return
+    before = mark.get("by_name")  # earlier versions wrote none
+    others = [name for name, value in wanted["by_name"].items() if before.get(name) != value] if isinstance(before, dict) else []
+    made_with = f"another {', '.join(others)}" if others else "other settings"
+    raise InputError(f"{place} holds results of guardkit {command} that were made with {made_with}; choose another output_dir")
+
+
 def is_unfinished(folder: Path) -> bool:
     """Whether a run is at work in the folder, or was ended before its last file."""
     mark = read_mark(folder)
     return mark is not None and mark.get("state") != FINISHED
-
-
-def _checked(
-    folder: Path,
-    command: str,
-    wanted: str,
-    *,
-    goes_on: bool,
-    recognise: Callable[[], Any] | None,
-    beside: Sequence[str],
-    differs: str,
-) -> dict[str, Any] | None:
-    mark = _earlier(folder, command, recognise, beside)
-    if mark is not None and goes_on and mark.get("settings") != wanted and not _is_bare(folder):
-        raise InputError(f"{folder} holds results of guardkit {command} that were {differs}; choose another output_dir")
-    return mark
 
 
 def _earlier(folder: Path, command: str, recognise: Callable[[], Any] | None, beside: Sequence[str] = ()) -> dict[str, Any] | None:
@@ -229,7 +238,7 @@ def _earlier(folder: Path, command: str, recognise: Callable[[], Any] | None, be
             raise InputError(
                 f"{folder} holds files that guardkit {command} did not write ({shown}); {advice}, or delete what an earlier version left"
             )
-        mark = {"command": command, "settings": fingerprint(found)}
+        mark = {"command": command, **hashed_settings(found)}
     if mark is not None and mark.get("command") != command:
         raise InputError(f"{folder} holds the results of guardkit {mark.get('command')}, not of {command}; {advice}")
     return mark

@@ -214,7 +214,7 @@ def test_folder_round_trip_and_layout(tmp_path):
     assert manifest["encoder_fingerprint"] == CountingEncoder.fingerprint
     other = CountingEncoder()
     other.fingerprint = "f" * 64
-    with pytest.raises(InputError, match="made by another encoder"):
+    with pytest.raises(InputError, match="made with another encoder"):
         embed_records(records(), other, tmp_path / "out")
 
 
@@ -389,7 +389,7 @@ def test_an_interrupted_folder_is_not_taken_for_whole_and_goes_on(tmp_path):
         read_embedding_folder(tmp_path / "out")
     other = CountingEncoder()
     other.fingerprint = "f" * 64
-    with pytest.raises(InputError, match="made by another encoder"):
+    with pytest.raises(InputError, match="made with another encoder"):
         embed_records(records(), other, tmp_path / "out")
     again = CountingEncoder()
     assert embed_records(records(), again, tmp_path / "out", shard_size=3) == {"given": 11, "written": 11, "rejected": 0}

@@ -241,8 +241,11 @@ def test_a_stopped_run_goes_on_and_gives_the_same_rows(guard, uploads, tmp_path,
     assert "goes on with the earlier run" in caplog.text
     assert pq.read_table(report.folder / "decisions.parquet").to_pylist() == whole.to_pylist()
     # with other settings it is not gone on with
-    for given, options in ((uploads, {"trim_bars": True}), ([uploads, uploads / "deep"], {})):
-        with pytest.raises(InputError, match="made with another guard, input or other settings"):
+    for given, options, which in (
+        (uploads, {"trim_bars": True}, "trim_bars"),
+        ([uploads, uploads / "deep"], {"scope": ["hate"]}, "input, scope"),
+    ):
+        with pytest.raises(InputError, match=f"made with another {which}; choose another output_dir"):
             guardkit.moderate(guard, given, output_dir=tmp_path / "again", **options)
 
 

@@ -88,7 +88,7 @@ def test_the_gallery_blurs_what_is_unsafe_and_escapes_what_it_is_told(scenes_pol
 def test_settings_and_processes_do_not_mix(scenes_policy, tmp_path):
     records, editor = photographs(2), CountingEditor(darker)
     write_pair_dataset(records, pipeline(scenes_policy, editor), tmp_path / "d", made_from={})
-    with pytest.raises(InputError, match="made with other settings; choose another output_dir"):
+    with pytest.raises(InputError, match="made with another max_tries; choose another output_dir"):
         write_pair_dataset(records, pipeline(scenes_policy, editor, max_tries=2), tmp_path / "d", made_from={})
     code = (
         f"from filelock import FileLock; lock = FileLock({str(tmp_path / 'd/.lock')!r}); lock.acquire(); print('held', flush=True); input()"

@@ -141,12 +141,15 @@ def moderate(
         "guard": guard.fingerprint,
         "thresholds": guard.thresholds.to_dict(),
         "banks": {bank.name: bank.digest for bank in banks},
-        "options": [list(options.scope) if options.scope else None, max_pixels, max_frames, trim_bars],
+        "scope": list(options.scope) if options.scope else None,
+        "max_pixels": max_pixels,
+        "max_frames": max_frames,
+        "trim_bars": trim_bars,
     }
     nothing = InputError(f"input={input} holds nothing to decide over; give a folder of images, tar or Parquet files, or a list of paths")
     if not shards:
         raise nothing
-    with output.claimed("moderate", settings, differs="made with another guard, input or other settings", keeps=False):
+    with output.claimed("moderate", settings, keeps=False):
         entries = work_on(Deciding(guard, options, banks, output), shards, engine, what="deciding over images")
         with output.here([name for entry in entries for name in entry["files"]]) as parts:
             if not parts:

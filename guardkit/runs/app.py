@@ -56,7 +56,7 @@ def run(cfg: DictConfig, folder: Path, *, announce: Callable[[str], None]) -> di
     table = Path(str(cfg.queue)).expanduser() / "decisions.parquet"
     if not table.is_file():
         raise InputError(f"queue={cfg.queue} holds no decisions.parquet; give the folder that moderate wrote")
-    with claim(folder, "app", {"queue": hash_file(table)}, differs="of another queue"):
+    with claim(folder, "app", {"queue": hash_file(table)}):
         queue = ModerationQueue(cfg.queue, plain(cfg.input), guard.policy, folder)
         serve(
             partial(create_page, guard, queue=queue, **made),

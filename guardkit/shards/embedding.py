@@ -165,7 +165,7 @@ def write_embedding_folder(
         return {"encoder": str(_manifest(output).get("encoder_fingerprint"))} if output.size(MANIFEST) is not None else None
 
     settings = {"encoder": encoder.fingerprint}
-    with output.claimed("embed", settings, recognise=recognise, differs="made by another encoder"):
+    with output.claimed("embed", settings, recognise=recognise):
         listed = list(shards)
         known = _unpacked(output)
         work = Embedding(encoder, output, cache_dir=cache_dir, max_pixels=max_pixels)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from guardkit import __version__
-from guardkit.artifacts import fingerprint, parse_json, read_json, written
-from guardkit.folders import BEGINS_ANEW, FINISHED, GOES_ON, MARK, UNFINISHED, claim, refuse_others
+from guardkit.artifacts import parse_json, read_json, written
+from guardkit.folders import BEGINS_ANEW, FINISHED, GOES_ON, MARK, UNFINISHED, check_settings, claim, hashed_settings, refuse_others
 from guardkit.publishing import check_owner
 from guardkit.schema import InputError
 from guardkit.storage import check_url, delete, is_url, item, items, joined, local_path, opened, read, unusable_name, write
@@ -197,7 +197,6 @@ class Output:
         command: str,
         settings: Mapping[str, Any],
         *,
-        differs: str,
         recognise: Callable[[], Any] | None = None,
         keeps: bool = True,
     ) -> Iterator[None]:
@@ -210,22 +209,21 @@ class Output:
             InputError: it belongs to another command or other settings, or holds files that guardkit did not write.
         """
         if self.folder is not None:
-            with claim(self.folder, command, settings, recognise=recognise, differs=differs, keeps=keeps):
+            with claim(self.folder, command, settings, recognise=recognise, keeps=keeps):
                 yield
             return
         there = items(self.url)
         check_owner(self.url, there)
-        wanted = fingerprint(settings)
+        wanted = hashed_settings(settings)
         if any(one.name == MARK for one in there):
             mark = self.json(MARK, "the mark of a run")
             if mark.get("command") != command:
                 raise InputError(f"{self} holds the results of guardkit {mark.get('command')}, not of {command}; choose another output_dir")
-            if mark.get("settings") != wanted:
-                raise InputError(f"{self} holds results of guardkit {command} that were {differs}; choose another output_dir")
+            check_settings(self, command, mark, wanted)
             log.info("%s: %s", self, GOES_ON if keeps or mark.get("state") != FINISHED else BEGINS_ANEW)
-        self._mark({"command": command, "settings": wanted, "guardkit": __version__, "state": UNFINISHED, "files": []})
+        self._mark({"command": command, **wanted, "guardkit": __version__, "state": UNFINISHED, "files": []})
         yield
-        self._mark({"command": command, "settings": wanted, "guardkit": __version__, "state": FINISHED, "files": []})
+        self._mark({"command": command, **wanted, "guardkit": __version__, "state": FINISHED, "files": []})
 
     def _mark(self, mark: Mapping[str, Any]) -> None:
         write(joined(self.url, MARK), (dumps(mark, indent=2) + "\n").encode())
