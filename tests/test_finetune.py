@@ -182,9 +182,7 @@ def test_a_checkpoint_with_parts_lost_is_none(run, tmp_path, lost):
 
 
 def test_other_settings_are_refused_in_its_folder(run, model):
-    with pytest.raises(
-        InputError, match="holds results of guardkit finetune that were made with another lora; choose another output_dir"
-    ):
+    with pytest.raises(InputError, match="holds results of guardkit finetune that were made with another lora; choose another output_dir"):
         tuned(model, run.folder, rank=4)
 
 
