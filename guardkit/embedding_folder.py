@@ -74,6 +74,7 @@ class EmbeddingParts:
         sizes: number -> rows of that part.
         width: d; None where no part has a row.
         unmatched: files of vectors without metadata and the reverse, in a folder of another tool, see `find_embedding_parts`.
+        stamps: number -> size in bytes and time of change in ns of that part's vectors, when they were looked at.
     """
 
     folder: Path
@@ -84,6 +85,7 @@ class EmbeddingParts:
     sizes: dict[int, int] = field(default_factory=dict)
     width: int | None = None
     unmatched: tuple[Path, ...] = ()
+    stamps: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def mapped(self) -> Iterator[np.ndarray]:
         """(n, d) floating-point numbers of each part, where they lie; one after the other, because each is an open file."""
@@ -101,8 +103,9 @@ class StoredVectors:
         assert parts.width is not None
         self.width = parts.width
         self._files = [(path, parts.sizes[number]) for number, path in parts.vectors.items() if parts.sizes[number]]
+        # of the look at the folder: labels of one version are not given to vectors of the next
+        self._stamps = [parts.stamps[number] for number in parts.vectors if parts.sizes[number]]
         self.firsts = np.cumsum([0, *(size for _, size in self._files)])
-        self._stamps: dict[int, tuple[int, int]] = {}
         self._opened: OrderedDict[int, _File] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -131,7 +134,9 @@ class StoredVectors:
             for part, (begin, end) in enumerate(pairwise(bounds)):
                 for start in range(begin, end, _AT_ONCE):
                     stop = min(start + _AT_ONCE, end)
-                    stored = self._open(part).take(wanted[start:stop] - self.firsts[part], room)
+                    file = self._open(part)
+                    stored = file.take(wanted[start:stop] - self.firsts[part], room)
+                    file.check_unchanged()  # now: what was written over it before was read, too
                     if order is None:
                         unit_rows(stored, vectors[start:stop])
                     else:
@@ -144,8 +149,7 @@ class StoredVectors:
             return self._opened[part]
         path, size = self._files[part]
         file = _File(path)
-        stamp = file.stamp
-        if file.shape != (size, self.width) or file.dtype.kind != "f" or self._stamps.setdefault(part, stamp) != stamp:
+        if file.shape != (size, self.width) or file.dtype.kind != "f" or self._stamps[part] != file.stamp:
             raise _changed(path)
         self._opened[part] = file
         if len(self._opened) > _MAX_OPEN:
@@ -172,8 +176,12 @@ class _File:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise InputError(f"{path} cannot be read ({error.strerror}); {_COPY}") from error
-        seen = os.fstat(self._descriptor)
-        self.stamp = seen.st_size, seen.st_mtime_ns
+        self.stamp = _stamp(os.fstat(self._descriptor))
+
+    def check_unchanged(self) -> None:
+        """Raises InputError where somebody has written to the file since it was opened. One that was replaced or deleted stays readable."""
+        if _stamp(os.fstat(self._descriptor)) != self.stamp:
+            raise _changed(self.path)
 
     def take(self, rows: np.ndarray, room: np.ndarray) -> np.ndarray:
         """(m, d) rising rows as they are stored; `room` are bytes to read into, and what is returned may lie there."""
@@ -205,6 +213,10 @@ class _File:
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
+
+
+def _stamp(seen: os.stat_result) -> tuple[int, int]:
+    return seen.st_size, seen.st_mtime_ns
 
 
 def _changed(path: Path) -> InputError:
@@ -275,9 +287,10 @@ def find_embedding_parts(folder: Path, *, with_tables: bool = False, only_matche
         raise InputError(f"{folder} has shards {odd} in only one of img_emb/ and metadata/; copy the folder anew")
     if manifest and manifest["n_shards"] != len(vector_files):
         raise InputError(f"{folder} has {len(vector_files)} shards, its {MANIFEST} says {manifest['n_shards']}; copy the folder anew")
-    width, sizes = None, dict[int, int]()
+    width, sizes, stamps = None, dict[int, int](), dict[int, tuple[int, int]]()
     for number, path in vector_files.items():
         shard = map_array(path, _COPY)
+        stamps[number] = _stamp(path.stat())
         sizes[number] = len(shard)
         if shard.dtype.kind != "f":
             raise InputError(f"{path} must hold floating-point numbers, got {shard.dtype}; copy the shard anew")
@@ -293,7 +306,7 @@ def find_embedding_parts(folder: Path, *, with_tables: bool = False, only_matche
         raise InputError(f"{folder} has vectors of {width} columns, its {MANIFEST} says {manifest['dim']}; copy the folder anew")
     if manifest and n_rows != manifest["written"]:
         raise InputError(f"{folder} holds {n_rows} embeddings, its {MANIFEST} says {manifest['written']}; copy the folder anew")
-    return EmbeddingParts(folder, manifest, vector_files, table_files, n_rows, sizes, width, unmatched)
+    return EmbeddingParts(folder, manifest, vector_files, table_files, n_rows, sizes, width, unmatched, stamps)
 
 
 def lacking_metadata(folder: object) -> InputError:

@@ -192,6 +192,7 @@ def read_json_lines(path: Path, mend: str = "copy it anew") -> pa.Table:
     try:
         with open_regular(path) as file:
             for number, line in enumerate(file, 1):
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # as Windows marks UTF-8, and .csv and .txt may have it
                 row = parse_json(line) if line.strip() else {}
                 if not isinstance(row, dict):
                     raise ValueError(f"line {number} is no object")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 from guardkit.schema import InputError
@@ -17,14 +18,16 @@ class Full:
 
 
 class Marked:
-    """A task that leaves a mark of each call, and ends its worker the first times that it is given a bad item."""
+    """A task that leaves a mark of each call, ends its worker the first times that it is given a bad item, and takes a minute over a slow one."""
 
-    def __init__(self, folder, bad=(), times=1, mistake=False):
-        self.folder, self.bad, self.times, self.mistake = Path(folder), bad, times, mistake
+    def __init__(self, folder, bad=(), times=1, mistake=False, slow=None):
+        self.folder, self.bad, self.times, self.mistake, self.slow = Path(folder), bad, times, mistake, slow
 
     def __call__(self, item):
         calls = len(list(self.folder.glob(f"{item}_*")))
         (self.folder / f"{item}_{calls}_{os.getpid()}").touch()
+        if item == self.slow:
+            time.sleep(60)
         if item in self.bad and calls < self.times:
             if self.mistake:
                 raise InputError("the input is none; give another")

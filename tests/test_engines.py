@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import time
 import uuid
 from contextlib import suppress
 from functools import partial
@@ -77,6 +79,13 @@ def pictures(tmp_path_factory):
 
 def files_of(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def wait_for(happens):
+    until = time.monotonic() + 60
+    while not happens():
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("engine", ["ray", "slurm"])
@@ -316,6 +325,42 @@ def test_ray_is_asked_for_no_more_workers_than_there_are_shards(monkeypatch):
     with pytest.raises(InputError, match="cannot reach a cluster"):
         list(RayEngine(workers=10**9).run(str, [1]))
     assert asked["num_cpus"] == max(1, os.cpu_count())
+
+
+def test_ray_of_its_own_is_begun_beside_others(monkeypatch):
+    """A Ray that somebody started on this machine, or that was killed there, is not joined where no address is given."""
+    import ray
+
+    asked = {}
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: asked.update(settings) or (_ for _ in ()).throw(ConnectionError("none")))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(InputError, match="cannot reach a cluster"):
+        list(RayEngine().run(str, [1]))
+    assert asked["address"] == "local"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1", "nowhere.invalid:6379", "127.0.0.1:99999"])
+@pytest.mark.parametrize("by_environment", [True, False])
+def test_a_cluster_that_does_not_answer_is_one_line_at_once(monkeypatch, address, by_environment):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: pytest.fail("Ray was asked, which waits for minutes"))
+    monkeypatch.setenv("RAY_ADDRESS", address if by_environment else "127.0.0.1:2")
+    with pytest.raises(InputError, match=rf"engine=ray cannot reach a cluster at {re.escape(address)} \(.*\); start one"):
+        list(RayEngine(address="auto" if by_environment else address).run(str, [1]))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the processes end after the engine
+def test_jobs_of_this_machine_that_are_told_to_end_write_nothing_to_the_terminal(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    task = Marked(tmp_path, bad=(ITEMS[0],), mistake=True, slow=ITEMS[1])
+    with pytest.raises(InputError, match="the input is none"):
+        list(SlurmEngine(workers=2, cluster="local", jobs_dir=tmp_path / "jobs").run(task, ITEMS[:2]))
+    (errors,) = tmp_path.glob("jobs/*/controllers.log")
+    wait_for(lambda: "KeyboardInterrupt" in errors.read_text())
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_parameters_of_submitit_can_be_given_as_documented(pictures, tmp_path):

@@ -145,6 +145,12 @@ def test_a_csv_is_read_as_text(policy, root):
     assert [(record.label, record.caption.split()[0]) for record in loaded.train] == [(1, "two"), (0, "x")]
 
 
+def test_json_lines_may_begin_with_the_mark_of_windows(policy, root):
+    text = "".join(f'{{"file_name": "g{i}.png", "label": {i % 2}}}\r\n' for i in range(3))
+    (root / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert [record.label for record in load(policy, root).train] == [0, 1, 0]
+
+
 def test_a_safe_image_may_be_listed_with_a_category_of_another_policy(policy, root):
     loaded = load(policy, root, "file_name,label,category\ng0.png,unsafe,weapons\ng1.png,safe,kitchen\ng2.png,safe,weapons\n")
     assert [record.category for record in loaded.train] == ["weapons", None, "weapons"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import astuple
 
 import numpy as np
@@ -133,6 +134,32 @@ def test_a_file_that_was_changed_meanwhile_is_not_read_on(folder, monkeypatch):
     assert np.linalg.norm(stored[0:3], axis=1) == pytest.approx(1)
     assert len(stored[100:300]) == 200
     np.save(folder / "img_emb/img_emb_0.npy", np.ones((N // PARTS, WIDTH + 1), np.float16))
+    with pytest.raises(InputError, match="img_emb_0.npy was changed while it was read"):
+        stored.take(np.array([0]))
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_file_that_is_written_over_in_its_place_is_not_read_on(tmp_path, order):
+    vectors, table = rows()
+    folder = write(tmp_path / "rows", np.asarray(vectors, np.float16, order=order), table)
+    stored = StoredVectors(find_embedding_parts(folder))
+    file = folder / "img_emb/img_emb_1.npy"
+    first = int(stored.firsts[1])
+    assert np.isfinite(stored[first : first + 2]).all()
+    with file.open("r+b") as opened:  # as many bytes, in the file that is open
+        opened.seek(-4, 2)
+        opened.write(b"\x00\x3c\x00\x3c")
+    os.utime(file, ns=(0, 0))
+    with pytest.raises(InputError, match="img_emb_1.npy was changed while it was read; start again when nothing writes to the folder"):
+        stored.take(np.array([first]))
+
+
+def test_a_file_that_was_replaced_before_its_first_row_was_read_is_not_read(folder):
+    stored = StoredVectors(find_embedding_parts(folder))
+    other = np.ones((N // PARTS, WIDTH), np.float16)
+    np.save(folder / "new.npy", other)
+    os.utime(folder / "new.npy", ns=(0, 0))
+    os.replace(folder / "new.npy", folder / "img_emb/img_emb_0.npy")
     with pytest.raises(InputError, match="img_emb_0.npy was changed while it was read"):
         stored.take(np.array([0]))
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ R = TypeVar("R")
 
 _AHEAD = 2  # items that an actor has been sent: it begins the next one without asking
 _MOST_CPUS = 4096  # logical ones of a Ray that is started here: it keeps an entry for each, and of a thousand million does not begin
+_CONNECT_S = 10.0  # in which a cluster's address must answer: Ray itself asks for minutes, without a word
+_PLACE = re.compile(r"(?:ray://)?\[?([^/\[\]]+?)\]?:(\d{1,5})")  # HOST:PORT, of Ray's client too
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _OBJECT_STORE_BYTES = 256 << 20  # tasks and items are small; by itself Ray takes a third of the memory
 
@@ -178,19 +181,22 @@ class RayEngine:
                     "engine.cpus, or name a cluster's engine.address"
                 )
             settings |= {
+                "address": "local",  # else Ray joins one that somebody started on this machine, or waits for one that is gone
                 "num_cpus": max(os.cpu_count() or 1, math.ceil(cpus)),
                 "object_store_memory": _OBJECT_STORE_BYTES,
             }
         else:
             settings = {"logging_level": logging.WARNING, "address": self.address}
+            named = self.address if self.address not in (None, "auto") else os.environ.get("RAY_ADDRESS")  # as Ray takes them
+            _check_answers(named or "")
+            os.environ.setdefault(
+                "RAY_gcs_server_port_wait_time_s", "1"
+            )  # one attempt of a minute, not twenty, where something else answers
         before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
         try:
             ray.init(**settings)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"engine=ray cannot reach a cluster at {self.address or os.environ.get('RAY_ADDRESS') or 'this machine'} ({' '.join(str(error).split())[:200]}); "
-                "start one (ray start --head), or leave engine.address null"
-            ) from error
+            raise _unreachable(self.address or os.environ.get("RAY_ADDRESS") or "this machine", error) from error
         try:
             for one, handler in before.items():  # Ray sets its own, which end the process without a word
                 if handler is not None and signal.getsignal(one) is not handler:
@@ -207,6 +213,23 @@ class RayEngine:
             yield
         finally:
             ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raises InputError where nothing answers at a cluster's address. "auto", and what else only Ray can read, is left to Ray."""
+    if (place := _PLACE.fullmatch(address)) is None:
+        return
+    try:
+        socket.create_connection((place[1], int(place[2])), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError, UnicodeError) as error:  # also of a name or port that is none
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> InputError:
+    return InputError(
+        f"engine=ray cannot reach a cluster at {address} ({' '.join(str(error).split())[:200]}); start one (ray start --head), or leave "
+        "engine.address null"
+    )
 
 
 class _Worker:

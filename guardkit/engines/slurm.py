@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -101,7 +103,7 @@ class SlurmEngine:
             executor.update_parameters(**self.parameters)
             places = list(left)
             shares = [places[first :: self.workers] for first in range(min(self.workers, len(places)))]
-            with sending(self.name):
+            with sending(self.name), _errors_into(folder / "controllers.log") if self.cluster == "local" else nullcontext():
                 jobs = executor.map_array(_Several(task), [[(place, left[place]) for place in share] for share in shares])
             why = ""
             try:
@@ -149,6 +151,24 @@ class _Several(Generic[T, R]):
         import submitit
 
         return submitit.helpers.DelayedSubmission(self, items)
+
+
+@contextmanager
+def _errors_into(file: Path) -> Iterator[None]:
+    """Lets processes that are started in the block write their errors to a file. submitit's controllers of local jobs inherit this process's
+    place for them, and write a traceback there whenever they are told to end: at Ctrl-C, and after another job's error."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed: then nobody sees them
+        yield
+        return
+    try:
+        with file.open("ab") as log_file:
+            os.dup2(log_file.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _as_they_end(jobs: Sequence[Any]) -> Iterator[Any]:
