@@ -189,9 +189,8 @@ class RayEngine:
             settings = {"logging_level": logging.WARNING, "address": self.address}
             named = self.address if self.address not in (None, "auto") else os.environ.get("RAY_ADDRESS")  # as Ray takes them
             _check_answers(named or "")
-            os.environ.setdefault(
-                "RAY_gcs_server_port_wait_time_s", "1"
-            )  # one attempt of a minute, not twenty, where something else answers
+            # where something else answers: one attempt of a minute, not twenty
+            os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
         before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
         try:
             ray.init(**settings)
