@@ -70,7 +70,10 @@ def locked(folder: Path, *, about: Mapping[str, Any] | None = None, on_claim: Ca
     from filelock import FileLock, Timeout  # here, because --help locks nothing and shall answer at once
 
     made = _expected.pop(os.path.abspath(folder), []) or _missing(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise InputError(f"{folder} cannot be made: a file is there, or a link that leads nowhere; choose another output_dir") from error
     place = folder.resolve()
     busy = InputError(f"{folder} is being written by another process; wait for it, or choose another output_dir")
     if place in _held:

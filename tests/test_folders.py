@@ -234,3 +234,12 @@ def test_a_run_that_a_wrong_setting_ended_holds_no_folder(tmp_path):
         raise ValueError("later")
     with pytest.raises(InputError, match="made with other settings"), claim(tmp_path, "finetune", 3):
         pass
+
+
+def test_a_link_that_leads_nowhere_is_no_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with (
+        pytest.raises(InputError, match="link cannot be made: a file is there, or a link that leads nowhere"),
+        claim(tmp_path / "link", "embed", {}),
+    ):
+        pass

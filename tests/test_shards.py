@@ -19,6 +19,7 @@ from guardkit import GuardClassifier, InputError, LinearHead, storage
 from guardkit.artifacts import fingerprint
 from guardkit.data.duplicates import earliest_near
 from guardkit.embedding_folder import read_embedding_folder
+from guardkit.images import encode_png
 from guardkit.local_copies import local_folder
 from guardkit.moderation.joining import part_table
 from guardkit.shards.base import Shard
@@ -276,6 +277,18 @@ def test_what_an_entry_of_the_ledger_says_is_not_believed(tmp_path, change):
     assert list(ledger.find([shard])) == [0]
     ledger.note(shard, {"given": 1, "files": {"part": 1}} | change)
     assert ledger.find([shard]) == {}
+
+
+def test_a_line_that_means_nothing_is_a_row_and_no_password_is_kept(scenes_encoder, tmp_path):
+    (tmp_path / "a.png").write_bytes(encode_png(np.zeros((70, 70, 3), np.uint8)))
+    (tmp_path / "list.txt").write_text("a.png\nfoo://x/y.png\nhttps://who:letmein@host/x.jpg\ns3://who:letmein@bucket/x.jpg\n")
+    counts = guardkit.embed(input=tmp_path / "list.txt", encoder=scenes_encoder, output_dir=tmp_path / "out")
+    assert counts == {"given": 4, "written": 1, "rejected": 3}
+    rejected = {row["id"]: row["reason"] for row in pq.read_table(tmp_path / "out/rejected.parquet").to_pylist()}
+    assert list(rejected) == ["row 2", "row 3", "row 4"]
+    assert "foo:// is a protocol that fsspec does not know" in rejected["row 2"]
+    assert "with credentials in it" in rejected["row 3"]
+    assert "letmein" not in "".join(rejected.values())
 
 
 def not_utf8(n):

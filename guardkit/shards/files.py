@@ -111,10 +111,8 @@ def place_of(setting: str, given: str | Path) -> File:
     return File(printable(path.name), path, changed(path), is_folder=path.is_dir())
 
 
-def beside(file: Path | str, said: str) -> Path | str | None:
-    """The file or object that a line of a list means; relative ones lie beside the list."""
-    if not said:
-        return None
+def beside(file: Path | str, said: str) -> Path | str:
+    """The file or object that a line of a list means; relative ones lie beside the list. Raises InputError of a URL of no storage."""
     if is_url(said):
         url = check_url("a line of input", said)
         return local_path(url) or url
@@ -141,11 +139,19 @@ class Loose:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a list."""
+    """A line of a list.
+
+    Attributes:
+        name: for people.
+        at: what it means; None: nothing.
+        own: its other columns.
+        why: it means nothing.
+    """
 
     name: str
     at: Path | str | None
     own: Mapping[str, Any]
+    why: str = ""
 
     @property
     def is_shard(self) -> bool:
@@ -168,7 +174,7 @@ class Listed:
 
     def __iter__(self) -> Iterator[Given]:
         for row in self.rows:
-            yield Given(row.name, Stored(row.at) if isinstance(row.at, str) else row.at, "no file name", row.own)
+            yield Given(row.name, Stored(row.at) if isinstance(row.at, str) else row.at, row.why, row.own)
 
 
 @dataclass(frozen=True)

@@ -195,8 +195,15 @@ class Inputs:
         for number, row in enumerate(rows, 1):
             said = str(row.get(self.file_column) or "").strip()
             own = {key: value for key, value in row.items() if key not in (self.file_column, self.id_column)}
-            name = str(row[self.id_column]) if self.id_column and row.get(self.id_column) is not None else said or f"row {number}"
-            found.append(Row(printable(name), beside(file.at, said), own))
+            at, why, name = None, "no file name", f"row {number}"
+            if said:
+                try:
+                    at, name = beside(file.at, said), said
+                except InputError as error:  # its number is its name: what is wrong may be a password in it
+                    why = str(error)
+            if self.id_column and row.get(self.id_column) is not None:
+                name = str(row[self.id_column])
+            found.append(Row(printable(name), at, own, why))
         return found
 
 

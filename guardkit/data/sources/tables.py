@@ -14,7 +14,7 @@ from guardkit.reading import read_table as read_parquet
 from guardkit.schema import InputError
 
 SUFFIXES = (".csv", ".parquet", ".jsonl")
-_MEND = "correct it or give another source.metadata"
+_MEND = "correct it, or give another table"
 # what spreadsheets and pandas write for a missing cell
 _MISSING = frozenset({"", "#N/A", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null"})
 
