@@ -226,7 +226,7 @@ def test_bfloat16_is_another_encoder_of_the_same_model(scenes_encoder, guard, tm
     assert f"moved by up to {moved:.4f};" in caplog.text
 
 
-def test_a_model_that_does_not_compute_in_bfloat16_says_so(tmp_path, monkeypatch):
+def test_a_model_that_does_not_compute_in_bfloat16_says_so():
     cast = OpenClipEncoder(None, "guardkit:scenes_clip", dtype="bfloat16", device="cpu")
     for weight in cast.model.visual.parameters():
         weight.mul_(1e38)

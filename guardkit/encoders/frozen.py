@@ -67,6 +67,8 @@ class Built:
             with torch.inference_mode(False):
                 encode = self.cast()
             trial(encode, self.preprocessing["size"])
+        except InputError:
+            raise  # of a device that this process cannot use
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
@@ -292,7 +294,7 @@ def checked_device(name: str) -> torch.device:
 def image_tower_cast(model: torch.nn.Module, *, seeing: Callable[[str], bool]) -> torch.nn.Module:
     """A copy of a model whose parts that see images are in bfloat16; all others are shared.
 
-    Weights that are cast once are twice as quick as `torch.autocast`, which casts them at each call (docs/scale.md).
+    Weights are cast once, where `torch.autocast` casts them at each call.
 
     Args:
         model: of float32.
